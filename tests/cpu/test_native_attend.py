@@ -1,0 +1,117 @@
+"""ATTEND against float64: ragged batches over scattered pages, grouped heads, windows, soft-capping, every KV type and instruction set."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.cpu.native_twin import DTYPES, Batch, Machine, Seq, attention, decode, encode, insn, relative_rms
+from twinpilots.runtime.program import Dtype, Op
+
+
+class Cache:
+    """Random KV of some sequences in scattered pages; slots that hold no token are NaN."""
+
+    def __init__(self, lengths, *, kv_heads, dim, page_size, dtype, seed=0):
+        rng = np.random.default_rng(seed)
+        counts = [-(-n // page_size) for n in lengths]
+        order = rng.permutation(sum(counts) + 2)
+        self.lists = [tuple(int(p) for p in order[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(len(counts))]
+        poison, stored_type = (np.nan, np.float32) if dtype == Dtype.FP32 else (0xFFFF, np.uint16)
+        self.pages = np.full((len(order), 2, kv_heads, page_size, dim), poison, stored_type)
+        self.k, self.v = [], []
+        for pages, length in zip(self.lists, lengths, strict=True):
+            for which, kept in ((0, self.k), (1, self.v)):
+                stored = encode(rng.standard_normal((length, kv_heads, dim)), dtype)
+                kept.append(decode(stored, dtype).astype(float))
+                for t in range(length):
+                    self.pages[pages[t // page_size], which, :, t % page_size] = stored[t]
+
+
+def run_attend(cache, seqs, q, *, dtype, window=0, scale=0.3, softcap=0.0, pool=0, group=0):
+    """q [tokens, heads, dim] -> [tokens, heads, dim]."""
+    machine, (tokens, heads, dim) = Machine(1 << 22), q.shape
+    _, _, kv_heads, page_size, _ = cache.pages.shape
+    ld = (heads + 2 * kv_heads) * dim
+    qkv = np.full((tokens, ld), np.nan, np.float32)
+    qkv[:, : heads * dim] = q.reshape(tokens, -1)
+    dst, stored = machine.put(np.full((tokens, heads * dim + 1), 9, np.float32)), machine.put(cache.pages)
+    stride = cache.pages[0].nbytes
+    args = (dst, heads * dim + 1, machine.put(qkv), ld, heads, kv_heads, dim, stored, stride, page_size, dtype, window)
+    assert machine.run([insn(Op.ATTEND, *args, f=(scale, softcap), glo=group, ghi=group + 1)], Batch(seqs, page_size=page_size), pool=pool) == 0
+    out = machine.view(dst, np.float32, (tokens, heads * dim + 1))
+    assert (out[:, -1] == 9).all()
+    return out[:, :-1].reshape(q.shape).copy()
+
+
+def wanted(cache, seqs, q, **options):
+    rows, out = np.cumsum([0] + [s.query for s in seqs]), []
+    for i, seq in enumerate(seqs):
+        end = seq.context + seq.query
+        out.append(attention(q[rows[i] : rows[i + 1]].astype(float), cache.k[i][:end], cache.v[i][:end], seq.context, **options))
+    return np.concatenate(out)
+
+
+def case(parts, *, heads, kv_heads, dim, page_size=16, dtype=Dtype.FP32, seed=0):
+    """(query, context) per sequence -> cache, sequences, queries."""
+    cache = Cache([q + c for q, c in parts], kv_heads=kv_heads, dim=dim, page_size=page_size, dtype=dtype, seed=seed)
+    seqs = [Seq(q, context=c, pages=pages) for (q, c), pages in zip(parts, cache.lists, strict=True)]
+    return cache, seqs, np.random.default_rng(seed + 99).standard_normal((sum(q for q, _ in parts), heads, dim)).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, kv_heads, dim, page_size", [(4, 2, 16, 16), (3, 1, 64, 16), (2, 2, 10, 4), (5, 1, 7, 3), (8, 1, 33, 100)])
+def test_ragged_batch(isa, dtype, heads, kv_heads, dim, page_size):
+    cache, seqs, q = case([(1, 0), (1, 149), (40, 0), (3, 64), (1, 63), (17, 5)], heads=heads, kv_heads=kv_heads, dim=dim, page_size=page_size, dtype=dtype)
+    assert relative_rms(run_attend(cache, seqs, q, dtype=dtype), wanted(cache, seqs, q, scale=0.3)) < 2e-6
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 64, 70])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_window_and_softcap(isa, window, softcap):
+    cache, seqs, q = case([(90, 0), (1, 130), (20, 100)], heads=2, kv_heads=1, dim=8)
+    found = run_attend(cache, seqs, q, dtype=Dtype.FP32, window=window, softcap=softcap, scale=1.0)
+    assert relative_rms(found, wanted(cache, seqs, q, window=window, softcap=softcap, scale=1.0)) < 2e-6
+
+
+def test_large_scores_do_not_overflow(isa):
+    cache, seqs, q = case([(30, 40)], heads=2, kv_heads=2, dim=16)
+    assert relative_rms(run_attend(cache, seqs, 50 * q, dtype=Dtype.FP32, scale=1.0), wanted(cache, seqs, 50 * q, scale=1.0)) < 1e-4
+
+
+def test_tokens_that_no_row_sees_are_never_read(isa):
+    """Pages outside the window may have been given away, and poisoned."""
+    cache, seqs, q = case([(2, 150)], heads=2, kv_heads=1, dim=16)
+    clean = run_attend(cache, seqs, q, dtype=Dtype.FP32, window=20)
+    for page in seqs[0].pages[: (150 - 20) // 16]:
+        cache.pages[page] = np.nan
+    assert np.array_equal(run_attend(cache, seqs, q, dtype=Dtype.FP32, window=20), clean)
+
+
+@pytest.mark.parametrize("poisoned", [0, 1], ids=["key", "value"])
+def test_poison_in_a_token_that_is_seen_comes_out(isa, poisoned):
+    cache, seqs, q = case([(1, 50)], heads=1, kv_heads=1, dim=16)
+    cache.pages[seqs[0].pages[1], poisoned, 0, 3] = np.nan
+    assert np.isnan(run_attend(cache, seqs, q, dtype=Dtype.FP32)).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 30])
+def test_a_rows_bits_depend_neither_on_the_batch_nor_on_chunks_or_threads(isa, pool, dtype, window):
+    cache, seqs, q = case([(1, 200), (75, 0), (5, 90)], heads=6, kv_heads=2, dim=20, dtype=dtype)
+    together = run_attend(cache, seqs, q, dtype=dtype, window=window, pool=pool)
+    alone = run_attend(cache, seqs[:1], q[:1], dtype=dtype, window=window)
+    assert np.array_equal(alone, together[:1])
+    rows, context = 1, 0
+    for chunk in (1, 30, 44):
+        part = Seq(chunk, context=context, pages=seqs[1].pages)
+        assert np.array_equal(run_attend(cache, [part], q[rows : rows + chunk], dtype=dtype, window=window), together[rows : rows + chunk])
+        rows, context = rows + chunk, context + chunk
+
+
+def test_only_the_asked_groups_are_attended(isa):
+    cache, seqs, q = case([(2, 10), (3, 5)], heads=2, kv_heads=1, dim=8)
+    seqs[1].group = 2
+    out = run_attend(cache, seqs, q, dtype=Dtype.FP32, group=2)
+    assert (out[:2] == 9).all()
+    assert relative_rms(out[2:], wanted(cache, seqs, q, scale=0.3)[2:]) < 2e-6

@@ -1,0 +1,95 @@
+"""Runs a hand-set plan through the real engine on real queues and compares its tokens and logits with the reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twinpilots.device.cpu import CpuPilot, choose_cores
+from twinpilots.device.emulated import EMULATED, EmulatedGpu
+from twinpilots.model.checkpoint import open_checkpoint
+from twinpilots.plan.plan import Plan
+from twinpilots.request import SamplingParams
+from twinpilots.runtime.engine import Engine
+from twinpilots.runtime.executor import Executor
+from twinpilots.runtime.kv_cache import KvCache
+from twinpilots.runtime.scheduler import Scheduler
+from twinpilots.session import longrope_switch
+
+MARGIN = 1e-4  # tokens must agree until the reference's own two best logits come closer than this (DESIGN section 7)
+
+
+class Weights:
+    """A checkpoint's tensors as plain arrays."""
+
+    def __init__(self, checkpoint: Any) -> None:
+        self._checkpoint = checkpoint
+
+    def array(self, tensor_id: str) -> np.ndarray:
+        return self._checkpoint.tensor(tensor_id).data
+
+
+class Rig:
+    """An engine on a plan; ``logits[request]`` are the rows that its tokens were chosen from."""
+
+    def __init__(self, path: Path, plan: Plan, *, adversarial_seed: int = 0, poison: bool = True, runner: Any = None) -> None:
+        with ExitStack() as stack:
+            self.checkpoint = open_checkpoint(path)
+            stack.callback(self.checkpoint.close)
+            cores = choose_cores(gpu=plan.uses_gpu, emulated=plan.uses_gpu)
+            pilot = CpuPilot(cores=cores.pilot)
+            stack.callback(pilot.close)
+            gpu = EmulatedGpu(EMULATED["demo"], cores.device, adversarial_seed=adversarial_seed) if plan.uses_gpu else None
+            spec = self.checkpoint.spec
+            self.executor = stack.enter_context(Executor(spec, plan, pilot, gpu, Weights(self.checkpoint), poison=poison, runner=runner))
+            self.kv = KvCache(plan)
+            self.scheduler = Scheduler(plan, self.kv, recompute_beyond=longrope_switch(spec))
+            self.engine = Engine(self, self.scheduler, self.kv, vocab_size=spec.vocab_size)
+            self.logits: dict[str, list[np.ndarray]] = {}
+            self._stack = stack.pop_all()
+
+    def execute(self, batch: Any, *, more: bool) -> np.ndarray:
+        logits = self.executor.execute(batch, more=more)
+        row = 0
+        for item in batch.items:
+            row += item.num_logits
+            if item.is_last:
+                self.logits.setdefault(item.sequence.request_id, []).append(logits[row - 1].copy())
+        return logits
+
+    def set_plan(self, plan: Plan) -> None:
+        self.scheduler.set_plan(plan)
+        self.executor.set_plan(plan)
+
+    def generate(self, prompts: Sequence[list[int]], n: int) -> list[list[int]]:
+        for number, prompt in enumerate(prompts):
+            self.engine.add_request(str(number), prompt, SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True))
+        tokens: dict[str, list[int]] = {}
+        while self.engine.has_unfinished():
+            for output in self.engine.step():
+                tokens[output.request_id] = list(output.outputs[0].token_ids)
+            self.engine.check_integrity()
+        return [tokens[str(number)] for number in range(len(prompts))]
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._stack.close()
+
+
+def assert_same_tokens(found: Sequence[int], reference: Sequence[int], reference_logits: np.ndarray) -> None:
+    """Identical until the reference itself is undecided."""
+    for position, (token, expected, row) in enumerate(zip(found, reference, reference_logits, strict=False)):
+        best = np.sort(row)[-2:]
+        if best[1] - best[0] < MARGIN:
+            return
+        assert token == expected, f"token {position}: {token}, the reference has {expected}: {list(found)} against {list(reference)}"
+
+
+def relative_rms(found: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((found - reference) ** 2) / np.mean(reference**2)))

@@ -1,0 +1,253 @@
+"""`LLM`: the offline interface, shaped like vLLM's.
+
+Owns the way from arguments to a running engine, and when a workload deserves another plan. Everything else is done by the rooms below: models are opened by
+`model`, measured by `hardware`, planned by `plan`, run by `runtime` (through `session.Session`).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from twinpilots.config import EngineConfig
+from twinpilots.errors import UserError
+from twinpilots.machine import load_or_measure
+from twinpilots.model.checkpoint import open_checkpoint
+from twinpilots.model.locate import resolve_model
+from twinpilots.model.tokenizer import load_tokenizer
+from twinpilots.plan.plan import Plan
+from twinpilots.plan.workload import Workload
+from twinpilots.planner import Planner
+from twinpilots.request import RequestOutput, SamplingParams
+from twinpilots.session import Session
+
+logger = logging.getLogger(__name__)
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+DEFAULT_NUM_SEQS = 16  # concurrency that a plan is made for before the first prompts are known
+DEFAULT_LEN = 128  # and the prompt and output length
+REPLAN_GAIN = 0.95  # another plan must take at most this fraction of the time, its loading included
+
+
+class LLM:
+    """A model, loaded and planned for this machine. Close it, or use it as a context manager.
+
+    Arguments are those of the design's section 6; None means: decided by measurement and plan. ``gpu_memory`` and ``host_memory`` are bytes or text
+    ("8GiB"). ``plan`` is a `Plan` or the path of its JSON. Raises UserError subclasses for models, devices and limits that cannot be had, ValueError
+    for malformed arguments, all before anything runs.
+    """
+
+    def __init__(
+        self, model: str, tokenizer: str | None = None, revision: str | None = None, dtype: str = "auto", quantization: str | None = None,
+        device: str = "auto", gpu_memory: int | str | None = None, host_memory: int | str | None = None, max_model_len: int | None = None,
+        max_num_seqs: int | None = None, kv_cache_dtype: str = "auto", policy: str = "auto", plan: Plan | str | Path | None = None,
+        threads: int | None = None, seed: int = 0, deterministic: bool = False, unit_rows: int | None = None,
+    ) -> None:  # fmt: skip
+        self.config = EngineConfig.of(
+            dtype=dtype, quantization=quantization, device=device, gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs, kv_cache_dtype=kv_cache_dtype, policy=policy, plan=plan, threads=threads, seed=seed, deterministic=deterministic,
+            unit_rows=unit_rows,
+        )  # fmt: skip
+        located = resolve_model(model, revision)
+        self._checkpoint = open_checkpoint(located, dtype=dtype)
+        self._session: Session | None = None
+        try:
+            self.spec = self._checkpoint.spec
+            self.tokenizer = load_tokenizer(located, self._checkpoint, override=tokenizer)
+            self._profile = load_or_measure(self.config.device, self.spec, threads=threads)
+            self._planner = Planner(self.config, self.spec, self._profile, self._checkpoint.fingerprint)
+            self._workload = self._default_workload()
+            self._load(self._planner.plan_for(self._workload))
+        except BaseException:
+            self.close()
+            raise
+        self._num_requests = 0
+
+    # -- what it is ----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+        return self._open_session.plan
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's own sampling defaults (generation_config.json), else vLLM's."""
+        known = self._checkpoint.generation_config
+        return SamplingParams(**{name: known[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") if name in known})
+
+    def stats(self) -> dict[str, Any]:
+        """Sums over all passes since this LLM was made, loading excluded (design section 6)."""
+        session = self._open_session
+        plan_bound, hardware_bound = self._planner.bounds(self._workload)
+        ledger = session.executor.ledger
+        return session.stats.as_dict(
+            peak_gpu_bytes=ledger.peak("gpu"), peak_host_bytes=ledger.peak("host"), plan_bound=plan_bound, hardware_bound=hardware_bound
+        )
+
+    # -- generating ----------------------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool = True
+    ) -> list[RequestOutput]:
+        """One `RequestOutput` per prompt, in prompt order. A prompt is text, or token ids (then no tokenizer is needed).
+
+        Raises ValueError for malformed prompts and LimitError for one that is too long, before any work.
+        """
+        return self._run([self._as_ids(prompt) for prompt in _as_list(prompts)], sampling_params, use_tqdm)
+
+    def chat(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """Like `generate`, for one conversation (a list of messages) or several, through the model's chat template."""
+        if not messages:
+            raise ValueError("messages is empty; give at least one message")
+        several = not isinstance(messages[0], Mapping)
+        conversations = cast(Sequence[Sequence[Message]], messages if several else [messages])
+        return self._run([self._chat_ids(conversation) for conversation in conversations], sampling_params, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """The growing output of one prompt, pass by pass; closing the iterator aborts the request."""
+        return self._stream(self._as_ids(prompt), sampling_params)
+
+    def stream_chat(self, messages: Sequence[Message], sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """`stream` for a conversation."""
+        return self._stream(self._chat_ids(messages), sampling_params)
+
+    def _stream(self, prompt: tuple[list[int], str | None], params: SamplingParams | None) -> Iterator[RequestOutput]:
+        params = params or self.get_default_sampling_params()
+        self._fit([prompt[0]], [params])
+        request_id = self._add(prompt, params)
+        engine = self._open_session.engine
+        finished = False
+        try:
+            while not finished:
+                for output in self._open_session.step():
+                    finished = output.finished
+                    yield output
+        finally:
+            if not finished:
+                engine.abort(request_id)
+
+    def _run(self, prompts: list[tuple[list[int], str | None]], params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: bool) -> list[RequestOutput]:
+        each = self._params_for(prompts, params)
+        self._fit([ids for ids, _ in prompts], each)
+        engine = self._open_session.engine
+        order: list[str] = []
+        done: dict[str, RequestOutput] = {}
+        try:
+            for prompt, one in zip(prompts, each, strict=True):
+                order.append(self._add(prompt, one))
+            with _progress(len(prompts), use_tqdm) as bar:
+                while engine.has_unfinished():
+                    for output in self._open_session.step():
+                        if output.finished:
+                            done[output.request_id] = output
+                            bar.update()
+        except BaseException:
+            for request_id in order:
+                engine.abort(request_id)
+            raise
+        return [done[request_id] for request_id in order]
+
+    def _params_for(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or as many as prompts")
+        return list(params)
+
+    def _add(self, prompt: tuple[list[int], str | None], params: SamplingParams) -> str:
+        request_id = str(self._num_requests)
+        self._num_requests += 1
+        self._open_session.engine.add_request(request_id, prompt[0], params, prompt[1])
+        return request_id
+
+    def _as_ids(self, prompt: Prompt) -> tuple[list[int], str | None]:
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt], None
+        if self.tokenizer is None:
+            raise UserError(f"model {self.spec.name} has no tokenizer; give token ids instead of text, or tokenizer=PATH")
+        return self.tokenizer.encode(prompt), prompt
+
+    def _chat_ids(self, messages: Sequence[Message]) -> tuple[list[int], str | None]:
+        if self.tokenizer is None or not self.tokenizer.has_chat_template:
+            raise UserError(f"model {self.spec.name} has no chat template; use generate with plain prompts")
+        return self.tokenizer.encode_chat(messages), None
+
+    # -- planning and loading ------------------------------------------------------------------------------------------------------------
+
+    def _default_workload(self) -> Workload:
+        longest = self.config.max_model_len or self.spec.max_model_len
+        num_seqs = self.config.max_num_seqs or DEFAULT_NUM_SEQS
+        input_len = max(1, min(DEFAULT_LEN, longest // 2))
+        return Workload(num_requests=num_seqs, input_len=input_len, output_len=max(1, min(DEFAULT_LEN, longest - input_len)), max_num_seqs=num_seqs)
+
+    def _fit(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
+        """Makes sure that the plan can hold these requests, and changes it when another one would be done sooner, its loading included."""
+        if not prompts:
+            return
+        longest = self.plan.max_model_len
+        outputs = [longest - len(ids) if one.max_tokens is None else one.max_tokens for ids, one in zip(prompts, params, strict=True)]
+        total = max(len(ids) + output for ids, output in zip(prompts, outputs, strict=True))
+        if total > longest:
+            return  # the scheduler shortens or refuses it, with the model's limit in its message
+        num_requests = sum(one.n for one in params)
+        concurrency = min(num_requests, self.config.max_num_seqs or num_requests)
+        input_len = max(len(ids) for ids in prompts)
+        workload = Workload(num_requests=num_requests, input_len=max(1, input_len), output_len=max(1, total - input_len), max_num_seqs=concurrency)
+        if self._open_session.engine.has_unfinished():
+            return
+        better = self._planner.better_plan(self.plan, workload, self._open_session.load_s, REPLAN_GAIN)
+        if better is not None:
+            logger.info("plan changed for %d requests of %d + %d tokens", num_requests, workload.input_len, workload.output_len)
+            self._load(better)
+        self._workload = workload
+
+    def _load(self, plan: Plan) -> None:
+        stats = None
+        if self._session is not None:
+            stats = self._session.stats
+            stats.plan_changes += 1
+            self._session.close()
+            self._session = None
+        self._session = Session(self.config, self.spec, self._profile, plan, self._checkpoint, self.tokenizer, self._planner, stats=stats)
+
+    @property
+    def _open_session(self) -> Session:
+        if self._session is None:
+            raise RuntimeError("this LLM is closed")
+        return self._session
+
+    def close(self) -> None:
+        """Stops the devices and frees all memory. Safe to repeat."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        self._checkpoint.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: Any) -> Literal[False]:
+        self.close()
+        return False
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [cast(Sequence[int], prompts)]
+    return cast(Sequence[Prompt], prompts)
+
+
+def _progress(total: int, wanted: bool) -> Any:
+    from twinpilots.progress import Progress
+
+    return Progress("generating", total=total, unit="requests", enabled=wanted and sys.stderr.isatty())

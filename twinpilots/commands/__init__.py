@@ -1,0 +1,1 @@
+"""One module per command of the terminal; see `twinpilots.cli` for the frame they share."""

@@ -1,0 +1,79 @@
+"""MODEL and hardware arguments as data, for the commands that plan without loading a model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from twinpilots.errors import ProfileMissingError, UserError
+from twinpilots.progress import Progress
+
+if TYPE_CHECKING:
+    from twinpilots.hardware.profile import HardwareProfile
+    from twinpilots.model.spec import ModelSpec, WeightDtype
+
+DUMMY = "dummy:"
+
+
+def model_spec(model: str, *, revision: str | None, dtype: str, quantization: str | None) -> ModelSpec:
+    """The spec of MODEL; of ``dummy:NAME`` without touching a file."""
+    if quantization is not None:
+        raise UserError(f"--quantization {quantization} is not supported yet; leave it out to run the weights at 16 or 32 bit")
+    if model.startswith(DUMMY):
+        from twinpilots.model.dummy import dummy_spec
+
+        if revision is not None:
+            raise UserError(f"--revision {revision} was given, but {model} is not a hub id; leave it out")
+        return dummy_spec(model, short_dtype(dtype))
+    from twinpilots.model.checkpoint import open_checkpoint
+
+    with Progress("converting", unit="tensors") as bar:
+        checkpoint = open_checkpoint(model, dtype=dtype, revision=revision, progress=lambda done, total: bar.show(done, total))
+    try:
+        return checkpoint.spec
+    finally:
+        checkpoint.close()
+
+
+def short_dtype(dtype: str) -> WeightDtype | None:
+    """Our name of a dtype flag's value; None for "auto"."""
+    from twinpilots.model.families import DTYPES
+
+    return None if dtype == "auto" else DTYPES[dtype]
+
+
+def hardware(name: str | None, device: str, model: str, spec: ModelSpec) -> HardwareProfile:
+    """The named preset or file; without one this machine's stored profile for ``device``.
+
+    ProfileMissingError when there is none, or none in the model's weight type.
+    """
+    if name is not None:
+        from twinpilots.hardware.presets import load_hardware
+
+        return load_hardware(name)
+    from twinpilots.hardware.store import latest_profile
+    from twinpilots.machine import resolve_device, stored_profile
+
+    resolved = resolve_device(device)
+    profile = stored_profile(resolved, spec) or latest_profile(resolved)
+    if f"{spec.weight_dtype}/out" not in profile.cpu.linear:
+        raise ProfileMissingError(f"this machine's profile of {resolved} is not in {spec.weight_dtype}: run `twinpilots profile {model} --device {resolved}`")
+    return profile
+
+
+def limit_bytes(asked: int | None, present: int, flag: str, where: str) -> int:
+    """The memory limit to plan with: what was asked for, which must exist, or all there is."""
+    from twinpilots.units import format_bytes
+
+    if asked is not None and asked > present:
+        raise UserError(f"{flag} {format_bytes(asked)} is more than {where} has, {format_bytes(present)}; lower it")
+    return present if asked is None else asked
+
+
+def check_lengths(args: argparse.Namespace, spec: ModelSpec) -> None:
+    """The workload's sequences must fit the model and --max-model-len, which must fit the model."""
+    if args.max_model_len is not None and args.max_model_len > spec.max_model_len:
+        raise UserError(f"--max-model-len {args.max_model_len} is above the model's own limit {spec.max_model_len}; lower it")
+    limit = args.max_model_len or spec.max_model_len
+    if args.input_len + args.output_len > limit:
+        raise UserError(f"--input-len {args.input_len} plus --output-len {args.output_len} is above the model's limit of {limit} tokens; lower them")

@@ -1,0 +1,61 @@
+"""`twinpilots profile`: measure this machine and keep the result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from twinpilots.commands import options
+from twinpilots.progress import Progress
+
+if TYPE_CHECKING:
+    from twinpilots.hardware.profile import HardwareProfile
+
+
+def register(subparsers: Any) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "profile", help="measure this machine and keep the result", allow_abbrev=False,
+        description="Measure this machine's processors, memory and link (under a minute on a small box) and keep the result for planning.",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="measure in the shapes and weight type of this model (default: a typical one)")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
+    parser.add_argument("--dtype", choices=options.DTYPES, default="auto", help="weights in memory (default: as stored)")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda:N or emulated:PRESET (default: auto)")
+    parser.add_argument("--threads", type=options.positive_int, metavar="N", help="threads of the CPU pilot (default: physical cores, less the driver's)")
+    options.add_output_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Measure and store; print the rates or return the profile."""
+    from twinpilots.commands.models import model_spec
+    from twinpilots.machine import TYPICAL_MODEL, measure_machine
+
+    spec = model_spec(args.model or TYPICAL_MODEL, revision=args.revision, dtype=args.dtype, quantization=None)
+    with Progress("profile", unit="steps") as bar:
+        profile = measure_machine(args.device, spec, threads=args.threads, progress=lambda step: bar.update(note=step))
+    if args.json:
+        return {"schema": 1, "profile": json.loads(profile.to_json())}
+    print(profile_text(profile))
+    return None
+
+
+def profile_text(profile: HardwareProfile) -> str:
+    """The rates that matter most, each with its unit."""
+    from twinpilots.units import format_bytes
+
+    lines = [f"{profile.name}; {profile.source}"]
+    for title, processor in (("CPU", profile.cpu), ("GPU" + (" (emulated)" if profile.emulated else ""), profile.gpu)):
+        if processor is not None:
+            lines.append(
+                f"{title}: reads {processor.read_bytes_per_s / 1e9:.1f} GB/s, computes {processor.flops_per_s / 1e9:.0f} GFLOP/s, "
+                f"{processor.copy_slowdown:.2f}x slower beside a busy link"
+            )
+    if profile.link is not None:
+        link = profile.link
+        lines.append(f"link: {link.up_bytes_per_s / 1e9:.2f} GB/s up, {link.down_bytes_per_s / 1e9:.2f} GB/s down, hand-off {link.handoff_s * 1e6:.0f} us")
+        lines.append(f"GPU memory: {format_bytes(profile.gpu_memory_bytes)}")
+    lines.append(f"host memory: {format_bytes(profile.host_memory_bytes)}, {profile.cpu_cores} cores for the CPU pilot")
+    return "\n".join(lines)

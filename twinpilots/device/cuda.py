@@ -1,0 +1,336 @@
+"""A CUDA GPU behind the device seam: one arena, three streams, one launch thread each.
+
+Owns the arena, the pinning of the host arena in place, and how events cross between streams and the host (`StreamSync`). Each launch thread runs the
+torch interpreter's queue loop on its stream; what an instruction does is not known here. `Runtime` is the little of CUDA that is needed, so that all
+of this runs on a stand-in without a GPU (tests/cpu/test_cuda_standin.py).
+
+- Wait: if the event's host word is there, nothing is left to wait for. Else, if another queue of this GPU has launched the record, the stream waits
+  for that queue's CUDA event. Else (the CPU pilot's events, or records not launched yet) the launch thread polls.
+- Record: a CUDA event for the other streams, and the host word, written in stream order: by a kernel through the mapped host arena, or, where it could
+  not be mapped, by a 4-byte copy from a device-side pass id.
+- An entry counts as finished when its stream has run dry. Trace times are the stream's own (CUDA events), resolved then.
+- Footprint on the card: the arena, the CUDA context with its libraries (`overhead_bytes`, measured), and torch's temporaries, capped at
+  TEMPORARY_BYTES by torch's own limit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twinpilots.device.base import ENTRY_QUIT, OK, QUEUE_NAMES, Mailbox, QueueName
+from twinpilots.device.memory import HostArena
+from twinpilots.errors import DeviceUnavailableError, LimitError
+from twinpilots.kernels.native import TIMED_OUT
+from twinpilots.runtime.interpreter import POLL_S, WAIT_TIMEOUT_S, has_reached, queue_loop
+from twinpilots.runtime.program import ENTRY, NULL
+from twinpilots.units import format_bytes
+
+_LOG = logging.getLogger(__name__)
+TEMPORARY_BYTES = 768 * 2**20  # what the interpreter's intermediate results may take beside the arena
+CONTEXT_GUESS_BYTES = 600 * 2**20  # a CUDA context with cuBLAS, where nvidia-smi is not there to measure it
+REGISTER_FLAGS = 1 | 2  # cudaHostRegisterPortable | cudaHostRegisterMapped
+ALL_PASSES = 2**31 - 1
+
+
+class Event(Protocol):
+    """torch.cuda.Event."""
+
+    def record(self, stream: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, later: Any) -> float: ...
+
+
+class Runtime(Protocol):
+    """What `CudaGpu` needs of CUDA."""
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        """The arena: ``num_bytes`` of uint8 on the device."""
+        ...
+
+    def pin(self, host: HostArena) -> Tensor | None:
+        """Pin the host arena where it lies. The arena as a device tensor, or None where it cannot be mapped (then copies are slower)."""
+        ...
+
+    def release(self, host: HostArena) -> None:
+        """Undo `pin`, and give cached memory back."""
+        ...
+
+    def stream(self) -> Any: ...
+    def event(self, *, timed: bool) -> Event: ...
+    def use(self, stream: Any) -> AbstractContextManager[Any]:
+        """Launches inside this block go to ``stream``."""
+        ...
+
+
+class CudaRuntime:
+    """The real thing, on device ``index``."""
+
+    def __init__(self, index: int) -> None:
+        self.device = torch.device("cuda", index)
+        self._pinned = False
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        # Before the arena: torch must not take more than arena and temporaries, whatever an instruction asks for.
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (num_bytes + TEMPORARY_BYTES) / total), self.device)
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+
+    def pin(self, host: HostArena) -> Tensor | None:
+        status = int(torch.cuda.cudart().cudaHostRegister(host.base, host.num_bytes, REGISTER_FLAGS))
+        if status != 0:
+            _LOG.warning("cannot pin %s of host memory (CUDA error %d): copies will be slow and block", format_bytes(host.num_bytes), status)
+            return None
+        self._pinned = True
+        address = _device_pointer(host.base)
+        if address is None:
+            _LOG.warning("pinned host memory cannot be mapped: activation copies will go through the copy engine, behind the weights")
+            return None
+        return torch.as_tensor(_CudaBytes(address, host.num_bytes), device=self.device)
+
+    def release(self, host: HostArena) -> None:
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(host.base)
+            self._pinned = False
+        torch.cuda.empty_cache()
+
+    def stream(self) -> Any:
+        return torch.cuda.Stream(self.device)
+
+    def event(self, *, timed: bool) -> Event:
+        return torch.cuda.Event(enable_timing=timed)
+
+    def use(self, stream: Any) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(stream)
+
+
+class _CudaBytes:
+    """Device-visible bytes for torch.as_tensor."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 3, "strides": None}
+
+
+def _device_pointer(host_address: int) -> int | None:
+    """Where the device sees registered host memory. torch does not export this call; the library is the one that it has loaded."""
+    version = (torch.version.cuda or "").partition(".")[0]
+    pointer = ctypes.c_void_p()
+    try:
+        library = ctypes.CDLL(f"libcudart.so.{version}")
+        status = library.cudaHostGetDevicePointer(ctypes.byref(pointer), ctypes.c_void_p(host_address), 0)
+    except (OSError, AttributeError):
+        return None
+    return pointer.value if status == 0 else None
+
+
+class StreamSync:
+    """Events of one queue (interpreter.Sync). ``board`` is shared by the queues of one GPU: event -> (value, CUDA event of the launched record)."""
+
+    def __init__(self, runtime: Runtime, stream: Any, host: HostArena, alias: Tensor | None, board: dict[int, tuple[int, Event]]) -> None:
+        self._runtime, self._stream, self._board, self._words = runtime, stream, board, host.events
+        start = host.events.ctypes.data - host.base
+        self._targets = (torch.from_numpy(host.bytes) if alias is None else alias)[start : start + host.events.nbytes].view(torch.int32)
+        self._marks: list[tuple[NDArray[np.int64], int, Event]] = []
+        self._base: tuple[Event, int] | None = None
+
+    def wait(self, event: int, value: int, stopped: Callable[[], int]) -> int:
+        deadline = time.monotonic() + WAIT_TIMEOUT_S
+        while not has_reached(int(self._words[event]), value):
+            launched = self._board.get(event)
+            if launched is not None and has_reached(launched[0], value):
+                self._stream.wait_event(launched[1])
+                return OK
+            status = stopped()
+            if status != OK:
+                return status
+            if time.monotonic() > deadline:
+                return TIMED_OUT
+            time.sleep(POLL_S)
+        return OK
+
+    def record(self, event: int, value: int) -> None:
+        word, target = int(np.uint32(value % 2**32).view(np.int32)), self._targets[event : event + 1]
+        if target.is_cuda:
+            target.fill_(word)
+        else:
+            target.copy_(torch.full((1,), word, dtype=torch.int32).to(self._device(), non_blocking=True), non_blocking=True)
+        done = self._runtime.event(timed=False)
+        done.record(self._stream)
+        self._board[event] = (value, done)
+
+    def _device(self) -> torch.device:
+        return torch.device(getattr(self._stream, "device", "cpu"))
+
+    def mark(self, times: NDArray[np.int64], which: int) -> None:
+        if self._base is None:  # the first of an entry: the stream is idle, so host and stream can be set against each other
+            start = self._timed_event()
+            start.synchronize()
+            self._base = (start, time.monotonic_ns())
+        self._marks.append((times, which, self._timed_event()))
+
+    def _timed_event(self) -> Event:
+        event = self._runtime.event(timed=True)
+        event.record(self._stream)
+        return event
+
+    def drain(self) -> None:
+        self._stream.synchronize()
+        if self._base is not None:
+            start, start_ns = self._base
+            for times, which, event in self._marks:
+                times[which] = start_ns + round(start.elapsed_time(event) * 1e6)
+        self._marks.clear()
+        self._base = None
+
+
+class CudaGpu:
+    """A `GpuDevice` on CUDA device ``index``. ``runtime`` replaces CUDA in tests.
+
+    ``overhead_bytes`` is what this process takes on the card beside the arena; ``memory_bytes`` what an arena may take now.
+    """
+
+    emulated = False
+
+    def __init__(self, index: int = 0, runtime: Runtime | None = None) -> None:
+        self.name = f"cuda:{index}"
+        if runtime is None:
+            self.memory_bytes, self.overhead_bytes = _measure_memory(index)
+        else:
+            self.memory_bytes, self.overhead_bytes = 2**30, 0
+        self._runtime: Runtime = CudaRuntime(index) if runtime is None else runtime
+        self._arena: Tensor | None = None
+        self._host: HostArena | None = None
+        self._threads: list[threading.Thread] = []
+        self._failure: str | None = None
+
+    def open(self, host: HostArena, num_bytes: int) -> None:
+        if self._arena is not None:
+            raise ValueError(f"{self.name} is open already")
+        if num_bytes > self.memory_bytes:
+            raise LimitError(
+                f"{self.name} has {format_bytes(self.memory_bytes)} of memory free beside the CUDA context, {format_bytes(num_bytes)} asked for; "
+                f"lower --gpu-memory to {self.memory_bytes + self.overhead_bytes} bytes or less"
+            )
+        try:
+            self._arena = self._runtime.allocate(num_bytes)
+        except torch.OutOfMemoryError as error:
+            raise LimitError(f"{self.name} cannot allocate {format_bytes(num_bytes)}; lower --gpu-memory or end what else uses the card") from error
+        self._host, self._failure = host, None
+        alias = self._runtime.pin(host)
+        self._mailboxes = {queue: Mailbox(host, queue, None) for queue in QUEUE_NAMES}  # the launch threads poll: no futex to wake
+        board: dict[int, tuple[int, Event]] = {}
+        for queue in QUEUE_NAMES:
+            thread = threading.Thread(target=self._serve, args=(queue, host, alias, board), name=f"{self.name} {queue}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, queue: QueueName, host: HostArena, alias: Tensor | None, board: dict[int, tuple[int, Event]]) -> None:
+        """One launch thread: the queue loop, launching on a stream of its own."""
+        assert self._arena is not None
+        stream = self._runtime.stream()
+        try:
+            with self._runtime.use(stream):
+                sync = StreamSync(self._runtime, stream, host, alias, board)
+                queue_loop(self._mailboxes[queue].offset, host.bytes, self._arena, host_alias=alias, sync=sync)
+        except (RuntimeError, AssertionError, ValueError, LookupError, TypeError) as error:
+            self._failure = f"{queue} of {self.name} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            _LOG.exception("%s", self._failure)
+            host.set_abort()
+
+    def submit(self, queue: QueueName, entry: np.void | NDArray[Any]) -> None:
+        self._opened()
+        self._mailboxes[queue].submit(entry)
+
+    def cancel(self, queue: QueueName, pass_id: int) -> None:
+        self._opened()
+        self._mailboxes[queue].request_cancel(pass_id)
+        self._mailboxes[queue].wait_idle(WAIT_TIMEOUT_S, lambda: self._failure)
+
+    def wait(self, queue: QueueName, timeout_s: float) -> None:
+        self._opened()
+        self._mailboxes[queue].wait_idle(timeout_s, lambda: self._failure)
+
+    def write(self, offset: int, data: NDArray[Any]) -> None:
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        target = self._range(offset, raw.nbytes)
+        target.copy_(torch.from_numpy(raw if raw.flags.writeable else raw.copy()))
+
+    def read(self, offset: int, num_bytes: int) -> NDArray[np.uint8]:
+        result: NDArray[np.uint8] = self._range(offset, num_bytes).cpu().numpy().copy()
+        return result
+
+    def close(self) -> None:
+        if self._arena is None or self._host is None:
+            return
+        quit_entry = np.zeros((), ENTRY)
+        quit_entry["meta"], quit_entry["trace"], quit_entry["flags"] = NULL, NULL, ENTRY_QUIT
+        for mailbox in self._mailboxes.values():
+            mailbox.request_cancel(ALL_PASSES)  # whatever still waits for an event gives up
+        if not self._host.aborted:
+            for mailbox in self._mailboxes.values():
+                mailbox.submit(quit_entry)
+        for thread in self._threads:
+            thread.join()
+        for mailbox in self._mailboxes.values():
+            mailbox.request_cancel(0)
+        self._threads.clear()
+        self._arena = None
+        self._runtime.release(self._host)
+        self._host = None
+
+    def _opened(self) -> Tensor:
+        if self._arena is None:
+            raise ValueError(f"{self.name} is not open")
+        return self._arena
+
+    def _range(self, offset: int, num_bytes: int) -> Tensor:
+        arena = self._opened()
+        if offset < 0 or num_bytes < 0 or offset + num_bytes > arena.numel():
+            raise ValueError(f"bytes {offset} to {offset + num_bytes} leave the GPU arena of {arena.numel()} bytes")
+        return arena[offset : offset + num_bytes]
+
+
+def _measure_memory(index: int) -> tuple[int, int]:
+    """(bytes an arena may take now, bytes this process takes on the card beside it) of CUDA device ``index``.
+
+    The context's size is what the card's use grew by while the context and cuBLAS were made: others' changes meanwhile would be counted as ours.
+    """
+    if not torch.cuda.is_available():
+        raise DeviceUnavailableError(f"cuda:{index} is not here: torch {torch.__version__} finds no CUDA device; use --device cpu or --device emulated:demo")
+    if index >= torch.cuda.device_count():
+        raise DeviceUnavailableError(f"cuda:{index} is not here: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    before = _used_by_all(index)
+    if torch.backends.cuda.matmul.allow_tf32:
+        _LOG.warning("TF32 was switched on in this process; fp32 weights need it off, so it is off now")
+        torch.backends.cuda.matmul.allow_tf32 = False
+    device = torch.device("cuda", index)
+    for dtype in (torch.float32, torch.float16):  # cuBLAS handles and their workspaces come with the first product
+        torch.ones((16, 16), device=device, dtype=dtype) @ torch.ones((16, 16), device=device, dtype=dtype)
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    context = CONTEXT_GUESS_BYTES if before is None else max(0, total - free - before)
+    return max(0, free - TEMPORARY_BYTES), context + TEMPORARY_BYTES
+
+
+def _used_by_all(index: int) -> int | None:
+    """Bytes in use on the card, by whoever, asked without a CUDA context of our own; None without nvidia-smi."""
+    name = str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))
+    uuid = name if name.startswith("GPU-") else f"GPU-{name}"
+    command = ["nvidia-smi", f"--id={uuid}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return int(answer.stdout.split()[0]) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None

@@ -1,0 +1,45 @@
+"""Every exception that TwinPilots raises on purpose.
+
+    TwinPilotsError
+    +-- UserError (exit code 2)          the request cannot be served as it was made
+    |   +-- CheckpointError              a model file is missing, truncated, hostile or misshapen
+    |   +-- UnsupportedModelError        an architecture or a feature of it that we do not run
+    |   +-- LimitError                   a memory limit, or the model's own length limit, cannot be met
+    |   +-- DeviceUnavailableError       the asked-for device is not on this machine
+    |   +-- ProfileMissingError          planning for this machine before it has been measured
+    +-- DeviceLostError                  a device stopped answering in the middle of a run
+
+A message names the value, the limit and the next action, on one line. Invalid Python arguments raise ``ValueError``, as everywhere in Python.
+"""
+
+
+class TwinPilotsError(Exception):
+    """Base class of all errors that TwinPilots raises on purpose."""
+
+
+class UserError(TwinPilotsError):
+    """The request cannot be served as it was made; the message says what to change."""
+
+
+class CheckpointError(UserError):
+    """A model file is missing, truncated, hostile or misshapen; the message names the file and the tensor or field."""
+
+
+class UnsupportedModelError(UserError):
+    """The model's architecture, or a feature of it, is not supported."""
+
+
+class LimitError(UserError):
+    """A limit (GPU memory, host memory, model length) cannot be met; the message names the smallest that would do."""
+
+
+class DeviceUnavailableError(UserError):
+    """The asked-for device does not exist on this machine."""
+
+
+class ProfileMissingError(UserError):
+    """This machine has not been measured yet; the message names the command that does."""
+
+
+class DeviceLostError(TwinPilotsError):
+    """A device stopped answering in the middle of a run."""

@@ -1,0 +1,329 @@
+"""The offline profiler: measures on the real devices what the planner needs, through the executor's own queues.
+
+Owns the experiments and their arithmetic. Every rate is the median of repeated runs with weights that cycle through more memory than the caches
+hold. Knows nothing of plans; `store.py` keeps the result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from typing import Literal
+
+import numpy as np
+
+from twinpilots.device.base import GpuDevice
+from twinpilots.device.cpu import CpuPilot
+from twinpilots.device.memory import host_memory_available_bytes
+from twinpilots.hardware.profile import ComputeProfile, Curve, HardwareProfile, LinkProfile
+from twinpilots.hardware.rig import Rig, instruction, work_s
+from twinpilots.kernels.native import load as load_native
+from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.runtime.program import ACT_CODES, DTYPE_CODES, NULL, Epilogue, NormKind, Op
+
+Side = Literal["cpu", "gpu"]
+FULL_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+QUICK_GRID = (1, 4, 16, 64, 256)
+MIN_RUNS = 3
+CACHE_BYTES = 40 << 20  # more than the L3 of a desktop processor: weights must come from DRAM, as in a real pass
+FILL = {"fp32": 0x3C, "bf16": 0x3C, "fp16": 0x2C}  # bytes that make ordinary small numbers in each format
+
+
+@dataclass
+class _Bench:
+    """One side's measuring ground: where its weights, activations and pages lie in the rig."""
+
+    rig: Rig
+    side: Side
+    spec: ModelSpec
+    tokens: int
+    weights: int = 0
+    weight_bytes: int = 0
+    buffers: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        alloc = self.rig.alloc_host if self.side == "cpu" else self.rig.alloc_gpu
+        self.weight_bytes = weight_region_bytes(self.rig.gpu is not None and self.side == "gpu", _gpu_budget(self.rig.gpu))
+        self.weights = alloc(self.weight_bytes)
+        self.rig.fill(self.weights, self.weight_bytes, FILL[spec.weight_dtype])
+        widths = {"wide": max(spec.intermediate_size, spec.q_size + 2 * spec.kv_size), "hidden": spec.hidden_size, "out": spec.hidden_size, "attn": spec.q_size}
+        for name, width in widths.items():
+            self.buffers[name] = alloc(4 * width * self.tokens)
+            self.rig.fill(self.buffers[name], 4 * width * self.tokens, FILL["fp32"])
+        self.wide = widths["wide"]
+
+    def run(self, rows: list[tuple[object, ...]]) -> np.ndarray:
+        return self.rig.run({self.side: rows})[self.side]
+
+    def linears(self, dim: str) -> tuple[list[tuple[object, ...]], list[int]]:
+        """The layer's linears of one split dimension over and over, through all of the weight region once; and how many weights each has."""
+        ops = [op for op in self.spec.layer_ops(0, 64).values() if op.split_dim == dim]
+        rows, elements, position = [], [], 0
+        while True:
+            op = ops[len(rows) % len(ops)]
+            count = max(1, min(op.rows, self.weight_bytes // 4 // (op.row_bytes * op.unit_rows) * op.unit_rows))
+            if position + count * op.row_bytes > self.weight_bytes:
+                return rows, elements
+            rows.append(self._linear(op, count, self.weights + position))
+            elements.append(count * op.row_elements)
+            position += -(-count * op.row_bytes // 64) * 64
+
+    def _linear(self, op: OpSpec, count: int, weight: int) -> tuple[object, ...]:
+        spec, b = self.spec, self.buffers
+        dtype = DTYPE_CODES[spec.weight_dtype]
+        if op.split_dim == "in":
+            return instruction(Op.LINEAR_IN, (b["out"], spec.hidden_size, b["wide"], self.wide, weight, dtype, count, spec.hidden_size, 0))
+        epilogue = {"gate_up_proj": Epilogue.ACT_MUL, "fc1": Epilogue.ACT}.get(op.name, Epilogue.NONE)
+        args = (b["wide"], self.wide, b["hidden"], spec.hidden_size, weight, dtype, count, op.width, op.unit_rows, epilogue, ACT_CODES[spec.activation], NULL, NULL)
+        return instruction(Op.LINEAR, args)
+
+    def curve(self, dim: str, grid: Sequence[int], budget_s: float) -> Curve:
+        """Seconds per weight at each token count. All weights while that is quick; where computing takes longer than reading, as many as the time allows."""
+        rows, elements = self.linears(dim)
+        cycle = len([op for op in self.spec.layer_ops(0, 64).values() if op.split_dim == dim])
+        per_weight: list[float] = []
+        for i, tokens in enumerate(grid):
+            expected_s = per_weight[-1] * tokens / grid[i - 1] if per_weight else 0.0
+            runs_s = budget_s / len(grid) / MIN_RUNS
+            count = len(rows)
+            while count > cycle and expected_s * sum(elements[:count]) > runs_s:
+                count -= cycle
+            count = max(min(cycle, len(rows)), count)
+            self.rig.set_tokens(tokens)
+            seconds = _median_s(lambda count=count: float(work_s(self.run(rows[:count])).sum()), runs_s)  # type: ignore[misc]
+            per_weight.append(seconds / sum(elements[:count]))
+        return Curve(x=tuple(float(t) for t in grid), y=tuple(per_weight))
+
+    def elementwise_rate(self) -> float:
+        """Bytes per second of a norm over many rows (read and write counted)."""
+        tokens, hidden = self.tokens, self.spec.hidden_size
+        self.rig.set_tokens(tokens)
+        row = instruction(Op.NORM, (self.buffers["out"], hidden, self.buffers["hidden"], hidden, self.buffers["attn"], NULL, hidden, NormKind.RMS), (1e-5,))
+        return 8.0 * tokens * hidden / _median_s(lambda: float(np.median(work_s(self.run([row] * 5)))), 0.02)
+
+    def task_s(self) -> float:
+        """Fixed cost of a task: the time of a one-row norm, dispatch between instructions included."""
+        self.rig.set_tokens(1)
+        hidden = self.spec.hidden_size
+        row = instruction(Op.NORM, (self.buffers["out"], hidden, self.buffers["hidden"], hidden, self.buffers["attn"], NULL, hidden, NormKind.RMS), (1e-5,))
+
+        def per_task() -> float:
+            trace = self.run([row] * 100)
+            return float(trace[-1, 2] - trace[0, 0]) * 1e-9 / 100
+
+        return _median_s(per_task, 0.02)
+
+    def attention(self, kv_dtype: str) -> tuple[float, float]:
+        """(KV bytes per second of decode attention, FLOPs per second of prefill attention), through pages in the weight region."""
+        spec, element, page = self.spec, BYTES_PER_WEIGHT[kv_dtype], 16
+        token_bytes = 2 * spec.kv_size * element
+        context = max(page, min(512, self.weight_bytes // 16 // token_bytes // page * page))
+        num_seqs = max(1, min(8, self.tokens, self.weight_bytes // (4 * context * token_bytes)))
+        layer_bytes = num_seqs * context * token_bytes
+        layers = max(1, min(32, self.weight_bytes // layer_bytes))
+        self.rig.set_sequences([(1, context)] * num_seqs, page)
+        rows = [self._attend(self.weights + layer * layer_bytes, token_bytes * page, page, kv_dtype) for layer in range(layers)]
+        decode_s = _median_s(lambda: float(work_s(self.run(rows)).sum()), 0.1)
+        query = min(256, self.tokens, context)
+        self.rig.set_sequences([(query, query)], page)
+        prefill_s = _median_s(lambda: float(work_s(self.run(rows[:1])).sum()), 0.1)
+        return layers * layer_bytes / decode_s, spec.attention_flops(1, query * (query + 1) / 2) / prefill_s
+
+    def _attend(self, kv: int, page_stride: int, page: int, kv_dtype: str) -> tuple[object, ...]:
+        spec, b = self.spec, self.buffers
+        args = (b["attn"], spec.q_size, b["wide"], self.wide, spec.num_heads, spec.num_kv_heads, spec.head_dim, kv, page_stride, page, DTYPE_CODES[kv_dtype], 0)
+        return instruction(Op.ATTEND, args, (spec.softmax_scale, 0.0))
+
+
+def weight_region_bytes(on_gpu: bool, gpu_budget_bytes: int) -> int:
+    """How much weight memory an experiment cycles through: beyond the caches, but at most half of the GPU's memory."""
+    return min(CACHE_BYTES, gpu_budget_bytes // 2) if on_gpu else CACHE_BYTES
+
+
+def _gpu_budget(gpu: GpuDevice | None) -> int:
+    return 0 if gpu is None else min(gpu.memory_bytes, 1 << 30)
+
+
+def _median_s(experiment: Callable[[], float], budget_s: float) -> float:
+    """The median of at least MIN_RUNS and at most 9 runs of an experiment that returns seconds, within a time budget after those."""
+    began, found = time.perf_counter(), []
+    while len(found) < MIN_RUNS or (len(found) < 9 and time.perf_counter() - began < budget_s):
+        found.append(experiment())
+    return float(np.median(found))
+
+
+def measure(
+    pilot: CpuPilot, gpu: GpuDevice | None, spec: ModelSpec, *, kv_dtype: str | None = None, quick: bool = False, progress: Callable[[str], None] = lambda _: None
+) -> HardwareProfile:
+    """Measures this machine for models of ``spec``'s dtype and widths. ``quick`` takes about 2 s with fewer points, otherwise under 60 s."""
+    grid = QUICK_GRID if quick else FULL_GRID
+    budget_s = 0.3 if quick else 4.0
+    rig_bytes = CACHE_BYTES * 3 + 16 * max(grid) * (spec.intermediate_size + spec.hidden_size * 4 + spec.q_size * 4)
+    gpu_budget = _gpu_budget(gpu)
+    if gpu and gpu_budget < (64 << 20):
+        grid = grid[:-2]
+    with Rig(pilot, gpu, host_bytes=rig_bytes, gpu_bytes=gpu_budget) as rig:
+        sides: dict[Side, ComputeProfile] = {}
+        benches: dict[Side, _Bench] = {}
+        for side in ("cpu", "gpu") if gpu else ("cpu",):
+            progress(f"{side}: linears, attention, small ops")
+            bench = benches[side] = _Bench(rig, side, spec, max(grid))
+            sides[side] = _measure_compute(bench, grid, budget_s, kv_dtype or spec.weight_dtype, pilot.threads if side == "cpu" else 1, gpu)
+        link = None
+        if gpu:
+            progress("link: packets, small copies, hand-off, contention")
+            link = _measure_link(rig, spec)
+            sides = _with_contention(rig, benches, sides)
+        step_s = _measure_step(rig, benches, gpu is not None)
+    dram = sides["cpu"].read_bytes_per_s
+    return HardwareProfile(
+        name=f"this machine ({gpu.name})" if gpu else "this machine",
+        source=f"measured {date.today().isoformat()}, {'quick' if quick else 'full'} profile, model widths of {spec.name}",
+        cpu=sides["cpu"], gpu=sides.get("gpu"), link=link, host_memory_bytes=host_memory_available_bytes(), gpu_memory_bytes=gpu.memory_bytes if gpu else 0,
+        dram_bytes_per_s=dram * (1.0 if not gpu else 1.3), cpu_cores=pilot.threads, emulated=bool(gpu and gpu.emulated), step_overhead_s=step_s,
+    )  # fmt: skip
+
+
+def _measure_compute(bench: _Bench, grid: Sequence[int], budget_s: float, kv_dtype: str, threads: int, gpu: GpuDevice | None) -> ComputeProfile:
+    dtype = bench.spec.weight_dtype
+    linear = {f"{dtype}/{dim}": bench.curve(dim, grid, budget_s) for dim in ("out", "in")}
+    # An emulated GPU computes on one core of the CPU's kind, so its peaks are one core's.
+    read_rate, flop_rate = _cuda_peaks(dtype) if bench.side == "gpu" and gpu and not gpu.emulated else cpu_peaks(threads)
+    attention_bytes, attention_flops = bench.attention(kv_dtype)
+    return ComputeProfile(
+        name=bench.side, linear=linear, attention_bytes_per_s=attention_bytes, attention_flops_per_s=attention_flops,
+        elementwise_bytes_per_s=bench.elementwise_rate(), task_s=bench.task_s(), read_bytes_per_s=read_rate, flops_per_s=flop_rate,
+    )  # fmt: skip
+
+
+def cpu_peaks(threads: int) -> tuple[float, float]:
+    """(DRAM read bytes/s, FMA FLOP/s) of ``threads`` cores, by routines that share nothing with our kernels."""
+    native = load_native()
+    if native is None:
+        return _torch_cpu_peaks(threads)
+    data = np.ones(CACHE_BYTES * 2, np.uint8)
+    pool = native.pool_create(threads)
+    try:
+        return native.read_rate(data, pool=pool), native.fma_rate(pool=pool)
+    finally:
+        native.pool_destroy(pool)
+
+
+def _torch_cpu_peaks(threads: int) -> tuple[float, float]:
+    import torch
+
+    torch.set_num_threads(threads)
+    big, square = torch.ones(16 << 20), torch.ones(512, 512)
+    read_s = _median_s(lambda: _timed(lambda: big.sum()), 0.1)
+    gemm_s = _median_s(lambda: _timed(lambda: square @ square), 0.1)
+    return big.numel() * 4 / read_s, 2 * 512**3 / gemm_s
+
+
+def _cuda_peaks(dtype: str) -> tuple[float, float]:
+    import torch
+
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    big = torch.ones(64 << 20, dtype=torch.float32, device="cuda")
+    square = torch.ones(4096, 4096, dtype=torch_dtype, device="cuda")
+
+    def on_gpu(work: Callable[[], object]) -> float:
+        torch.cuda.synchronize()
+        return _timed(lambda: (work(), torch.cuda.synchronize()))
+
+    return big.numel() * 4 / _median_s(lambda: on_gpu(big.sum), 0.2), 2 * 4096**3 / _median_s(lambda: on_gpu(lambda: square @ square), 0.2)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _loads(rig: Rig, size: int, count: int, target: int, source: int) -> list[tuple[object, ...]]:
+    table = rig.alloc_host(24)
+    rig.host.view(table & ((1 << 56) - 1), np.dtype(np.int64), (3,))[:] = (target, source, size)
+    return [instruction(Op.LOAD, (table, 1, size))] * count
+
+
+def _measure_link(rig: Rig, spec: ModelSpec) -> LinkProfile:
+    small, big = 64 << 10, 2 << 20
+    source, target = rig.alloc_host(big), rig.alloc_gpu(big)
+
+    def load_s(size: int) -> float:
+        rows = _loads(rig, size, 12, target, source)
+
+        def per_load() -> float:
+            trace = rig.run({"link_in": rows})["link_in"]
+            return float(trace[-1, 2] - trace[3, 2]) * 1e-9 / (len(rows) - 4)  # steady state: the link carries its deadline over from packet to packet
+
+        return _median_s(per_load, 0.05)
+
+    small_s, big_s = load_s(small), load_s(big)
+    rate = (big - small) / max(big_s - small_s, 1e-9)
+    columns, rows = spec.hidden_size, 64
+    near, far = rig.alloc_gpu(4 * columns * rows), rig.alloc_host(4 * columns * rows)
+
+    def copy_s(tokens: int, down: bool) -> float:
+        rig.set_tokens(tokens)
+        ends = (far, columns, near, columns) if down else (near, columns, far, columns)
+        return _median_s(lambda: float(np.median(work_s(rig.run({"gpu": [instruction(Op.COPY, (*ends, columns, int(down)))] * 20})["gpu"]))), 0.02)
+
+    down_s = copy_s(rows, True)
+    copy_fixed_s = max(copy_s(1, True) - 4 * columns / rate, 1e-7)
+    return LinkProfile(
+        up_bytes_per_s=rate, down_bytes_per_s=4 * columns * (rows - 1) / max(down_s - copy_s(1, True), 1e-9), packet_s=max(small_s - small / rate, 0.0),
+        copy_s=copy_fixed_s, handoff_s=_handoff_s(rig, near, far, columns),
+    )  # fmt: skip
+
+
+def _handoff_s(rig: Rig, near: int, far: int, columns: int) -> float:
+    """From a record on one side to the waiting instruction's start on the other: half of a ping-pong's turn, work excluded."""
+    rig.set_tokens(1)
+    turns = 100
+    gain = rig.alloc_host(4 * columns)
+    spare = rig.alloc_host(4 * columns)
+    gpu = [instruction(Op.COPY, (far, columns, near, columns, columns, 1), waits=[2 * i] if i else [], record=2 * i + 1) for i in range(turns)]
+    cpu = [instruction(Op.NORM, (spare, columns, far, columns, gain, NULL, columns, NormKind.RMS), (1e-5,), waits=[2 * i + 1], record=2 * i + 2) for i in range(turns)]
+
+    def per_handoff() -> float:
+        traces = rig.run({"gpu": gpu, "cpu": cpu})
+        total_s = float(traces["cpu"][-1, 2] - traces["gpu"][0, 1]) * 1e-9
+        return max(0.0, total_s - float(work_s(traces["gpu"]).sum() + work_s(traces["cpu"]).sum())) / (2 * turns)
+
+    return _median_s(per_handoff, 0.1)
+
+
+def _with_contention(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, ComputeProfile]) -> dict[Side, ComputeProfile]:
+    """Each side's slow-down while the link runs at its full rate."""
+    big = 2 << 20
+    source, target = rig.alloc_host(big), rig.alloc_gpu(big)
+    found = {}
+    for side, bench in benches.items():
+        rig.set_tokens(4)
+        rows, _ = bench.linears("out")
+        alone_s = _median_s(lambda rows=rows, side=side: float(work_s(rig.run({side: rows})[side]).sum()), 0.05)  # type: ignore[misc]
+        per_load_s = big / 2e9
+        loads = _loads(rig, big, max(4, int(1.5 * alone_s / per_load_s)), target, source)
+
+        def beside(rows: list[tuple[object, ...]] = rows, side: Side = side, loads: list[tuple[object, ...]] = loads) -> float:
+            traces = rig.run({side: rows, "link_in": loads})
+            busy = (traces[side][:, 1] >= traces["link_in"][0, 1]) & (traces[side][:, 2] <= traces["link_in"][-1, 2])
+            alone = work_s(rig.run({side: rows})[side])
+            together = work_s(traces[side])
+            return float(together[busy].sum() / alone[busy].sum()) if busy.any() else 1.0
+
+        found[side] = replace(sides[side], copy_slowdown=max(1.0, _median_s(beside, 0.1)))
+    return found
+
+
+def _measure_step(rig: Rig, benches: dict[Side, _Bench], has_gpu: bool) -> float:
+    """The driver's cost of a pass outside the queues' work: submitting, waking and collecting one instruction per queue."""
+    rig.set_tokens(1)
+    row: dict[Side, list[tuple[object, ...]]] = {}
+    for side, bench in benches.items():
+        hidden = bench.spec.hidden_size
+        row[side] = [instruction(Op.NORM, (bench.buffers["out"], hidden, bench.buffers["hidden"], hidden, bench.buffers["attn"], NULL, hidden, NormKind.RMS), (1e-5,))]
+    return _median_s(lambda: _timed(lambda: rig.run(dict(row))), 0.05)

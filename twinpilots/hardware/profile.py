@@ -1,0 +1,145 @@
+"""Rates of one machine, measured or preset, as data.
+
+Owns: `HardwareProfile` and its JSON form, and the interpolation of a measured curve. Presets are in `presets.py`, the measuring in `measure.py`.
+Knows nothing of models, plans or how a rate was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import inf
+from typing import Any
+
+PROFILE_SCHEMA = 1
+TOKEN_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A piecewise-linear function through (x, y), x ascending; constant below the first point, on the last slope (at least 0) above the last."""
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y) or not self.x or any(b <= a for a, b in zip(self.x, self.x[1:], strict=False)):
+            raise ValueError(f"curve needs ascending x and as many y, got x={self.x} y={self.y}")
+
+    def __call__(self, x: float) -> float:
+        if x <= self.x[0] or len(self.x) == 1:
+            return self.y[0]
+        i = min(bisect_right(self.x, x), len(self.x) - 1)
+        slope = (self.y[i] - self.y[i - 1]) / (self.x[i] - self.x[i - 1])
+        if x > self.x[-1]:
+            slope = max(slope, 0.0)
+        return self.y[i - 1] + slope * (x - self.x[i - 1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeProfile:
+    """One processor. ``linear["fp16/out"]`` maps tokens to seconds per weight element (weights out of cache) for ops split along the output; "/in" along the input.
+
+    Attention of one sequence and layer takes max(KV bytes / attention_bytes_per_s, FLOPs / attention_flops_per_s). ``task_s`` is the fixed cost of
+    one task. ``read_bytes_per_s`` and ``flops_per_s`` are the peaks of independent micro-benchmarks: only the hardware bound uses them.
+    """
+
+    name: str
+    linear: Mapping[str, Curve]
+    attention_bytes_per_s: float
+    attention_flops_per_s: float
+    elementwise_bytes_per_s: float
+    task_s: float
+    read_bytes_per_s: float
+    flops_per_s: float
+    copy_slowdown: float = 1.0  # factor on this processor's times while the link runs at full rate
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "attention_bytes_per_s attention_flops_per_s elementwise_bytes_per_s read_bytes_per_s flops_per_s", above=0)
+        _check_numbers(self, "task_s", least=0)
+        _check_numbers(self, "copy_slowdown", least=1)
+
+    def linear_s(self, dtype: str, split_dim: str, elements: float, tokens: float) -> float:
+        """Seconds of a linear of ``elements`` weights at ``tokens`` tokens, without the fixed cost."""
+        return elements * self.linear[f"{dtype}/{split_dim}"](tokens)
+
+    def attention_s(self, kv_bytes: float, flops: float) -> float:
+        """Seconds of attention that reads ``kv_bytes`` and computes ``flops``, without the fixed cost."""
+        return max(kv_bytes / self.attention_bytes_per_s, flops / self.attention_flops_per_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkProfile:
+    """The link between host and GPU memory: big copies both ways, and the small activation copies of the compute queue."""
+
+    up_bytes_per_s: float
+    down_bytes_per_s: float
+    packet_s: float  # fixed cost of one weight packet
+    copy_s: float  # fixed cost of one activation copy
+    handoff_s: float  # from a record on one device to the waiting task's start on the other
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "up_bytes_per_s down_bytes_per_s", above=0)
+        _check_numbers(self, "packet_s copy_s handoff_s", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareProfile:
+    """Everything that the planner knows about a machine. ``gpu`` and ``link`` are None on a machine without one."""
+
+    name: str
+    source: str  # where the figures come from: a measurement with its date, or published sheets
+    cpu: ComputeProfile
+    gpu: ComputeProfile | None
+    link: LinkProfile | None
+    host_memory_bytes: int
+    gpu_memory_bytes: int
+    dram_bytes_per_s: float
+    cpu_cores: int
+    disk_bytes_per_s: float | None = None
+    emulated: bool = False
+    step_overhead_s: float = 0.0  # driver work per pass outside the queues: scheduling, metadata, sampling
+    notes: Mapping[str, str] = field(default_factory=dict)
+    schema: int = PROFILE_SCHEMA
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "host_memory_bytes dram_bytes_per_s cpu_cores", above=0)
+        _check_numbers(self, "gpu_memory_bytes step_overhead_s", least=0)
+        if (self.gpu is None) != (self.link is None):
+            raise ValueError("HardwareProfile: gpu and link come together; give both or neither")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> HardwareProfile:
+        """Parse `to_json`'s output. Raises ValueError that names what is wrong."""
+        try:
+            data: dict[str, Any] = json.loads(text)
+            if data.get("schema") != PROFILE_SCHEMA:
+                raise ValueError(f"profile schema is {data.get('schema')!r}, this version reads {PROFILE_SCHEMA}")
+            for processor in ("cpu", "gpu"):
+                if data[processor] is not None:
+                    curves = {key: Curve(x=tuple(c["x"]), y=tuple(c["y"])) for key, c in data[processor]["linear"].items()}
+                    data[processor] = ComputeProfile(**{**data[processor], "linear": curves})
+            if data["link"] is not None:
+                data["link"] = LinkProfile(**data["link"])
+            return HardwareProfile(**data)
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a hardware profile: {error!r}") from error
+
+
+def _check_numbers(profile: object, names: str, *, above: float | None = None, least: float = 0.0) -> None:
+    """ValueError unless every named field is a finite number above ``above``, or at least ``least``."""
+    for name in names.split():
+        value = getattr(profile, name)
+        if not isinstance(value, (int, float)) or not least <= value < inf or (above is not None and value <= above):
+            limit = f"above {above}" if above is not None else f"at least {least}"
+            raise ValueError(f"{type(profile).__name__}.{name} must be a finite number {limit}, got {value!r}")
+
+
+def roofline_curve(bytes_per_element: float, read_bytes_per_s: float, flops_per_s: float, tokens: Sequence[float] = TOKEN_GRID) -> Curve:
+    """Seconds per weight element when a linear runs at the roofline: max(read, compute) at each token count."""
+    return Curve(x=tuple(tokens), y=tuple(max(bytes_per_element / read_bytes_per_s, 2.0 * t / flops_per_s) for t in tokens))

@@ -1,0 +1,93 @@
+"""Keeps measured profiles in the user's cache directory, keyed by hardware, versions and what they were measured for.
+
+Owns the file names and their key. Knows nothing of how a profile is measured or used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+from twinpilots.errors import ProfileMissingError
+from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.model.spec import ModelSpec
+
+STORE_VERSION = 1  # raise it when the kernels' speed or the experiments change, so that old profiles are measured again
+
+
+def cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/twinpilots``, by default ``~/.cache/twinpilots``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twinpilots"
+
+
+def profile_key(device: str, threads: int, spec: ModelSpec, isa: str) -> str:
+    """What a profile depends on: processor, device, threads, instruction set and weight dtype (the key's family), and the model's widths."""
+    widths = (spec.hidden_size, spec.intermediate_size, spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    return f"{_family(device, threads, spec.weight_dtype, isa)}-{_digest(widths)}"
+
+
+def _family(device: str, threads: int, dtype: str, isa: str) -> str:
+    return _digest((STORE_VERSION, _processor_name(), os.cpu_count(), device, threads, isa, dtype))
+
+
+def _digest(parts: tuple[object, ...]) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def profile_path(key: str) -> Path:
+    return cache_dir() / "profiles" / f"{key}.json"
+
+
+def save_profile(key: str, profile: HardwareProfile, *, latest_for: str | None = None) -> Path:
+    """Writes the profile atomically; ``latest_for`` (a device name) also makes it the machine's default for `plan`. Raises OSError when the cache cannot be written."""
+    path = profile_path(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for target in [path] + ([_latest_path(latest_for)] if latest_for else []):
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(profile.to_json())
+        os.replace(file.name, target)
+    return path
+
+
+def load_profile(key: str) -> HardwareProfile | None:
+    """The stored profile of this key, or None; a damaged file counts as none (it will be measured and written again)."""
+    return _read(profile_path(key))
+
+
+def any_profile(device: str, threads: int, dtype: str, isa: str) -> HardwareProfile | None:
+    """The newest stored profile of this machine and dtype for whatever widths, or None: good enough for a model too small for its rates to matter."""
+    found = sorted(profile_path("").parent.glob(f"{_family(device, threads, dtype, isa)}-*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return next((profile for profile in map(_read, found) if profile is not None), None)
+
+
+def latest_profile(device: str) -> HardwareProfile:
+    """This machine's most recent full profile for a device. Raises ProfileMissingError with the command that makes one."""
+    found = _read(_latest_path(device))
+    if found is None:
+        raise ProfileMissingError(f"this machine has no stored profile for device {device}: run `twinpilots profile --device {device}`, or name a preset with --hardware")
+    return found
+
+
+def _latest_path(device: str) -> Path:
+    safe = "".join(c if c.isalnum() else "-" for c in device)
+    return cache_dir() / "profiles" / f"latest-{safe}.json"
+
+
+def _read(path: Path) -> HardwareProfile | None:
+    try:
+        return HardwareProfile.from_json(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

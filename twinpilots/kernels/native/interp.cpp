@@ -1,0 +1,377 @@
+#include "interp.h"
+
+#include <sys/prctl.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "sync.h"
+
+namespace tp {
+
+// ---- instruction sets, scratch
+
+static const Kernels* table(int level) {
+#if defined(__x86_64__)
+  if (level == 2) return &kAvx512;
+  if (level == 1) return &kAvx2;
+#endif
+  return level == 0 ? &kPortable : nullptr;
+}
+
+int best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return wide ? 2 : 1;
+#else
+  return 0;
+#endif
+}
+
+static std::atomic<const Kernels*> g_kernels{nullptr};
+
+const Kernels& kernels() {
+  const Kernels* chosen = g_kernels.load(std::memory_order_relaxed);
+  if (!chosen) g_kernels = chosen = table(best_isa());
+  return *chosen;
+}
+
+int set_isa(int level) {
+  if (level < 0 || level > best_isa()) return -1;
+  g_kernels = table(level);
+  return level;
+}
+
+struct Scratch {
+  char* data = nullptr;
+  size_t bytes = 0;
+  ~Scratch() { std::free(data); }
+};
+
+char* thread_scratch(size_t bytes) {
+  static thread_local Scratch scratch;
+  if (bytes > scratch.bytes) {
+    std::free(scratch.data);
+    scratch.bytes = (bytes + bytes / 4 + 4095) & ~(size_t)4095;
+    scratch.data = static_cast<char*>(std::aligned_alloc(4096, scratch.bytes));
+    if (!scratch.data) throw std::bad_alloc();
+  }
+  return scratch.data;
+}
+
+// ---- the queue
+
+Queue::Queue(void* host, void* gpu, int64_t mailbox_offset, Pool* pool, const LinkParams* link)
+    : host_(static_cast<char*>(host)),
+      gpu_(static_cast<char*>(gpu)),
+      box_(mailbox_offset < 0 ? nullptr : reinterpret_cast<Mailbox*>(host_ + mailbox_offset)),
+      pool_(pool),
+      link_(link),
+      random_(link_.seed() + 0x9e3779b97f4a7c15ULL * (uint64_t)(mailbox_offset + 2)) {
+  if (link) prctl(PR_SET_TIMERSLACK, 1UL, 0UL, 0UL, 0UL);  // the link's deadlines are finer than the default slack of 50 us
+}
+
+char* Queue::at(int64_t address) const {
+  if (address == NULL_ADDRESS) return nullptr;
+  return (address >> 56 == GPU ? gpu_ : host_) + (address & ((1LL << 56) - 1));
+}
+
+bool Queue::cancelled(int32_t pass_id) const { return box_ && pass_id <= word(&box_->cancel_pass).load(std::memory_order_relaxed); }
+
+int Queue::wait_event(int event, int32_t value, int32_t pass_id) {
+  uint32_t* slot = event_slot(host_, event);
+  uint32_t seen = word(slot).load(std::memory_order_acquire);
+  if ((int32_t)(seen - (uint32_t)value) >= 0) return OK;
+  link_.idle();
+  Waiter waiter(host_, slot, timeout_ns());
+  for (;;) {
+    if (cancelled(pass_id)) return CANCELLED;
+    if (const int error = waiter.pause(seen)) return error;
+    seen = word(slot).load(std::memory_order_acquire);
+    if ((int32_t)(seen - (uint32_t)value) >= 0) return OK;
+  }
+}
+
+int Queue::wait_for(const Insn& insn, const Entry& entry) {
+  for (int i = 0; i < insn.num_waits; i++) {
+    if (insn.wait_offset[i] < 0 && entry.pass_id == entry.first_pass) continue;
+    if (const int error = wait_event(insn.wait_event[i], entry.pass_id + insn.wait_offset[i], entry.pass_id)) return error;
+  }
+  return OK;
+}
+
+// Half of the instructions start as early as their waits allow, the others up to 2 ms late.
+void Queue::dawdle() {
+  random_ += 0x9e3779b97f4a7c15ULL;
+  uint64_t z = random_;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ULL;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebULL;
+  z ^= z >> 31;
+  if (z & 1) return;
+  const int64_t limit = (z & 6) == 0 ? 2'000'000 : 100'000;
+  sleep_until_ns(now_ns() + (int64_t)(z >> 8) % limit);
+}
+
+int Queue::run(const Entry& entry) {
+  const Insn* insns = ptr<const Insn>(entry.insns);
+  int64_t(*trace)[3] = ptr<int64_t[3]>(entry.trace);
+  meta_ = ptr<const int32_t>(entry.meta);
+  for (int32_t i = 0; i < entry.count; i++) {
+    const Insn& insn = insns[i];
+    if (word(&control(host_)->abort).load(std::memory_order_relaxed)) return ABORTED;
+    if (cancelled(entry.pass_id)) return CANCELLED;
+    if (insn.num_waits < 0 || insn.num_waits > MAX_WAITS) return BAD_INSTRUCTION;
+    if (trace) trace[i][0] = now_ns();
+    if (const int error = wait_for(insn, entry)) return error;
+    if (link_.seed()) dawdle();
+    if (trace) trace[i][1] = now_ns();
+    if (const int error = execute(insn)) return error;
+    if (trace) trace[i][2] = now_ns();
+    if (insn.record >= 0) publish(host_, event_slot(host_, insn.record), (uint32_t)entry.pass_id);
+  }
+  return OK;
+}
+
+int Queue::loop() {
+  for (;;) {
+    const uint32_t head = word(&box_->head).load(std::memory_order_relaxed);
+    uint32_t tail = word(&box_->tail).load(std::memory_order_acquire);
+    if (tail == head) {
+      link_.idle();
+      Waiter waiter(host_, &box_->tail, -1);
+      while (tail == head) {
+        if (waiter.pause(tail)) return ABORTED;
+        tail = word(&box_->tail).load(std::memory_order_acquire);
+      }
+    }
+    const Entry entry = box_->entries[head % MAILBOX_ENTRIES];
+    const int result = run(entry);
+    if (result < 0 && box_->status == OK) word(&box_->status).store(result, std::memory_order_relaxed);
+    publish(host_, &box_->head, head + 1);
+    if (result == ABORTED) return ABORTED;
+    if (entry.flags & ENTRY_QUIT) return OK;
+  }
+}
+
+// ---- rows of an instruction
+
+Queue::Rows Queue::rows(const Insn& insn) const {
+  if (insn.row_kind == 1) return {0, meta_[NUM_LOGITS]};
+  const int32_t* starts = meta_ + ROWS + 4 * insn.mb;
+  return {starts[insn.glo], starts[insn.ghi]};
+}
+
+Queue::Rows Queue::sequences(const Insn& insn, int glo, int ghi) const {
+  const int32_t* starts = meta_ + SEQS + 4 * insn.mb;
+  return {starts[glo], starts[ghi]};
+}
+
+Sequence Queue::sequence(int64_t index, Meta pages) const {
+  return {words(OFF_SEQ_ROW)[index], words(OFF_SEQ_LEN)[index], words(OFF_SEQ_KV)[index], words(OFF_PAGE) + words(pages)[index]};
+}
+
+// Rows one by one, on all threads when there is enough to do.
+template <class F>
+void Queue::each_row(const Insn& insn, int64_t elements_per_row, F&& fn) {
+  const Rows r = rows(insn);
+  const int64_t step = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements_per_row));
+  parallel(pool_, (r.last - r.first + step - 1) / step, [&](int64_t chunk) {
+    const int64_t begin = r.first + chunk * step, end = std::min(begin + step, r.last);
+    for (int64_t row = begin; row < end; row++) fn(row);
+  });
+}
+
+static bool known_dtype(int64_t dtype) { return dtype == FP32 || dtype == BF16 || dtype == FP16; }
+
+int Queue::execute(const Insn& insn) {
+  if (insn.mb < 0 || insn.mb >= MAX_MICRO_BATCHES || insn.glo < 0 || insn.ghi < insn.glo || insn.ghi > 3 || insn.row_kind < 0 || insn.row_kind > 1) return BAD_INSTRUCTION;
+  switch (insn.op) {
+    case EMBED: return embed(insn);
+    case NORM: return norm(insn);
+    case LINEAR: return linear(insn);
+    case LINEAR_IN: return linear_in(insn);
+    case ROPE_APPEND: return rope_append(insn);
+    case ATTEND: return attend(insn);
+    case ADD: return add(insn);
+    case COPY: return copy(insn);
+    case LOAD: return load(insn);
+    case LOAD_KV: return load_kv(insn);
+    case STORE_KV: return store_kv(insn);
+    case POISON: return poison(insn);
+    default: return BAD_INSTRUCTION;
+  }
+}
+
+// ---- row-wise instructions
+
+int Queue::embed(const Insn& insn) {
+  const int64_t* a = insn.a;
+  const EmbedArgs args = {at(a[2]), (int)a[3], (int)a[4], a[5], a[6], a[7], at(a[8]), (int)a[10], (float)insn.f[0]};
+  if (!known_dtype(a[4]) || (args.pos_table && !known_dtype(a[10])) || (a[3] != 0 && (a[3] != 1 || a[6] <= 0))) return BAD_INSTRUCTION;
+  float* dst = ptr<float>(a[0]);
+  each_row(insn, args.width, [&](int64_t row) { kernels().embed_row(dst + row * a[1], args, words(OFF_TOKEN)[row], words(OFF_POSITION)[row] + a[9]); });
+  return OK;
+}
+
+int Queue::norm(const Insn& insn) {
+  const int64_t* a = insn.a;
+  float *dst = ptr<float>(a[0]), *src = ptr<float>(a[2]), *gain = ptr<float>(a[4]), *bias = ptr<float>(a[5]);
+  if (a[7] != RMS && a[7] != LAYER) return BAD_INSTRUCTION;
+  each_row(insn, a[6], [&](int64_t row) {
+    const int64_t from = insn.row_kind == 1 ? words(OFF_LOGIT_ROW)[row] : row;
+    kernels().norm_row(dst + row * a[1], src + from * a[3], gain, bias, a[6], (int)a[7], (float)insn.f[0]);
+  });
+  return OK;
+}
+
+int Queue::add(const Insn& insn) {
+  const int64_t* a = insn.a;
+  float *x = ptr<float>(a[0]), *p = ptr<float>(a[2]), *q = ptr<float>(a[4]), *bias = ptr<float>(a[6]), *gain = ptr<float>(a[7]), *gain_bias = ptr<float>(a[8]);
+  if (gain && a[9] != RMS && a[9] != LAYER) return BAD_INSTRUCTION;
+  each_row(insn, a[10], [&](int64_t row) {
+    const float *from_p = p ? p + row * a[3] : nullptr, *from_q = q ? q + row * a[5] : nullptr;
+    kernels().add_row(x + row * a[1], from_p, from_q, bias, gain, gain_bias, a[10], (int)a[9], (float)insn.f[0]);
+  });
+  return OK;
+}
+
+int Queue::rope_append(const Insn& insn) {
+  const int64_t* a = insn.a;
+  const KvArgs kv = {at(a[10]), a[11], a[12], a[8], a[9], (int)a[13]};
+  const RopeArgs args = {ptr<float>(a[0]), a[1], ptr<float>(a[2]), ptr<float>(a[3]), ptr<float>(a[4]), ptr<float>(a[5]), a[6], a[7], kv, (float)insn.f[0]};
+  if (!known_dtype(a[13]) || a[12] <= 0 || a[6] > a[9] || a[6] % 2) return BAD_INSTRUCTION;
+  each_row(insn, (a[7] + 2 * a[8]) * a[9], [&](int64_t row) { kernels().rope_row(args, row, words(OFF_ROPE_ROW)[row], words(OFF_SLOT)[row]); });
+  return OK;
+}
+
+// ---- linears
+
+constexpr int64_t BLOCK_ROWS = 192;         // token rows whose sums stay in cache while a panel's weights pass by
+constexpr int64_t CHUNK_WORK = 128 * 1024;  // multiply-adds below which handing a chunk to another thread costs more than it saves
+
+int Queue::linear(const Insn& insn) {
+  const int64_t* a = insn.a;
+  const LinearArgs args = {ptr<float>(a[0]), a[1], ptr<float>(a[2]), a[3], at(a[4]), (int)a[5], a[6], a[7], a[8], (int)a[9], (int)a[10], ptr<float>(a[11]), ptr<float>(a[12]),
+                           (float)insn.f[0]};
+  if (!known_dtype(a[5]) || a[8] <= 0 || a[9] < NONE || a[9] > SOFTCAP || a[10] < SILU || a[10] > RELU) return BAD_INSTRUCTION;
+  const Rows r = rows(insn);
+  const int64_t panels = (args.rows + args.unit_rows - 1) / args.unit_rows, blocks = (r.last - r.first + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  const int64_t work = args.unit_rows * args.width * std::min(BLOCK_ROWS, r.last - r.first), group = std::max<int64_t>(1, CHUNK_WORK / std::max<int64_t>(1, work));
+  const int64_t groups = (panels + group - 1) / group;
+  parallel(pool_, groups * blocks, [&](int64_t chunk) {
+    const int64_t row = r.first + chunk / groups * BLOCK_ROWS, first = chunk % groups * group;
+    for (int64_t panel = first; panel < std::min(first + group, panels); panel++) kernels().linear_panel(args, panel, row, std::min(row + BLOCK_ROWS, r.last));
+  });
+  return OK;
+}
+
+int Queue::linear_in(const Insn& insn) {
+  const int64_t* a = insn.a;
+  const LinearInArgs args = {ptr<float>(a[0]), a[1], ptr<float>(a[2]), a[3], at(a[4]), (int)a[5], a[6], a[7], a[8] != 0};
+  if (!known_dtype(a[5])) return BAD_INSTRUCTION;
+  const Rows r = rows(insn);
+  const int64_t rows = r.last - r.first, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, threads = pool_ ? pool_->threads() : 1;
+  const int64_t wanted = threads == 1 ? args.width : (args.width + 4 * threads - 1) / (4 * threads);  // wide blocks read long pieces of each weight row
+  const int64_t columns = std::clamp<int64_t>(round_up(wanted, 64), 64, rows <= 12 ? 1024 : 256), count = (args.width + columns - 1) / columns;
+  parallel(pool_, count * blocks, [&](int64_t chunk) {
+    const int64_t row = r.first + chunk / count * BLOCK_ROWS, column = chunk % count * columns;
+    kernels().linear_in_block(args, column, std::min(column + columns, args.width), row, std::min(row + BLOCK_ROWS, r.last));
+  });
+  return OK;
+}
+
+// ---- attention
+
+int Queue::attend(const Insn& insn) {
+  const int64_t* a = insn.a;
+  const KvArgs kv = {at(a[7]), a[8], a[9], a[5], a[6], (int)a[10]};
+  const AttendArgs args = {ptr<float>(a[0]), a[1], ptr<const float>(a[2]), a[3], a[4], a[11], kv, (float)insn.f[0], (float)insn.f[1]};
+  if (!known_dtype(a[10]) || a[5] <= 0 || a[4] % a[5] || a[9] <= 0) return BAD_INSTRUCTION;
+  const Rows s = sequences(insn, insn.glo, insn.ghi);
+  const int64_t step = std::max<int64_t>(1, ATTEND_ROWS / (args.heads / kv.kv_heads));
+  first_block_.assign(1, 0);
+  for (int64_t i = s.first; i < s.last; i++) first_block_.push_back(first_block_.back() + (words(OFF_SEQ_LEN)[i] + step - 1) / step);
+  const int64_t blocks = first_block_.back();
+  parallel(pool_, blocks * kv.kv_heads, [&](int64_t chunk) {
+    const int64_t block = chunk / kv.kv_heads, index = std::upper_bound(first_block_.begin(), first_block_.end(), block) - first_block_.begin() - 1;
+    const Sequence sequence = this->sequence(s.first + index, OFF_SEQ_PAGES);
+    const int64_t query = (block - first_block_[(size_t)index]) * step;
+    kernels().attend_block(args, sequence, chunk % kv.kv_heads, query, std::min(query + step, sequence.len));
+  });
+  return OK;
+}
+
+// ---- copies
+
+int Queue::copy(const Insn& insn) {
+  const int64_t* a = insn.a;
+  float *dst = ptr<float>(a[0]), *src = ptr<float>(a[2]);
+  if (a[5] != 0 && a[5] != 1) return BAD_INSTRUCTION;
+  const Rows r = rows(insn);
+  link_.begin(a[5] == 0 ? Direction::UP : Direction::DOWN, false);
+  if (a[1] == a[4] && a[3] == a[4]) {
+    link_.copy(dst + r.first * a[1], src + r.first * a[3], (r.last - r.first) * a[4] * (int64_t)sizeof(float));
+  } else {
+    for (int64_t row = r.first; row < r.last; row++) link_.copy(dst + row * a[1], src + row * a[3], a[4] * (int64_t)sizeof(float));
+  }
+  link_.finish();
+  link_.idle();
+  return OK;
+}
+
+int Queue::load(const Insn& insn) {
+  const int64_t* segment = ptr<const int64_t>(insn.a[0]);
+  link_.begin(Direction::UP, true);
+  for (int64_t i = 0; i < insn.a[1]; i++, segment += 3) link_.copy(at(segment[0]), at(segment[1]), segment[2]);
+  link_.finish();
+  return OK;
+}
+
+// Whole pages, for every page that holds a token of an earlier pass.
+int Queue::load_kv(const Insn& insn) {
+  const int64_t *a = insn.a, page_bytes = 2 * a[4] * a[3] * a[5] * dtype_bytes((int)a[6]);
+  char *staging = at(a[0]), *home = at(a[1]);
+  if (!known_dtype(a[6]) || a[3] <= 0) return BAD_INSTRUCTION;
+  const Rows s = sequences(insn, 1, 2);
+  link_.begin(Direction::UP, true);
+  for (int64_t i = s.first; i < s.last; i++) {
+    const Sequence to = sequence(i, OFF_SEQ_PAGES), from = sequence(i, OFF_SEQ_HOME);
+    const int64_t pages = (to.kv_len - to.len + a[3] - 1) / a[3];
+    for (int64_t p = 0; p < pages; p++) link_.copy(staging + to.pages[p] * a[2], home + from.pages[p] * a[2], page_bytes);
+  }
+  link_.finish();
+  return OK;
+}
+
+// Only the rows of this pass's tokens: a page's other rows are not this pass's to write.
+int Queue::store_kv(const Insn& insn) {
+  const int64_t *a = insn.a, row_bytes = a[5] * dtype_bytes((int)a[6]), page_size = a[3];
+  char *staging = at(a[0]), *home = at(a[1]);
+  if (!known_dtype(a[6]) || page_size <= 0) return BAD_INSTRUCTION;
+  const Rows s = sequences(insn, 1, 2);
+  link_.begin(Direction::DOWN, true);
+  for (int64_t i = s.first; i < s.last; i++) {
+    const Sequence from = sequence(i, OFF_SEQ_PAGES), to = sequence(i, OFF_SEQ_HOME);
+    for (int64_t token = from.kv_len - from.len; token < from.kv_len;) {
+      const int64_t page = token / page_size, offset = token % page_size, count = std::min(page_size - offset, from.kv_len - token);
+      for (int64_t head = 0; head < 2 * a[4]; head++) {  // keys' heads, then values' heads
+        const int64_t at_row = (head * page_size + offset) * row_bytes;
+        link_.copy(home + to.pages[page] * a[2] + at_row, staging + from.pages[page] * a[2] + at_row, count * row_bytes);
+      }
+      token += count;
+    }
+  }
+  link_.finish();
+  return OK;
+}
+
+int Queue::poison(const Insn& insn) {
+  std::memset(at(insn.a[0]), 0xff, (size_t)insn.a[1]);
+  return OK;
+}
+
+}  // namespace tp

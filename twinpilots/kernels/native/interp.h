@@ -1,0 +1,69 @@
+// One queue: waits, runs and records instructions strictly in order. docs/execution.md says what each instruction means.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "abi.h"
+#include "kernels.h"
+#include "link.h"
+#include "pool.h"
+
+namespace tp {
+
+const Kernels& kernels();  // of the chosen instruction set
+int best_isa();
+int set_isa(int level);  // the level now in use, or -1 when this machine cannot
+
+class Queue {
+ public:
+  Queue(void* host, void* gpu, int64_t mailbox_offset, Pool* pool, const LinkParams* link);
+
+  int run(const Entry& entry);  // a Result
+  int loop();                   // entries of the mailbox until abort or ENTRY_QUIT
+  Mailbox* mailbox() const { return box_; }
+
+ private:
+  struct Rows {
+    int64_t first, last;
+  };
+  int wait_for(const Insn& insn, const Entry& entry);
+  int wait_event(int event, int32_t value, int32_t pass_id);
+  int execute(const Insn& insn);
+  bool cancelled(int32_t pass_id) const;
+  void dawdle();  // adversarial mode
+
+  char* at(int64_t address) const;
+  template <class T>
+  T* ptr(int64_t address) const {
+    return reinterpret_cast<T*>(at(address));
+  }
+  const int32_t* words(Meta offset_word) const { return meta_ + meta_[offset_word]; }
+  Rows rows(const Insn& insn) const;
+  Rows sequences(const Insn& insn, int glo, int ghi) const;
+  Sequence sequence(int64_t index, Meta pages) const;
+
+  int embed(const Insn& insn);
+  int norm(const Insn& insn);
+  int linear(const Insn& insn);
+  int linear_in(const Insn& insn);
+  int rope_append(const Insn& insn);
+  int attend(const Insn& insn);
+  int add(const Insn& insn);
+  int copy(const Insn& insn);
+  int load(const Insn& insn);
+  int load_kv(const Insn& insn);
+  int store_kv(const Insn& insn);
+  int poison(const Insn& insn);
+  template <class F>
+  void each_row(const Insn& insn, int64_t elements_per_row, F&& fn);
+
+  char *host_, *gpu_;
+  Mailbox* box_;
+  Pool* pool_;
+  Link link_;
+  uint64_t random_;
+  const int32_t* meta_ = nullptr;
+  std::vector<int64_t> first_block_;  // attend: blocks before each sequence; kept to avoid allocating in the step loop
+};
+
+}  // namespace tp

@@ -1,0 +1,118 @@
+// EMBED, NORM, ADD and ROPE_APPEND, one row at a time. Included inside each instruction set's namespace.
+
+// Sums over a row are kept in eight double lanes, added in a fixed order: the same bits on every instruction set.
+TP_INLINE double fold8(const double* s) { return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])); }
+
+static double sum_row(const float* x, int64_t n) {
+  double s[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; j++) s[j] += x[i + j];
+  for (int j = 0; i < n; i++, j++) s[j] += x[i];
+  return fold8(s);
+}
+static double square_row(const float* x, int64_t n, float mean) {
+  double s[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; j++) {
+      const double d = x[i + j] - mean;
+      s[j] += d * d;
+    }
+  for (int j = 0; i < n; i++, j++) {
+    const double d = x[i] - mean;
+    s[j] += d * d;
+  }
+  return fold8(s);
+}
+
+static void norm_row(float* dst, const float* src, const float* gain, const float* bias, int64_t width, int kind, float eps) {
+  const float mean = kind == LAYER ? (float)(sum_row(src, width) / width) : 0.0f;
+  const float inverse = (float)(1.0 / __builtin_sqrt(square_row(src, width, mean) / width + eps));
+  for (int64_t i = 0; i < width; i++) {
+    float v = (src[i] - mean) * inverse;
+    if (gain) v *= gain[i];
+    if (bias) v += bias[i];
+    dst[i] = v;
+  }
+}
+
+static void add_row(float* x, const float* p, const float* q, const float* bias, const float* gain, const float* gain_bias, int64_t width, int kind, float eps) {
+  float* t = (float*)thread_scratch(width * sizeof(float));
+  __builtin_memset(t, 0, width * sizeof(float));
+  for (int64_t i = 0; p && i < width; i++) t[i] = p[i];
+  for (int64_t i = 0; q && i < width; i++) t[i] += q[i];
+  for (int64_t i = 0; bias && i < width; i++) t[i] += bias[i];
+  if (gain) norm_row(t, t, gain, gain_bias, width, kind, eps);
+  for (int64_t i = 0; i < width; i++) x[i] += t[i];
+}
+
+template <int D>
+static void gather(float* dst, const void* table_, int64_t first, int64_t stride, int64_t width) {
+  const auto* table = (const typename Element<D>::T*)table_ + first;
+  for (int64_t i = 0; i < width; i++) dst[i] = Element<D>::get(table[i * stride]);
+}
+static void gather_any(int dtype, float* dst, const void* table, int64_t first, int64_t stride, int64_t width) {
+  if (dtype == BF16) return gather<BF16>(dst, table, first, stride, width);
+  if (dtype == FP16) return gather<FP16>(dst, table, first, stride, width);
+  gather<FP32>(dst, table, first, stride, width);
+}
+
+static void embed_row(float* dst, const EmbedArgs& a, int64_t token, int64_t position) {
+  if (a.layout == 0) {
+    gather_any(a.dtype, dst, a.table, token * a.width, 1, a.width);
+  } else {
+    const int64_t first = token / a.unit_rows * a.unit_rows, outputs = a.vocab - first < a.unit_rows ? a.vocab - first : a.unit_rows;
+    gather_any(a.dtype, dst, a.table, first * a.width + token - first, outputs, a.width);
+  }
+  for (int64_t i = 0; i < a.width; i++) dst[i] *= a.scale;
+  if (!a.pos_table) return;
+  float* t = (float*)thread_scratch(a.width * sizeof(float));
+  gather_any(a.pos_dtype, t, a.pos_table, position * a.width, 1, a.width);
+  for (int64_t i = 0; i < a.width; i++) dst[i] += t[i];
+}
+
+TP_INLINE char* kv_row(const KvArgs& kv, int64_t page, int64_t offset, int64_t which, int64_t head) {
+  return kv.base + page * kv.page_stride + ((which * kv.kv_heads + head) * kv.page_size + offset) * kv.head_dim * dtype_bytes(kv.dtype);
+}
+
+// Rotate-half on the first rotary_dim dims; products are rounded before they are added, as the reference does.
+static void rotate(float* x, const float* cos, const float* sin, int64_t rotary_dim) {
+  const int64_t half = rotary_dim / 2;
+  for (int64_t i = 0; i < half; i++) {
+    const float lo = x[i], hi = x[i + half];
+    x[i] = lo * cos[i] - hi * sin[i];
+    x[i + half] = hi * cos[i] + lo * sin[i];
+  }
+}
+
+template <int D>
+static void put_row(char* dst_, const float* src, int64_t n) {
+  auto* dst = (typename Element<D>::T*)dst_;
+  for (int64_t i = 0; i < n; i++) dst[i] = Element<D>::put(src[i]);
+}
+static void put_row_any(int dtype, char* dst, const float* src, int64_t n) {
+  if (dtype == BF16) return put_row<BF16>(dst, src, n);
+  if (dtype == FP16) return put_row<FP16>(dst, src, n);
+  put_row<FP32>(dst, src, n);
+}
+
+// Only the q columns are rewritten; k goes to its page through scratch, v straight.
+static void rope_row(const RopeArgs& a, int64_t row, int64_t rope_row, int64_t slot) {
+  const int64_t dim = a.kv.head_dim, page = slot / a.kv.page_size, offset = slot % a.kv.page_size, half = a.rotary_dim / 2;
+  float* q = a.qkv + row * a.ld;
+  const float *k = q + a.heads * dim, *v = k + a.kv.kv_heads * dim;
+  const float *cos = a.cos ? a.cos + rope_row * half : nullptr, *sin = a.cos ? a.sin + rope_row * half : nullptr;
+  for (int64_t h = 0; h < a.heads; h++, q += dim) {
+    if (a.q_gain) norm_row(q, q, a.q_gain, nullptr, dim, RMS, a.eps);
+    if (cos) rotate(q, cos, sin, a.rotary_dim);
+  }
+  float* t = (float*)thread_scratch(dim * sizeof(float));
+  for (int64_t h = 0; h < a.kv.kv_heads; h++, k += dim, v += dim) {
+    __builtin_memcpy(t, k, dim * sizeof(float));
+    if (a.k_gain) norm_row(t, t, a.k_gain, nullptr, dim, RMS, a.eps);
+    if (cos) rotate(t, cos, sin, a.rotary_dim);
+    put_row_any(a.kv.dtype, kv_row(a.kv, page, offset, 0, h), t, dim);
+    put_row_any(a.kv.dtype, kv_row(a.kv, page, offset, 1, h), v, dim);
+  }
+}

@@ -1,0 +1,179 @@
+// One vector of W floats on top of GCC's vector extensions. Included inside each instruction set's namespace, after its target pragma; TP_ISA is 0, 1 or 2.
+// Only `fma` may differ between instruction sets (the portable one rounds the product where the machine has no FMA).
+
+#define TP_INLINE static inline __attribute__((always_inline))
+
+#if TP_ISA == 2
+constexpr int W = 16;
+#elif TP_ISA == 1
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+
+TP_INLINE vf load(const float* p) {
+  vf v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+TP_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
+TP_INLINE vf zero() { return vf{}; }
+
+#if TP_ISA == 2
+TP_INLINE vf splat(float x) { return (vf)_mm512_set1_ps(x); }
+TP_INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+TP_INLINE vf load_bf16(const uint16_t* p) {
+  return (vf)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+TP_INLINE vf load_fp16(const uint16_t* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+#elif TP_ISA == 1
+TP_INLINE vf splat(float x) { return (vf)_mm256_set1_ps(x); }
+TP_INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+TP_INLINE vf load_bf16(const uint16_t* p) {
+  return (vf)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+TP_INLINE vf load_fp16(const uint16_t* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+#endif
+
+TP_INLINE float bits_float(uint32_t u) {
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+TP_INLINE uint32_t float_bits(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  return u;
+}
+
+TP_INLINE float from_bf16(uint16_t h) { return bits_float((uint32_t)h << 16); }
+TP_INLINE float from_fp16(uint16_t h) {
+#if TP_ISA >= 1
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+#else
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  if (magnitude >= 0x7c00) return bits_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13 | (magnitude > 0x7c00 ? 0x400000 : 0));
+  // subnormals and normals alike: the bits, read as a tiny float, scaled by 2^112 exactly
+  return bits_float(sign | float_bits(bits_float(magnitude << 13) * bits_float(0x77800000)));
+#endif
+}
+
+TP_INLINE uint16_t to_bf16(float f) {  // nearest, ties to even; NaN stays NaN
+  const uint32_t u = float_bits(f);
+  if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16 | 0x40);
+  return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+TP_INLINE uint16_t to_fp16(float f) {  // nearest, ties to even
+#if TP_ISA >= 1
+  return (uint16_t)_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(f), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const uint32_t u = float_bits(f), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
+  if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00 | (magnitude >> 13 & 0x3ff));
+  if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // 65520 and above round to infinity
+  if (magnitude < 0x38800000) {                                   // below 2^-14: a subnormal; adding 0.5 puts its last bit at the float's last bit
+    return (uint16_t)(sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000));
+  }
+  return (uint16_t)(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+#endif
+}
+
+#if TP_ISA == 0
+TP_INLINE vf splat(float x) { return vf{x, x, x, x}; }
+TP_INLINE vf fma(vf a, vf b, vf c) {
+#ifdef __FP_FAST_FMAF
+  vf r;
+  for (int i = 0; i < W; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return r;
+#else
+  return a * b + c;
+#endif
+}
+TP_INLINE vf load_bf16(const uint16_t* p) { return vf{from_bf16(p[0]), from_bf16(p[1]), from_bf16(p[2]), from_bf16(p[3])}; }
+TP_INLINE vf load_fp16(const uint16_t* p) { return vf{from_fp16(p[0]), from_fp16(p[1]), from_fp16(p[2]), from_fp16(p[3])}; }
+#endif
+
+// ---- elements of a stored type D (Dtype)
+template <int D>
+struct Element {
+  using T = uint16_t;
+  TP_INLINE vf load_vector(const T* p) { return D == BF16 ? load_bf16(p) : load_fp16(p); }
+  TP_INLINE float get(T h) { return D == BF16 ? from_bf16(h) : from_fp16(h); }
+  TP_INLINE T put(float f) { return D == BF16 ? to_bf16(f) : to_fp16(f); }
+};
+template <>
+struct Element<FP32> {
+  using T = float;
+  TP_INLINE vf load_vector(const T* p) { return load(p); }
+  TP_INLINE float get(T f) { return f; }
+  TP_INLINE T put(float f) { return f; }
+};
+
+// The first n < W floats of a row; the other lanes are 0.
+TP_INLINE vf load_n(const float* p, int64_t n) {
+  float t[W] = {};
+  for (int64_t i = 0; i < n; i++) t[i] = p[i];
+  return load(t);
+}
+TP_INLINE void store_n(float* p, vf v, int64_t n) {
+  float t[W];
+  store(t, v);
+  for (int64_t i = 0; i < n; i++) p[i] = t[i];
+}
+
+// ---- functions of a vector
+TP_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+TP_INLINE vf vexp(vf x) {  // Cephes expf; relative error below 2e-7 in [-87.3, 88.3], clamped outside
+  x = x < splat(-87.3f) ? splat(-87.3f) : x;  // written so that NaN passes through
+  x = x > splat(88.3f) ? splat(88.3f) : x;
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf n = (fma(x, splat(1.44269504088896341f), magic)) - magic;
+  vf r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
+  vf p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + splat(1.0f);
+  const vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
+  return p * (vf)exponent;
+}
+TP_INLINE vf sigmoid_times(vf x, vf u) { return x / (splat(1.0f) + vexp(-u)); }  // x * sigmoid(u)
+
+TP_INLINE vf vtanh(vf x) {  // Cephes tanhf: a polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel
+  const vf a = x < zero() ? -x : x, z = x * x;
+  vf p = splat(-5.70498872745e-3f);
+  p = fma(p, z, splat(2.06390887954e-2f));
+  p = fma(p, z, splat(-5.37397155531e-2f));
+  p = fma(p, z, splat(1.33314422036e-1f));
+  p = fma(p, z, splat(-3.33332819422e-1f));
+  const vf near = fma(p * z, x, x);
+  const vf far = splat(1.0f) - splat(2.0f) / (vexp(a + a) + splat(1.0f));
+  return a < splat(0.625f) ? near : (x < zero() ? -far : far);
+}
+
+TP_INLINE vf verf_gelu(vf x) {  // x * Phi(x), lane by lane: no model of size uses it
+  float t[W];
+  store(t, x);
+  for (int i = 0; i < W; i++) t[i] = 0.5f * t[i] * (1.0f + __builtin_erff(t[i] * 0.70710678118654752f));
+  return load(t);
+}
+
+TP_INLINE vf activate(int activation, vf x) {
+  switch (activation) {
+    case SILU:
+      return sigmoid_times(x, x);
+    case GELU:
+      return verf_gelu(x);
+    case GELU_TANH: {  // 0.5 x (1 + tanh u) = x sigmoid(2u): no cancellation for negative u
+      const vf u = splat(0.79788456080286536f) * fma(splat(0.044715f) * x, x * x, x);
+      return sigmoid_times(x, u + u);
+    }
+    default:
+      return x < zero() ? zero() : x;
+  }
+}

@@ -1,0 +1,277 @@
+"""The search behind policy ``auto``: solves the linear program on a grid, rounds its answers to plans, and improves the best by simulated coordinate search.
+
+Owns `rounded_plans`, `improve` and `resolved_buckets`. The program ignores hand-offs' order, units and the ring; the simulator does not: so it has the last word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from twinpilots.plan.draft import Draft, Residency, chunk_choices, fill_resident, most_sequences, nothing_resident, pages_of, ring_rule, split_of
+from twinpilots.plan.memory import plan_memory
+from twinpilots.plan.plan import BucketPlan, Phase, Plan, Split
+from twinpilots.plan.pricing import prefill_shape, price_phase
+from twinpilots.plan.problem import Problem, no_cpu
+from twinpilots.plan.program import PhaseTerms, Program, Shares, solve_program
+from twinpilots.plan.terms import Choice, MeanPass, decode_pass, planned_phases, planned_terms, prefill_pass
+
+HostKv = Literal["none", "cpu", "gpu"]
+KV_MODES: tuple[tuple[HostKv, HostKv], ...] = (("none", "none"), ("cpu", "cpu"), ("cpu", "gpu"), ("gpu", "gpu"))  # (decode, prefill)
+MICRO_BATCHES = (1, 2)
+CHUNKS_TRIED = 2
+ROUNDED_PRICED = 3  # answers of the program that the simulator prices
+SCALES = (0.85, 1.15, 0.94, 1.06)  # factors tried on the CPU's shares, coarse then fine
+GAIN = 1.002  # an improvement worth keeping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A plan in the making: the draft, the program's shares, and what the search changed since: factors on the CPU's shares and blocks taken from it."""
+
+    draft: Draft
+    residency: Residency
+    shares: Mapping[Phase, Mapping[str, float]]
+    scale: Mapping[Phase, float]
+
+    def share(self, phase: Phase) -> Mapping[str, float]:
+        return {name: min(1.0, share * self.scale[phase]) for name, share in self.shares[phase].items()}
+
+    def plan(self, problem: Problem) -> Plan:
+        return problem.plan(self.draft, self.residency, lambda phase, _tokens: self.share(phase))
+
+
+# -- the program -----------------------------------------------------------------------------------------------------------------------------
+
+
+def rounded_plans(problem: Problem) -> list[Trial]:
+    """The best few answers of the program over the grid, as trials that keep the limits; the best by the program's own estimate first."""
+    solved = []
+    for draft, choice in _grid(problem):
+        shares = solve_program(_program(problem, draft, choice))
+        if shares is not None:
+            waves = -(-problem.workload.num_requests // choice.num_seqs)
+            solved.append((waves * shares.seconds, len(solved), draft, shares))
+    trials: list[Trial] = []
+    for _, _, draft, shares in sorted(solved, key=lambda item: item[:2]):
+        trial = _round(problem, draft, shares)
+        if trial is not None:
+            trials.append(trial)
+        if len(trials) == ROUNDED_PRICED:
+            break
+    return trials
+
+
+def _grid(problem: Problem) -> Iterator[tuple[Draft, Choice]]:
+    packet_bytes, depth = ring_rule(problem.limits.gpu_bytes)
+    chunks = chunk_choices(problem.spec, problem.workload, problem.workload.concurrency, problem.limits.gpu_bytes)
+    for chunk in chunks[: 2 * CHUNKS_TRIED : 2]:
+        base = Draft(
+            policy="auto", num_seqs=1, gpu_seqs=0, pass_tokens=chunk, micro_batches={"prefill": 1, "decode": 1}, uses_cpu=True,
+            packet_bytes=packet_bytes, ring_depth=depth,
+        )  # fmt: skip
+        for decode_kv, prefill_kv in KV_MODES:
+            count = most_sequences(problem.workload.concurrency, lambda n, kv=decode_kv, base=base: _kv_fits(problem, base, n, kv))  # type: ignore[misc]
+            for batches in MICRO_BATCHES if count > 1 else MICRO_BATCHES[:1]:
+                if count:
+                    yield _draft(problem, base, count, batches, decode_kv, prefill_kv), Choice(
+                        num_seqs=count, chunk=max(chunk, count), micro_batches=batches, decode_kv=decode_kv, prefill_kv=prefill_kv
+                    )  # fmt: skip
+
+
+def _draft(problem: Problem, base: Draft, count: int, batches: int, decode_kv: HostKv, prefill_kv: HostKv) -> Draft:
+    together = prefill_shape(problem.workload, count, max(count, base.pass_tokens)).num_seqs
+    staging = max(-(-count // batches) if decode_kv == "gpu" else 0, together + 1 if prefill_kv == "gpu" else 0)
+    return replace(
+        base, num_seqs=count, gpu_seqs=count if decode_kv == "none" else 0, pass_tokens=max(count, base.pass_tokens),
+        micro_batches={"prefill": batches, "decode": batches}, staging_seqs=min(count, staging),
+        host_attention="gpu" if decode_kv == "gpu" else "cpu", host_prefill_attention="gpu" if prefill_kv == "gpu" else "cpu",
+    )  # fmt: skip
+
+
+def _kv_bytes(problem: Problem, draft: Draft) -> int:
+    """KV of all sequences of a draft, in pages."""
+    plan = problem.plan(draft, nothing_resident(problem.spec, problem.ops), no_cpu)
+    return plan.page_size * draft.num_seqs * pages_of(problem.workload.seq_len) * problem.spec.kv_bytes_per_token(_kv_element(plan))
+
+
+def _kv_element(plan: Plan) -> int:
+    return {"fp32": 4, "bf16": 2, "fp16": 2}[plan.kv_dtype]
+
+
+def _budgets(problem: Problem, draft: Draft) -> tuple[float, float]:
+    """What GPU and host have for rows of linears and KV pages, beside everything else that this draft takes."""
+    empty = replace(draft, gpu_seqs=draft.num_seqs)
+    plan = problem.plan(empty, nothing_resident(problem.spec, problem.ops), no_cpu)
+    use = plan_memory(problem.spec, plan)
+    return problem.limits.gpu_bytes - (use.gpu.total - use.gpu.kv), problem.limits.host_bytes - (use.host.total - problem.spec.linear_bytes)
+
+
+def _kv_fits(problem: Problem, base: Draft, count: int, decode_kv: str) -> bool:
+    draft = replace(base, num_seqs=count, gpu_seqs=count, pass_tokens=max(count, base.pass_tokens))
+    on_gpu, on_host = _budgets(problem, draft)
+    kv_bytes = _kv_bytes(problem, draft)
+    if decode_kv == "none" and kv_bytes > on_gpu:
+        return False
+    return on_gpu >= 0 and on_host >= 0 and kv_bytes + problem.spec.linear_bytes <= on_gpu + on_host
+
+
+def _program(problem: Problem, draft: Draft, choice: Choice) -> Program:
+    on_gpu, on_host = _budgets(problem, draft)
+    return Program(
+        phases=planned_phases(problem, choice), gpu_budget_bytes=on_gpu, host_budget_bytes=on_host, kv_capacity_bytes=_kv_bytes(problem, draft),
+        gpu_kv=1.0 if choice.decode_kv == "none" else None, **_machine(problem),
+    )  # fmt: skip
+
+
+def _machine(problem: Problem) -> dict[str, object]:
+    profile, layers = problem.profile, problem.spec.num_layers
+    assert profile.gpu is not None and profile.link is not None
+    return {
+        "op_bytes": {name: op.weight_bytes * (layers if op.layer >= 0 else 1) for name, op in problem.ops.items()},
+        "up_bytes_per_s": profile.link.up_bytes_per_s,
+        "down_bytes_per_s": profile.link.down_bytes_per_s,
+        "link_drag": (1 - 1 / profile.cpu.copy_slowdown, 1 - 1 / profile.gpu.copy_slowdown),
+        "host_fixed": ("lm_head",) if problem.spec.tied else (),
+    }
+
+
+def _round(problem: Problem, draft: Draft, shares: Shares) -> Trial | None:
+    """Whole sequences on the GPU, whole units resident; None when the rounding breaks a limit."""
+    draft = replace(draft, gpu_seqs=draft.num_seqs if draft.gpu_seqs else int(draft.num_seqs * shares.gpu_kv + 1e-6))
+    trial = Trial(
+        draft=draft, residency=_filled(problem, draft, shares.resident),
+        shares={"prefill": shares.phases[0].cpu, "decode": shares.phases[1].cpu}, scale={"prefill": 1.0, "decode": 1.0},
+    )  # fmt: skip
+    return trial if problem.fits(trial.plan(problem)) else None
+
+
+def _filled(problem: Problem, draft: Draft, target: Mapping[str, float]) -> Residency:
+    empty = problem.plan(draft, nothing_resident(problem.spec, problem.ops), no_cpu)
+    budget = problem.limits.gpu_bytes - plan_memory(problem.spec, empty).gpu.total
+    return fill_resident(problem.spec, problem.ops, max(0, budget), target) if budget > 0 else nothing_resident(problem.spec, problem.ops)
+
+
+# -- coordinate search -----------------------------------------------------------------------------------------------------------------------
+
+
+class _Search:
+    """Prices trials phase by phase; a phase whose decisions did not change is not simulated again."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.known: dict[tuple[object, ...], float] = {}
+
+    def seconds(self, trial: Trial) -> float:
+        waves = -(-self.problem.workload.num_requests // trial.draft.num_seqs)
+        return waves * (self._phase_s(trial, "prefill") + self._phase_s(trial, "decode"))
+
+    def _phase_s(self, trial: Trial, phase: Phase) -> float:
+        draft = replace(trial.draft, micro_batches={phase: trial.draft.micro_batches[phase]})
+        key = (phase, repr(draft), id(trial.residency), tuple(trial.share(phase).items()))
+        if key not in self.known:
+            p = self.problem
+            self.known[key] = sum(each.seconds for each in price_phase(p.spec, p.profile, p.workload, trial.plan(p), phase, quick=True))
+        return self.known[key]
+
+
+def improve(problem: Problem, trials: list[Trial]) -> Plan:
+    """The best trial after coordinate search, its smaller buckets resolved."""
+    search = _Search(problem)
+    best = min(trials, key=search.seconds)
+    best_s = search.seconds(best)
+    for phase in ("decode", "prefill"):
+        for move in _moves(problem, best, phase):
+            if problem.fits(move.plan(problem)) and search.seconds(move) * GAIN < best_s:
+                best, best_s = move, search.seconds(move)
+        for factor in SCALES:
+            while (scaled := _scaled(best, phase, factor)) is not None and search.seconds(scaled) * GAIN < best_s:
+                best, best_s = scaled, search.seconds(scaled)
+    return _with_small_buckets(problem, best)
+
+
+def _moves(problem: Problem, trial: Trial, phase: Phase) -> Iterator[Trial]:
+    """Other numbers of micro-batches, the CPU out of attention's linears or of everything but attention, and first layers resident instead of all a little."""
+    draft = trial.draft
+    for batches in (1, 2, 4):
+        if batches != draft.micro_batches[phase] and batches <= draft.num_seqs:
+            yield replace(trial, draft=replace(draft, micro_batches={**draft.micro_batches, phase: batches}))
+    for kept in (("gate_up_proj", "down_proj", "fc1", "fc2", "lm_head"), ("gate_up_proj", "down_proj", "fc1", "fc2"), ()):
+        share = {name: value if name in kept else 0.0 for name, value in trial.shares[phase].items()}
+        if share != trial.shares[phase]:
+            yield replace(trial, shares={**trial.shares, phase: share})
+
+
+def _scaled(trial: Trial, phase: Phase, factor: float) -> Trial | None:
+    share = trial.share(phase)
+    if not any(0 < value * factor < 1 or 0 < value < 1 for value in share.values()):
+        return None
+    scaled = {name: min(1.0, value * factor) for name, value in share.items()}
+    return replace(trial, shares={**trial.shares, phase: scaled}, scale={**trial.scale, phase: 1.0}) if scaled != share else None
+
+
+# -- smaller buckets -------------------------------------------------------------------------------------------------------------------------
+
+
+def _with_small_buckets(problem: Problem, trial: Trial) -> Plan:
+    """The trial's plan, with the program's shares for its own token count in every bucket but the two that were searched."""
+    plan = trial.plan(problem)
+    searched = {("decode", trial.draft.num_seqs), ("prefill", trial.draft.pass_tokens)}
+    buckets = [bucket if (bucket.phase, bucket.max_tokens) in searched else _resolve(problem, plan, bucket) or bucket for bucket in plan.buckets]
+    return replace(plan, buckets=tuple(buckets))
+
+
+def resolved_buckets(problem: Problem, plan: Plan) -> Plan:
+    """Every bucket anew; a new one is kept where the simulator finds it faster."""
+    from twinpilots.plan.pricing import bucket_seconds
+
+    buckets = []
+    for bucket in plan.buckets:
+        found = _resolve(problem, plan, bucket)
+        old_s = bucket_seconds(problem.spec, problem.profile, problem.workload, plan, bucket)
+        better = found is not None and bucket_seconds(problem.spec, problem.profile, problem.workload, plan, found) * GAIN < old_s
+        buckets.append(found if found is not None and better else bucket)
+    return replace(plan, buckets=tuple(buckets))
+
+
+def _resolve(problem: Problem, plan: Plan, bucket: BucketPlan) -> BucketPlan | None:
+    """The bucket with the program's CPU shares at its own token count and the plan's residency; None when there is no answer."""
+    shares = solve_program(_frozen_program(problem, plan, bucket))
+    if shares is None:
+        return None
+    cpu, made = shares.phases[0].cpu, dict[int, Mapping[str, Split]]()
+    for layer in bucket.splits:
+        if id(layer) not in made:
+            made[id(layer)] = {
+                name: split_of(problem.ops[name], split.resident, cpu[name], streams=True, uses_cpu=plan.uses_cpu) for name, split in layer.items()
+            }
+    return replace(bucket, splits=tuple(made[id(layer)] for layer in bucket.splits))
+
+
+def _frozen_program(problem: Problem, plan: Plan, bucket: BucketPlan) -> Program:
+    rows = dict.fromkeys(problem.ops, 0)
+    for layer in bucket.splits:
+        for name, split in layer.items():
+            rows[name] += split.resident
+    layers = problem.spec.num_layers
+    resident = {name: rows[name] / (op.rows * (layers if op.layer >= 0 else 1)) for name, op in problem.ops.items()}
+    on_gpu, on_host = plan.gpu_pages, plan.host_pages
+    kv = on_gpu / max(1, on_gpu + on_host)
+    return Program(
+        phases=(_bucket_terms(problem, bucket, host_kv=on_host > 0),), gpu_budget_bytes=0.0, host_budget_bytes=0.0, kv_capacity_bytes=1.0,
+        resident=resident, gpu_kv=1.0 if not on_host else kv, **_machine(problem),
+    )  # fmt: skip
+
+
+def _bucket_terms(problem: Problem, bucket: BucketPlan, *, host_kv: bool) -> PhaseTerms:
+    tokens = bucket.max_tokens
+    each: MeanPass
+    if bucket.phase == "decode":
+        each, where = decode_pass(problem, tokens), bucket.host_attention
+    else:
+        each, where = prefill_pass(problem, max(1, tokens // problem.workload.input_len), tokens), bucket.host_prefill_attention
+    batches = min(bucket.micro_batches, each.sequences[0].num_seqs)
+    return planned_terms(problem, each, batches, where if host_kv else "none")
+
+

@@ -1,0 +1,159 @@
+"""How fast a pass could be at best: the relaxed program of the design (section 2) for one load, as a linear program.
+
+Owns: `pass_bound` at profiled op times ("plan") or at the machine's peaks ("hardware"). It drops units, layers, hand-offs, fixed costs and order, and
+lets each pass choose its own residency, so no plan can beat the plan bound. Knows nothing of plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from twinpilots.errors import LimitError
+from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
+from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.plan.cost import attention_kv_bytes
+from twinpilots.plan.load import PassLoad, SeqClass
+from twinpilots.plan.workload import Limits
+
+MAX_MICRO_BATCHES = 8  # no plan cuts a pass into more
+BoundKind = Literal["plan", "hardware"]
+Line = Literal["cpu", "gpu", "link", "dram"]
+LinearTime = Callable[[OpSpec, float, ComputeProfile], float]  # (op, tokens) -> seconds of the whole op
+AttentionTime = Callable[[float, float, ComputeProfile], float]  # (KV bytes, FLOPs) -> seconds
+
+
+@dataclass(frozen=True, slots=True)
+class PassBound:
+    """No pass of this load takes less than ``seconds``; ``bottleneck`` is the resource that says so."""
+
+    seconds: float
+    bottleneck: Line
+
+
+def pass_bound(spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: PassLoad, kind: BoundKind, *, kv_dtype: str) -> PassBound:
+    """The least time of one pass over all shares resident | streamed | CPU of every op type and all places of the KV (the groups of ``load`` are ignored).
+
+    Raises LimitError when weights and this load's KV do not fit both memories together.
+    """
+    from scipy.optimize import linprog
+
+    program = _Program(spec, profile, limits, load, kind, BYTES_PER_WEIGHT[kv_dtype])
+    answer = linprog(program.objective, A_ub=program.rows, b_ub=program.limits, A_eq=program.equal_rows, b_eq=program.equal_to, method="highs")
+    if answer.status != 0:
+        need, given = program.bytes_needed, limits.gpu_bytes * (profile.gpu is not None) + limits.host_bytes
+        raise LimitError(f"weights and KV of this pass need {need} bytes, GPU and host memory offer {given}; raise a memory limit or run fewer sequences")
+    prices = {name: abs(float(answer.ineqlin.marginals[i])) for i, name in enumerate(program.lines)}
+    return PassBound(float(answer.x[0]) + (profile.step_overhead_s if kind == "plan" else 0.0), max(program.lines, key=lambda name: prices[name]))
+
+
+class _Program:
+    """Variables: T, then (resident, streamed, CPU) seconds-free shares of each op type, then the KV's (GPU, host with CPU attention, host streamed)."""
+
+    def __init__(self, spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: PassLoad, kind: BoundKind, kv_element: int) -> None:
+        self.spec, self.profile, self.kind, self.kv_element = spec, profile, kind, kv_element
+        head = spec.ops(64)[-1]
+        self.types = [(op, spec.num_layers, load.tokens()) for op in spec.layer_ops(0, 64).values()] + [(head, 1, load.logit_rows)]
+        self.classes = [c for group in load.groups(-1, 0, 3) for c in group.classes]
+        self.width = 1 + 3 * len(self.types) + 3
+        self.objective = [1.0] + [0.0] * (self.width - 1)
+        self.lines: list[Line] = []
+        self.rows: list[list[float]] = []
+        self.limits: list[float] = []
+        self._add_lines()
+        self._add_memory(limits)
+        self.equal_rows = [self._row({(i, share): 1.0 for share in range(3)}) for i in range(len(self.types) + 1)]
+        self.equal_to = [1.0] * len(self.equal_rows)
+        if profile.gpu is None:
+            self.equal_rows.append(self._row({(i, share): 1.0 for i in range(len(self.types)) for share in (0, 1)} | {(self.kv, 0): 1.0, (self.kv, 2): 1.0}))
+            self.equal_to.append(0.0)
+
+    @property
+    def kv(self) -> int:
+        """The place of the KV shares, after the op types."""
+        return len(self.types)
+
+    @property
+    def bytes_needed(self) -> int:
+        return int(sum(count * op.weight_bytes for op, count, _ in self.types) + self._kv_memory())
+
+    def _row(self, terms: dict[tuple[int, int], float], time: float = 0.0) -> list[float]:
+        row = [0.0] * self.width
+        row[0] = time
+        for (i, share), value in terms.items():
+            row[1 + 3 * i + share] = value
+        return row
+
+    def _add_line(self, name: Line, terms: dict[tuple[int, int], float]) -> None:
+        self.lines.append(name)
+        self.rows.append(self._row(terms, time=-1.0))
+        self.limits.append(0.0)
+
+    def _add_lines(self) -> None:
+        """One line per resource: T >= the seconds of work on it."""
+        profile = self.profile
+        on_cpu = {(i, 2): count * self._linear(op, tokens, profile.cpu) for i, (op, count, tokens) in enumerate(self.types)}
+        on_cpu[self.kv, 1] = self._attention(profile.cpu)
+        if profile.gpu is None or profile.link is None:
+            self._add_line("cpu", on_cpu)
+            self._add_dram()
+            return
+        link = {(i, 1): count * op.weight_bytes / profile.link.up_bytes_per_s for i, (op, count, _) in enumerate(self.types)}
+        link[self.kv, 2] = self._kv_earlier() / profile.link.up_bytes_per_s
+        on_gpu = {(i, share): count * self._linear(op, tokens, profile.gpu) for i, (op, count, tokens) in enumerate(self.types) for share in (0, 1)}
+        on_gpu[self.kv, 0] = on_gpu[self.kv, 2] = self._attention(profile.gpu)
+        for name, work, processor in (("cpu", on_cpu, profile.cpu), ("gpu", on_gpu, profile.gpu)):
+            # while the link runs, the processor does 1 / copy_slowdown of its work
+            lost = 1 - 1 / processor.copy_slowdown if self.kind == "plan" else 0.0
+            self._add_line(name, {key: work.get(key, 0.0) + lost * link.get(key, 0.0) for key in (*work, *link)})  # type: ignore[arg-type]
+        self._add_line("link", link)
+        self._add_dram()
+
+    def _add_dram(self) -> None:
+        """Host memory feeds the link and the CPU. Only at the machine's peaks: profiled op times contain what DRAM allows, caches included."""
+        if self.kind == "hardware":
+            per_s = self.profile.dram_bytes_per_s
+            reads = {(i, share): count * op.weight_bytes / per_s for i, (op, count, _) in enumerate(self.types) for share in (1, 2)}
+            reads[self.kv, 1], reads[self.kv, 2] = self._kv_read() / per_s, self._kv_earlier() / per_s
+            self._add_line("dram", reads)
+
+    def _add_memory(self, limits: Limits) -> None:
+        weights = [count * op.weight_bytes for op, count, _ in self.types]
+        kv = self._kv_memory()
+        scale = max(1.0, sum(weights) + kv)  # shares of the whole keep the program well conditioned
+        self.rows.append(self._row({**{(i, 0): w / scale for i, w in enumerate(weights)}, (self.kv, 0): kv / scale}))
+        self.limits.append(limits.gpu_bytes / scale)
+        on_host = {(i, share): w / scale for i, w in enumerate(weights) for share in (1, 2)}
+        self.rows.append(self._row({**on_host, (self.kv, 1): kv / scale, (self.kv, 2): kv / scale}))
+        self.limits.append(limits.host_bytes / scale)
+
+    def _linear(self, op: OpSpec, tokens: float, processor: ComputeProfile) -> float:
+        elements = op.rows * op.row_elements
+        if self.kind == "hardware":
+            return max(op.weight_bytes / processor.read_bytes_per_s, op.flops(tokens) / processor.flops_per_s)
+        # a plan may cut the pass into micro-batches; where a measured curve makes that cheaper, so does the bound
+        return min(m * processor.linear_s(self.spec.weight_dtype, op.split_dim, elements, tokens * op.active_frac / m) for m in range(1, MAX_MICRO_BATCHES + 1))
+
+    def _attention(self, processor: ComputeProfile) -> float:
+        def one(sequences: SeqClass, window: int | None) -> float:
+            kv_bytes = attention_kv_bytes(self.spec, sequences, window, self.kv_element)
+            flops = self.spec.attention_flops(1, sequences.pairs(window))
+            if self.kind == "hardware":
+                return max(kv_bytes / processor.read_bytes_per_s, flops / processor.flops_per_s)
+            return processor.attention_s(kv_bytes, flops)
+
+        return self._over_layers(lambda c, window: c.num_seqs * one(c, window))
+
+    def _over_layers(self, of_layer: Callable[[SeqClass, int | None], float]) -> float:
+        windows = [layer.window for layer in self.spec.layers]
+        return sum(windows.count(window) * of_layer(c, window) for window in set(windows) for c in self.classes)
+
+    def _kv_memory(self) -> float:
+        return self._over_layers(lambda c, _: c.num_seqs * c.kv_len * 2 * self.spec.kv_size * self.kv_element)
+
+    def _kv_read(self) -> float:
+        return self._over_layers(lambda c, window: c.num_seqs * attention_kv_bytes(self.spec, c, window, self.kv_element))
+
+    def _kv_earlier(self) -> float:
+        return self._over_layers(lambda c, _: c.num_seqs * (c.kv_len - c.query_tokens) * 2 * self.spec.kv_size * self.kv_element)

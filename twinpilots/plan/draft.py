@@ -1,0 +1,314 @@
+"""From a handful of decisions (a `Draft`) to a complete `Plan`, and the rules by which every policy sizes chunks, packets, buckets and pages.
+
+Owns what all policies share, so that they differ in their decisions only: rounding to units, filling memory with resident rows, buckets, the ring,
+and the search for the smallest limit that would do. Knows nothing of time: who computes what is decided in `policies.py` and `solver.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from twinpilots.errors import LimitError
+from twinpilots.model.spec import ModelSpec, OpSpec
+from twinpilots.plan.memory import layer_template, plan_memory
+from twinpilots.plan.packets import align, smallest_ring
+from twinpilots.plan.plan import BucketPlan, Phase, Plan, Policy, Split
+from twinpilots.plan.workload import Limits, Workload
+
+PAGE_TOKENS = 16
+MIN_RING_DEPTH = 4  # one packet in use, two loaded, one loading: a late start on either side costs no bubble
+MAX_PACKET_BYTES = 32 << 20
+MIN_PACKET_BYTES = 64 << 10
+RING_SHARE = 32  # at most this fraction of GPU memory goes to the ring: a packet is then still 5 MB on a 640 MB card
+CHUNK_SHARE = 8  # and at most this one to activations
+CHUNK_TOKENS = (2048, 1024, 512, 256, 128, 64, 32, 16)
+Attention = Literal["cpu", "gpu"]
+Residency = tuple[Mapping[str, int], ...]  # resident rows by op, per layer, the head last (Split's order)
+CpuShare = Callable[[Phase, int], Mapping[str, float]]  # (phase, tokens of the bucket) -> fraction of each op's rows that the CPU should compute
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What the user may fix. None: the model's own dtype for KV, the workload's sequence length for ``max_model_len``."""
+
+    unit_rows: int = 64
+    kv_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    max_model_len: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.unit_rows < 1:
+            raise ValueError(f"unit_rows must be at least 1, got {self.unit_rows}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A plan without its splits. ``gpu_seqs`` of the ``num_seqs`` sequences keep their KV on the GPU; ``staging_seqs`` fit one staging slot."""
+
+    policy: Policy
+    num_seqs: int
+    gpu_seqs: int
+    pass_tokens: int
+    micro_batches: Mapping[Phase, int]
+    uses_gpu: bool = True
+    uses_cpu: bool = False
+    streams: bool = True
+    ring_depth: int = MIN_RING_DEPTH
+    packet_bytes: int = 1 << 20
+    staging_seqs: int = 0
+    host_attention: Attention = "cpu"
+    host_prefill_attention: Attention = "cpu"
+    host_kv_layers: tuple[int, ...] = ()
+    share_of_rest: bool = False  # CPU shares are fractions of the rows that are not resident, instead of all rows
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def ring_rule(gpu_bytes: int) -> tuple[int, int]:
+    """(packet bytes, packets in the ring): a ring of a 32nd of GPU memory, so that the link works on while the GPU waits for the CPU, in packets of tens
+    of MB where that allows, because a link reaches its rate from 10 MB up (FACTS section 6).
+    """
+    ring_bytes = gpu_bytes // RING_SHARE
+    packet_bytes = max(MIN_PACKET_BYTES, min(MAX_PACKET_BYTES, ring_bytes // MIN_RING_DEPTH & -4096))
+    return packet_bytes, max(MIN_RING_DEPTH, ring_bytes // packet_bytes)
+
+
+def max_model_len(spec: ModelSpec, workload: Workload, options: PlanOptions) -> int:
+    """Tokens that one sequence may reach. Raises LimitError when the model's own limit, or the asked-for one, is shorter than the workload needs."""
+    allowed = options.max_model_len or min(spec.max_model_len, workload.seq_len)
+    if allowed > spec.max_model_len:
+        raise LimitError(f"max_model_len {allowed} exceeds the {spec.max_model_len} tokens that {spec.name} was made for; lower max_model_len")
+    if workload.seq_len > allowed:
+        need = f"{workload.input_len} + {workload.output_len} = {workload.seq_len} tokens"
+        raise LimitError(f"a request of {need} exceeds max_model_len {allowed} of {spec.name}; lower the input or output length")
+    return allowed
+
+
+def pages_of(tokens: int) -> int:
+    return -(-tokens // PAGE_TOKENS)
+
+
+def buckets_of(max_num_seqs: int, pass_tokens: int) -> Iterator[tuple[Phase, int]]:
+    """Decode buckets at powers of two up to all sequences; prefill buckets at the chunk and its quarters, so that a short last chunk has its own splits."""
+    size = 1
+    while size < max_num_seqs:
+        yield "decode", size
+        size *= 2
+    yield "decode", max_num_seqs
+    yield from (("prefill", tokens) for tokens in sorted({pass_tokens, *(pass_tokens // part for part in (4, 16) if pass_tokens // part >= 16)}))
+
+
+def chunk_choices(spec: ModelSpec, workload: Workload, num_seqs: int, device_bytes: int) -> list[int]:
+    """Prefill chunks to try, the preferred one first: the largest whose activations take at most an eighth of the device, then smaller ones.
+
+    Never more than all prompts together (rounded up to a chunk size).
+    """
+    useful = [size for size in CHUNK_TOKENS if size < 2 * num_seqs * workload.input_len] or [CHUNK_TOKENS[-1]]
+    per_token = 4 * (4 * spec.hidden_size + 2 * (spec.q_size + spec.kv_size) + spec.intermediate_size)
+    return [size for size in useful if size * per_token * CHUNK_SHARE <= device_bytes] or [useful[-1]]
+
+
+# -- splits --------------------------------------------------------------------------------------------------------------------------------
+
+
+def unit_edge(op: OpSpec, rows: float) -> int:
+    """The unit boundary in [0, op.rows] that is nearest to ``rows``; the end counts as one even when the last unit is a tail."""
+    below = min(op.rows, int(rows // op.unit_rows) * op.unit_rows)
+    above = min(op.rows, below + op.unit_rows)
+    return max(0, below if rows - below <= above - rows else above)
+
+
+def split_of(op: OpSpec, resident: int, cpu_frac: float, *, streams: bool, uses_cpu: bool) -> Split:
+    """Resident rows are the GPU's; of all rows the CPU takes ``cpu_frac``, if so many are not resident; the rest is streamed (or the CPU's, if nothing is)."""
+    if not uses_cpu:
+        return Split(resident=resident, streamed=op.rows - resident, cpu=0)
+    edge = max(resident, unit_edge(op, op.rows * (1.0 - cpu_frac))) if streams else resident
+    return Split(resident=resident, streamed=edge - resident, cpu=op.rows - edge)
+
+
+def _of_all(op: OpSpec, resident: int, cpu_frac: float, draft: Draft) -> float:
+    return cpu_frac * (op.rows - resident) / op.rows if draft.share_of_rest else cpu_frac
+
+
+def make_plan(spec: ModelSpec, workload: Workload, options: PlanOptions, draft: Draft, residency: Residency, cpu_share: CpuShare) -> Plan:
+    """The complete plan. Layers with the same resident rows share one mapping of splits."""
+    ops = layer_template(spec, options.unit_rows)
+    buckets = []
+    for phase, tokens in buckets_of(draft.num_seqs, draft.pass_tokens) if draft.num_seqs else ():
+        share, made = cpu_share(phase, tokens), dict[int, Mapping[str, Split]]()
+        for layer in residency:
+            if id(layer) not in made:
+                made[id(layer)] = {
+                    name: split_of(ops[name], rows, _of_all(ops[name], rows, share.get(name, 0.0), draft), streams=draft.streams, uses_cpu=draft.uses_cpu)
+                    for name, rows in layer.items()
+                }
+        buckets.append(
+            BucketPlan(
+                phase=phase, max_tokens=tokens, micro_batches=max(1, min(draft.micro_batches[phase], draft.num_seqs, tokens)),
+                splits=tuple(made[id(layer)] for layer in residency),
+                host_attention=draft.host_attention, host_prefill_attention=draft.host_prefill_attention,
+            )
+        )  # fmt: skip
+    return _with_sizes(spec, workload, options, draft, tuple(buckets))
+
+
+def _with_sizes(spec: ModelSpec, workload: Workload, options: PlanOptions, draft: Draft, buckets: tuple[BucketPlan, ...]) -> Plan:
+    longest = max_model_len(spec, workload, options)
+    per_seq = pages_of(workload.seq_len)
+    gpu_pages, host_pages = draft.gpu_seqs * per_seq, (draft.num_seqs - draft.gpu_seqs) * per_seq
+    if gpu_pages >= host_pages:  # one sequence of the greatest length must fit somewhere
+        gpu_pages = max(gpu_pages, pages_of(longest))
+    else:
+        host_pages = max(host_pages, pages_of(longest))
+    streams = draft.uses_gpu and draft.streams
+    return Plan(
+        model=spec.name, policy=draft.policy, uses_gpu=draft.uses_gpu, uses_cpu=draft.uses_cpu, unit_rows=options.unit_rows, buckets=buckets,
+        ring_bytes=smallest_ring(spec_of_one_layer(spec), options.unit_rows, draft.packet_bytes, draft.ring_depth) if streams else 0,
+        packet_bytes=draft.packet_bytes, page_size=PAGE_TOKENS, gpu_pages=gpu_pages, host_pages=host_pages,
+        kv_dtype=options.kv_dtype or spec.weight_dtype, max_num_seqs=draft.num_seqs, max_pass_tokens=draft.pass_tokens, max_model_len=longest,
+        host_kv_layers=draft.host_kv_layers, kv_staging_pages=min(draft.staging_seqs * per_seq, host_pages),
+    )  # fmt: skip
+
+
+def spec_of_one_layer(spec: ModelSpec) -> ModelSpec:
+    """The same model with one layer: enough to ask about shapes."""
+    return replace(spec, layers=spec.layers[:1])
+
+
+# -- residency -----------------------------------------------------------------------------------------------------------------------------
+
+
+def nothing_resident(spec: ModelSpec, ops: Mapping[str, OpSpec]) -> Residency:
+    layer = {name: 0 for name in ops if name != "lm_head"}
+    return (layer,) * spec.num_layers + ({"lm_head": 0},)
+
+
+def everything_resident(spec: ModelSpec, ops: Mapping[str, OpSpec]) -> Residency:
+    layer = {name: op.rows for name, op in ops.items() if name != "lm_head"}
+    return (layer,) * spec.num_layers + ({"lm_head": ops["lm_head"].rows},)
+
+
+def residency_bytes(ops: Mapping[str, OpSpec], layer: Mapping[str, int]) -> int:
+    return sum(align(rows * ops[name].row_bytes) for name, rows in layer.items())
+
+
+def fill_resident(
+    spec: ModelSpec, ops: Mapping[str, OpSpec], budget_bytes: int, target: Mapping[str, float] | None = None, *, leftover: bool = True
+) -> Residency:
+    """As many resident rows as fit ``budget_bytes``, evenly over the layers: the greatest common fraction of ``target`` (default: of every op) in whole units.
+
+    What the rounding leaves over makes first layers resident, one after another (``leftover``): also a plan of few distinct layers prices fast.
+    """
+    wanted = target or dict.fromkeys(ops, 1.0)
+    low, high = 0.0, 1.0
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _even_bytes(spec, ops, wanted, middle) <= budget_bytes else (low, middle)
+    frac = 1.0 if _even_bytes(spec, ops, wanted, 1.0) <= budget_bytes else low
+    base, head = _even_rows(ops, wanted, frac)
+    left = budget_bytes - _even_bytes(spec, ops, wanted, frac)
+    layers: list[Mapping[str, int]] = []
+    if leftover:
+        head_rows = dict(head)
+        while len(layers) < spec.num_layers:
+            grown, used = _grow(ops, base, left)
+            if not used:
+                break
+            left -= used
+            layers.append(layers[-1] if layers and layers[-1] == grown else grown)
+        head, _ = _grow(ops, head_rows, left)
+    return (*layers, *((base,) * (spec.num_layers - len(layers))), head)
+
+
+def _even_rows(ops: Mapping[str, OpSpec], wanted: Mapping[str, float], frac: float) -> tuple[dict[str, int], dict[str, int]]:
+    rows = {name: _floor_edge(op, op.rows * min(1.0, frac * wanted.get(name, 0.0))) for name, op in ops.items()}
+    return {name: count for name, count in rows.items() if name != "lm_head"}, {"lm_head": rows["lm_head"]}
+
+
+def _even_bytes(spec: ModelSpec, ops: Mapping[str, OpSpec], wanted: Mapping[str, float], frac: float) -> int:
+    base, head = _even_rows(ops, wanted, frac)
+    return residency_bytes(ops, base) * spec.num_layers + residency_bytes(ops, head)
+
+
+def _floor_edge(op: OpSpec, rows: float) -> int:
+    return op.rows if rows >= op.rows else int(rows // op.unit_rows) * op.unit_rows
+
+
+def _grow(ops: Mapping[str, OpSpec], layer: Mapping[str, int], budget_bytes: int) -> tuple[dict[str, int], int]:
+    """``layer`` with more resident rows, op by op as long as whole units fit; and the bytes that took."""
+    grown, used = dict(layer), 0
+    for name, rows in layer.items():
+        op = ops[name]
+        before = align(rows * op.row_bytes)
+        more = _floor_edge(op, rows + max(0, budget_bytes - used) // op.row_bytes)
+        while more > rows and align(more * op.row_bytes) - before > budget_bytes - used:
+            more = (more - 1) // op.unit_rows * op.unit_rows
+        grown[name] = max(rows, more)
+        used += align(grown[name] * op.row_bytes) - before
+    return grown, used
+
+
+# -- limits --------------------------------------------------------------------------------------------------------------------------------
+
+
+def fits(spec: ModelSpec, plan: Plan, limits: Limits) -> bool:
+    use = plan_memory(spec, plan)
+    return use.gpu.total <= limits.gpu_bytes and use.host.total <= limits.host_bytes
+
+
+def most_sequences(cap: int, fits_with: Callable[[int], bool]) -> int:
+    """The largest count in [0, cap] for which ``fits_with`` holds, by bisection (fewer sequences never need more)."""
+    if fits_with(cap):
+        return cap
+    low, high = 0, cap
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits_with(middle) else (low, middle)
+    return low
+
+
+def shortage(possible: Callable[[Limits], bool], limits: Limits, policy: Policy) -> LimitError:
+    """The error that names the smallest GPU limit for which ``possible`` holds with this host limit; or else the smallest host limit; or both."""
+    huge = 1 << 50
+    gpu_need = _smallest(lambda size: possible(replace(limits, gpu_bytes=size)), limits.gpu_bytes, huge)
+    host_need = _smallest(lambda size: possible(replace(limits, host_bytes=size)), limits.host_bytes, huge) if gpu_need is None else None
+    for tier, flag, need, given in (("GPU", "--gpu-memory", gpu_need, limits.gpu_bytes), ("host", "--host-memory", host_need, limits.host_bytes)):
+        if need is not None:
+            size = size_text(need)
+            return LimitError(f"policy {policy} needs at least {size} of {tier} memory, {size_text(given)} allowed; raise {flag} to {size}")
+    host_need = _smallest(lambda size: possible(Limits(gpu_bytes=huge, host_bytes=size)), limits.host_bytes, huge) or huge
+    gpu_need = _smallest(lambda size: possible(Limits(gpu_bytes=size, host_bytes=host_need)), limits.gpu_bytes, huge) or huge
+    return LimitError(
+        f"policy {policy} needs at least {size_text(gpu_need)} of GPU and {size_text(host_need)} of host memory, {size_text(limits.gpu_bytes)} and "
+        f"{size_text(limits.host_bytes)} allowed; raise --gpu-memory to {size_text(gpu_need)} and --host-memory to {size_text(host_need)}"
+    )
+
+
+def _smallest(works: Callable[[int], bool], low: int, high: int) -> int | None:
+    """The smallest size above ``low`` that works, in whole KiB up to 16 MiB and whole MiB above, so that the printed figure is exact; None: none does."""
+    if not works(high):
+        return None
+    step = 1024
+    low = low // step * step
+    while high - low > step:
+        middle = (low + high) // 2 // step * step
+        low, high = (low, middle) if works(middle) else (middle, high)
+        if low >= 16 << 20 and step == 1024:
+            step = 1 << 20
+            low, high = low // step * step, -(-high // step) * step
+    return high
+
+
+def size_text(num_bytes: int) -> str:
+    """Exactly this many bytes in the largest unit that needs no fraction, for sizes that the planner names; else with two decimals."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= size and num_bytes % size == 0:
+            return f"{num_bytes // size}{unit}"
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f}{unit}"
+    return f"{num_bytes}B"
+
+

@@ -1,0 +1,219 @@
+"""Bytes that a plan occupies on each tier: the formulas by which the planner keeps the limits and the runtime allocates.
+
+Owns one named function per formula. Every buffer and every slice of weights is rounded up to 64 bytes. Knows nothing of devices, addresses or the
+order in which things lie in memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.plan.packets import align
+from twinpilots.plan.plan import BucketPlan, Plan, Split
+
+Device = Literal["gpu", "cpu"]
+FP32_BYTES = 4
+KV_STAGING_SLOTS = 2  # streamed host KV is double-buffered
+# Control block, mailboxes and event slots; and per program instruction: 272 bytes of record, 24 of trace, 24 of load segment, rounded up.
+CONTROL_BYTES = 1 << 20
+INSTRUCTION_BYTES = 320
+PROGRAMS_PER_BUCKET = 4  # compiled shapes kept per bucket (the least recently used is dropped)
+TASKS_PER_LAYER = 40  # and micro-batch: an upper estimate over all splits and groups
+META_BUFFERS = 2  # this pass and the next
+META_HEADER_WORDS = 80
+META_WORDS_PER_TOKEN = 4  # token, position, rotary row, slot
+META_WORDS_PER_SEQ = 6  # first row, length, KV length, two page offsets, logit row
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierUse:
+    """Bytes of one tier by purpose. ``weights`` holds linears, tables, norms, biases; ``workspace`` activations, programs and metadata."""
+
+    weights: int
+    kv: int
+    ring: int
+    staging: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.ring + self.staging + self.workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    gpu: TierUse
+    host: TierUse
+
+
+def plan_memory(spec: ModelSpec, plan: Plan) -> MemoryUse:
+    """What the runtime allocates for ``plan``, by tier and purpose."""
+    gpu = TierUse(weights=0, kv=0, ring=0, staging=0, workspace=0)
+    if plan.uses_gpu:
+        gpu = TierUse(
+            weights=resident_bytes(spec, plan) + small_tensor_bytes(spec, plan.max_model_len),
+            kv=gpu_kv_bytes(spec, plan),
+            ring=align(plan.ring_bytes),
+            staging=kv_staging_bytes(spec, plan),
+            workspace=activation_bytes(spec, plan, "gpu"),
+        )
+    small = small_tensor_bytes(spec, plan.max_model_len) if plan.uses_cpu else 0
+    host = TierUse(
+        weights=host_weight_bytes(spec, plan) + small,
+        kv=host_kv_bytes(spec, plan),
+        ring=0,
+        staging=0,
+        workspace=activation_bytes(spec, plan, "cpu") + control_bytes(spec, plan),
+    )
+    return MemoryUse(gpu=gpu, host=host)
+
+
+def gpu_layout_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """Size of the GPU arena."""
+    return plan_memory(spec, plan).gpu.total
+
+
+def host_layout_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """Size of the host arena."""
+    return plan_memory(spec, plan).host.total
+
+
+# -- activations and control ---------------------------------------------------------------------------------------------------------------
+
+
+def activation_buffers(spec: ModelSpec, plan: Plan, device: Device) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of every fp32 activation buffer of ``device``, by its name in docs/execution.md.
+
+    The host always holds ``x`` (the embedding is gathered there) and ``logits`` (they are sampled there); everything else only lies where computing is done.
+    """
+    tokens, logits, hidden = plan.max_pass_tokens, plan.max_num_seqs, spec.hidden_size
+    everything = {
+        "x": (tokens, hidden), "h": (tokens, hidden), "part": (tokens, hidden), "peer": (tokens, hidden),
+        "qkv": (tokens, spec.q_size + 2 * spec.kv_size), "attn": (tokens, spec.q_size), "act": (tokens, spec.intermediate_size),
+        "head": (logits, hidden), "logits": (logits, spec.vocab_size),
+    }  # fmt: skip
+    if device == "gpu":
+        return everything if plan.uses_gpu else {}
+    return everything if plan.uses_cpu else {name: everything[name] for name in ("x", "logits")}
+
+
+def activation_bytes(spec: ModelSpec, plan: Plan, device: Device) -> int:
+    """Bytes of the activation buffers of ``device``."""
+    return sum(align(rows * columns * FP32_BYTES) for rows, columns in activation_buffers(spec, plan, device).values())
+
+
+def tasks_allowance(spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> int:
+    """An upper estimate of the instructions of one pass: a fixed number per layer and micro-batch, and each packet's load and the linears that read it."""
+    packets = 0 if plan.packet_bytes == 0 else 2 * -(-streamed_bytes(spec, plan, bucket) // plan.packet_bytes)
+    return (spec.num_layers + 1) * TASKS_PER_LAYER * bucket.micro_batches + packets * (1 + bucket.micro_batches)
+
+
+def control_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """Host bytes of control block, events, compiled programs and pass metadata: an allowance, not a measurement."""
+    programs = sum(tasks_allowance(spec, plan, bucket) for bucket in plan.buckets) * PROGRAMS_PER_BUCKET * INSTRUCTION_BYTES
+    words = META_HEADER_WORDS + META_WORDS_PER_TOKEN * plan.max_pass_tokens + META_WORDS_PER_SEQ * plan.max_num_seqs
+    words += 2 * (plan.gpu_pages + plan.host_pages) + plan.kv_staging_pages
+    return CONTROL_BYTES + align(programs) + align(META_BUFFERS * FP32_BYTES * words)
+
+
+# -- weights -------------------------------------------------------------------------------------------------------------------------------
+
+
+def resident_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """Bytes of the rows of all linears that lie in GPU memory."""
+    return sum(align(split.resident * op.row_bytes) * count for op, split, count in _counted_splits(spec, plan, plan.buckets[0]))
+
+
+def streamed_bytes(spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> int:
+    """Bytes of weights that a pass of ``bucket`` moves to the GPU."""
+    return sum(split.streamed * op.row_bytes * count for op, split, count in _counted_splits(spec, plan, bucket))
+
+
+def host_weight_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """Bytes of the non-resident rows of all linears, the embedding table and the position table.
+
+    With tied embeddings lm_head's tensor is the embedding table, and stays on the host as a whole.
+    """
+    total = align(spec.learned_positions * spec.hidden_size * spec.weight_bytes_per_element)
+    if not spec.tied:
+        total += align(spec.vocab_size * spec.hidden_size * spec.weight_bytes_per_element)
+    for op, split, count in _counted_splits(spec, plan, plan.buckets[0]):
+        rows = op.rows if spec.tied and op.name == "lm_head" else split.rows - split.resident
+        total += align(rows * op.row_bytes) * count
+    return total
+
+
+def small_tensors(spec: ModelSpec) -> dict[str, int]:
+    """Elements of every norm gain and bias of one layer, and ``final_norm`` (once per model); fp32 on each device that computes."""
+    norms = {"attn_norm": spec.hidden_size, "mlp_norm": spec.hidden_size, "final_norm": spec.hidden_size}
+    if spec.post_norms:
+        norms |= {"attn_post_norm": spec.hidden_size, "mlp_post_norm": spec.hidden_size}
+    found = dict(norms)
+    if spec.norm == "layernorm":
+        found |= {f"{name}_bias": size for name, size in norms.items()}
+    if spec.qk_norm:
+        found |= {"q_norm": spec.head_dim, "k_norm": spec.head_dim}
+    if spec.qkv_bias:
+        found |= {"q_bias": spec.q_size, "k_bias": spec.kv_size, "v_bias": spec.kv_size}
+    if spec.o_bias:
+        found["o_bias"] = spec.hidden_size
+    if spec.mlp_bias:
+        found |= {"up_bias": spec.intermediate_size, "down_bias": spec.hidden_size}
+        found |= {"gate_bias": spec.intermediate_size} if spec.gated_mlp else {}
+    return found
+
+
+def rotary_bytes(spec: ModelSpec, max_model_len: int) -> int:
+    """Bytes of the fp32 cos and sin tables [max_model_len][rotary_dim / 2] of every rope; longrope keeps a second pair."""
+    table = [align(max_model_len * (rope.rotary_dim // 2) * FP32_BYTES * (2 if rope.long_inv_freq else 1)) for rope in spec.ropes]
+    return 2 * sum(table)
+
+
+def small_tensor_bytes(spec: ModelSpec, max_model_len: int) -> int:
+    """Bytes of norms, biases and rotary tables on one device."""
+    once = ("final_norm", "final_norm_bias")
+    sizes = small_tensors(spec).items()
+    return sum(align(size * FP32_BYTES) * (1 if name in once else spec.num_layers) for name, size in sizes) + rotary_bytes(spec, max_model_len)
+
+
+# -- KV ------------------------------------------------------------------------------------------------------------------------------------
+
+
+def kv_page_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """Bytes of one page of one layer: K and V of ``page_size`` tokens."""
+    return 2 * spec.kv_size * plan.page_size * BYTES_PER_WEIGHT[plan.kv_dtype]
+
+
+def gpu_kv_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """Bytes of the GPU's KV pages: all layers but those whose KV stays with the CPU."""
+    return align(plan.gpu_pages * (spec.num_layers - len(plan.host_kv_layers)) * kv_page_bytes(spec, plan))
+
+
+def host_kv_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """Bytes of the host's KV pages: whole sequences (``host_pages``), or the host's layers of every sequence (``host_kv_layers``)."""
+    return align((plan.host_pages * spec.num_layers + plan.gpu_pages * len(plan.host_kv_layers)) * kv_page_bytes(spec, plan))
+
+
+def kv_staging_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """GPU bytes through which host KV streams: two slots, each of one layer's pages of one micro-batch."""
+    return KV_STAGING_SLOTS * align(plan.kv_staging_pages * kv_page_bytes(spec, plan))
+
+
+# -- helpers -------------------------------------------------------------------------------------------------------------------------------
+
+
+def layer_template(spec: ModelSpec, unit_rows: int) -> dict[str, OpSpec]:
+    """The ops of a layer and lm_head by name. All layers of a dense model have the same shapes, so one stands for all."""
+    return {op.name: op for op in replace(spec, layers=spec.layers[:1]).ops(unit_rows)}
+
+
+def _counted_splits(spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> list[tuple[OpSpec, Split, int]]:
+    """(op, split, number of layers that share the split): layers with one and the same mapping are counted, not visited."""
+    ops = layer_template(spec, plan.unit_rows)
+    layers: dict[int, Mapping[str, Split]] = {id(layer): layer for layer in bucket.splits}
+    counts = Counter(id(layer) for layer in bucket.splits)
+    return [(ops[name], split, counts[key]) for key, layer in layers.items() for name, split in layer.items()]

@@ -1,0 +1,262 @@
+"""The named policies: each chooses a plan by its own published rule, all within one plan space and one set of memory limits.
+
+Owns one ``build_...`` function per policy. Every policy takes as many sequences at once as fit (the rest wait: waves), sizes chunk and ring by the rules of
+`draft.py`, and either returns a Plan that keeps both limits or raises LimitError with the smallest limit that would do. Knows nothing of simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import wraps
+
+from twinpilots.errors import DeviceUnavailableError
+from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.draft import Draft, PlanOptions, everything_resident, most_sequences, nothing_resident, shortage
+from twinpilots.plan.makespan import balance
+from twinpilots.plan.memory import plan_memory
+from twinpilots.plan.plan import Phase, Plan, Policy
+from twinpilots.plan.problem import (
+    Place,
+    Problem,
+    attention_times,
+    best_fit,
+    best_or_error,
+    cpu_linear_s,
+    fill,
+    gpu_linear_s,
+    load_s,
+    no_cpu,
+    ops_bytes,
+    runs_one,
+    sized,
+)
+from twinpilots.plan.workload import Limits, Workload
+
+Builder = Callable[..., Plan]  # (spec, profile, workload, limits, options=None)
+FLEXGEN_KV_ON_GPU = (1.0, 0.75, 0.5, 0.25, 0.0)
+FLEXGEN_BATCHES = (1, 2, 4)
+
+
+ONE_BATCH: Mapping[Phase, int] = {"prefill": 1, "decode": 1}
+RULES: dict[Policy, tuple[tuple[Draft, Place], ...]] = {}  # each policy's base draft and placement; several: the policy takes the better
+BUILDERS: dict[Policy, Builder] = {}
+
+
+def _rule(
+    policy: Policy, *, gpu_seqs: int = 1, uses_gpu: bool = True, uses_cpu: bool = False, streams: bool = True, share_of_rest: bool = False
+) -> Callable[[Place], Builder]:
+    """Registers a placement (problem, draft, number of sequences) -> plan and turns it into the policy's builder."""
+    base = Draft(
+        policy=policy, num_seqs=1, gpu_seqs=gpu_seqs, pass_tokens=1, micro_batches=ONE_BATCH, uses_gpu=uses_gpu, uses_cpu=uses_cpu, streams=streams,
+        share_of_rest=share_of_rest,
+    )  # fmt: skip
+
+    def register(place: Place) -> Builder:
+        @wraps(place)
+        def build(spec: ModelSpec, profile: HardwareProfile, workload: Workload, limits: Limits, options: PlanOptions | None = None) -> Plan:
+            problem = Problem.of(spec, profile, workload, limits, options or PlanOptions())
+            if uses_gpu:
+                need_gpu(problem, policy)
+            return best_or_error(problem, base, place)
+
+        RULES[policy], BUILDERS[policy] = ((base, place),), build
+        return build
+
+    return register
+
+
+def need_gpu(problem: Problem, policy: Policy) -> None:
+    if problem.profile.gpu is None or problem.profile.link is None:
+        raise DeviceUnavailableError(f"policy {policy} needs a GPU, {problem.profile.name} has none; use policy cpu")
+
+
+@_rule("cpu", gpu_seqs=0, uses_gpu=False, uses_cpu=True, streams=False)
+def build_cpu(problem: Problem, draft: Draft, count: int) -> Plan | None:
+    """Everything on the CPU; the GPU runs nothing at all. The chunk takes at most a sixteenth of host memory for activations."""
+    return problem.plan(sized(draft, count, 0), nothing_resident(problem.spec, problem.ops), no_cpu)
+
+
+@_rule("resident", streams=False)
+def build_resident(problem: Problem, draft: Draft, count: int) -> Plan | None:
+    """Everything in GPU memory, nothing streamed, nothing on the CPU: what any engine does with a model that fits. Refuses one that does not."""
+    return problem.plan(sized(draft, count, count), everything_resident(problem.spec, problem.ops), no_cpu)
+
+
+@_rule("stream")
+def build_stream(problem: Problem, draft: Draft, count: int) -> Plan | None:
+    """The GPU computes everything; what does not fit is streamed each pass (vLLM's prefetch offloading, ZeRO-Inference section 4: full offload plus pinning of
+    what fits). KV lies on the GPU: as many sequences at once as fit; then the greatest resident percentage that fits beside ring, KV and activations.
+    """
+    draft = sized(draft, count, count)
+    return problem.plan(draft, fill(problem, draft), no_cpu)
+
+
+@_rule("layer-split", uses_cpu=True, streams=False)
+def build_layer_split(problem: Problem, draft: Draft, count: int) -> Plan | None:
+    """llama.cpp's ``--n-gpu-layers``: whole layers in GPU memory, the others wholly on the CPU, KV with its layer; the devices take turns.
+
+    As many as fit, counted from the end, lm_head first (llama.cpp's ``load_tensors``: ``i_gpu_start = n_layer + 1 - n_gpu_layers``, the output is layer n_layer).
+    """
+
+    def with_layers(on_gpu: int) -> Plan:
+        return _layers_on_gpu(problem, sized(draft, count, count), on_gpu)
+
+    on_gpu = most_sequences(problem.spec.num_layers + 1, lambda k: plan_memory(problem.spec, with_layers(k)).gpu.total <= problem.limits.gpu_bytes)
+    return with_layers(on_gpu) if on_gpu else None
+
+
+def _layers_on_gpu(problem: Problem, draft: Draft, on_gpu: int) -> Plan:
+    """lm_head and the last ``on_gpu - 1`` layers on the GPU."""
+    spec, ops = problem.spec, problem.ops
+    nothing, everything = nothing_resident(spec, ops), everything_resident(spec, ops)
+    on_cpu = spec.num_layers + 1 - on_gpu
+    draft = replace(draft, host_kv_layers=tuple(range(on_cpu)), uses_cpu=on_cpu > 0)
+    return problem.plan(draft, (*nothing[:on_cpu], *everything[on_cpu:]), no_cpu)
+
+
+@_rule("hetegen", uses_cpu=True, share_of_rest=True)
+def build_hetegen(problem: Problem, draft: Draft, count: int) -> Plan | None:
+    """HeteGen (MLSys 2024, section 4): one ratio for every linear. The CPU computes the share alpha of what is not resident, the GPU streams and computes the
+    rest, so that both take equally long: alpha = t_gpu / (t_cpu + t_gpu), where t_gpu is the slower of copying and computing (they overlap).
+
+    Resident first is what fits; KV lies on the GPU, as in ``stream``. alpha is taken per bucket, because t_cpu grows with the tokens.
+    """
+    draft = sized(draft, count, count)
+
+    def share(_phase: Phase, tokens: int) -> Mapping[str, float]:
+        return dict.fromkeys(problem.ops, hetegen_alpha(problem, tokens))
+
+    return problem.plan(draft, fill(problem, draft), share)
+
+
+def hetegen_alpha(problem: Problem, tokens: int) -> float:
+    """The CPU's share of one layer's streamed weights that makes CPU time and the slower of copy and GPU time equal."""
+    layer = [op for op in problem.ops.values() if op.layer >= 0]
+    cpu_s = sum(cpu_linear_s(problem, op, tokens) for op in layer)
+    gpu_s = max(sum(load_s(problem, op) for op in layer), sum(gpu_linear_s(problem, op, tokens) for op in layer))
+    return gpu_s / (cpu_s + gpu_s)
+
+
+@_rule("twinpilots", gpu_seqs=0, uses_cpu=True)
+def build_twinpilots(problem: Problem, draft: Draft, count: int) -> Plan | None:
+    """TwinPilots (SYSTOR 2024): each whole op on one device, every layer alike, weights and KV in host memory; `balance` minimises the makespan of
+    q, k, v, attention, o, mlp1, mlp2, where the GPU's time includes loading weights or KV. lm_head, not among the seven, runs where it takes less time.
+
+    Only when everything fits in GPU memory do weights stay there, and the plan is ``resident``'s: streaming a model that fits helps no one (FACTS section 6).
+    """
+    whole = replace(sized(draft, count, count), streams=False, uses_cpu=False)
+    plan = problem.plan(whole, everything_resident(problem.spec, problem.ops), no_cpu)
+    return plan if problem.fits(plan) else _whole_ops(problem, sized(draft, count, 0))
+
+
+def _whole_ops(problem: Problem, draft: Draft) -> Plan | None:
+    """`balance`'s plan for these sequences. Attention keeps to the CPU where a layer's KV does not fit GPU memory twice (two staging slots)."""
+    workload = problem.workload
+    residency = nothing_resident(problem.spec, problem.ops)
+    decode = balanced_ops(problem, draft.num_seqs, draft.num_seqs, workload.input_len + workload.output_len / 2, gpu_attention=True)
+    prefill = balanced_ops(problem, draft.pass_tokens, *_prompt_shape(workload, draft.pass_tokens), gpu_attention=True)
+    wanted: list[tuple[bool, bool]] = [(decode["attention"] == 0, prefill["attention"] == 0), (False, False)]
+    for on_gpu, prefill_on_gpu in wanted:
+        placed = replace(
+            draft, staging_seqs=draft.num_seqs if on_gpu or prefill_on_gpu else 0,
+            host_attention="gpu" if on_gpu else "cpu", host_prefill_attention="gpu" if prefill_on_gpu else "cpu",
+        )  # fmt: skip
+
+        def share(phase: Phase, tokens: int, placed: Draft = placed) -> Mapping[str, float]:
+            return _whole_op_share(problem, placed, phase, tokens)
+
+        plan = problem.plan(placed, residency, share)
+        if problem.fits(plan):
+            return plan
+    return None
+
+
+def _prompt_shape(workload: Workload, tokens: int) -> tuple[int, float]:
+    """(sequences, mean context) of a prefill pass of ``tokens`` tokens."""
+    return max(1, round(tokens / workload.input_len)), workload.input_len / 2
+
+
+def _whole_op_share(problem: Problem, draft: Draft, phase: Phase, tokens: int) -> Mapping[str, float]:
+    workload = problem.workload
+    if phase == "decode":
+        seqs, context, attention = tokens, workload.input_len + workload.output_len / 2, draft.host_attention
+    else:
+        (seqs, context), attention = _prompt_shape(workload, tokens), draft.host_prefill_attention
+    placed = balanced_ops(problem, tokens, seqs, context, gpu_attention=attention == "gpu", cpu_attention=attention == "cpu")
+    head = problem.ops["lm_head"]
+    on_gpu_s = load_s(problem, head) + gpu_linear_s(problem, head, seqs)
+    return {**{name: float(device) for name, device in placed.items()}, "lm_head": float(cpu_linear_s(problem, head, seqs) < on_gpu_s)}
+
+
+def balanced_ops(
+    problem: Problem, tokens: float, seqs: int, context: float, *, gpu_attention: bool = True, cpu_attention: bool = True
+) -> dict[str, int]:  # fmt: skip
+    """The paper's plan of one layer: device (0 GPU, 1 CPU) by op, "attention" included. With one of the flags off, attention's place is given."""
+    ops = [op for op in problem.ops.values() if op.layer >= 0]
+    cpu_s = [cpu_linear_s(problem, op, tokens) for op in ops]
+    gpu_s = [load_s(problem, op) + gpu_linear_s(problem, op, tokens) for op in ops]
+    on_cpu, on_gpu = attention_times(problem, tokens, seqs, context)
+    never = 10.0 * (sum(cpu_s) + sum(gpu_s) + on_cpu + on_gpu)  # dearer than any whole layer
+    cpu_s.append(on_cpu if cpu_attention else never)
+    gpu_s.append(on_gpu if gpu_attention else never)
+    device = balance(cpu_s, gpu_s).device
+    return {**{op.name: device[i] for i, op in enumerate(ops)}, "attention": device[-1]}
+
+
+def _flexgen_block(kv_on_gpu: float, batches: int) -> tuple[Draft, Place]:
+    micro_batches: Mapping[Phase, int] = {"prefill": batches, "decode": batches}
+    base = Draft(policy="flexgen", num_seqs=1, gpu_seqs=0, pass_tokens=1, micro_batches=micro_batches, uses_cpu=True)
+
+    def place(problem: Problem, draft: Draft, count: int) -> Plan | None:
+        draft = sized(draft, count, round(count * kv_on_gpu))
+        return problem.plan(draft, fill(problem, draft), no_cpu)
+
+    return base, place
+
+
+def build_flexgen(spec: ModelSpec, profile: HardwareProfile, workload: Workload, limits: Limits, options: PlanOptions | None = None) -> Plan:
+    """FlexGen (ICML 2023, section 4): percentages of weights and KV on GPU and CPU, CPU attention for host KV, and a zig-zag block of micro-batches.
+
+    Its program picks the percentages for each block shape by T = max(link, GPU, CPU); as many of its variables are fixed here (no disk, activations stay),
+    a grid over KV percentage and micro-batches with the rest of GPU memory given to weights is that program's whole search.
+    """
+    problem = Problem.of(spec, profile, workload, limits, options or PlanOptions())
+    need_gpu(problem, "flexgen")
+    found = [best_fit(problem, *_flexgen_block(kv, batches)) for kv in FLEXGEN_KV_ON_GPU for batches in FLEXGEN_BATCHES]
+    feasible = [plan for plan in found if plan is not None]
+    if not feasible:
+        raise shortage(lambda limits: can_run(problem.within(limits), "flexgen"), limits, "flexgen")
+    return max(feasible, key=lambda plan: _flexgen_rate(problem, plan))
+
+
+RULES["flexgen"], BUILDERS["flexgen"] = tuple(_flexgen_block(kv, 1) for kv in (0.0, 1.0)), build_flexgen
+
+
+def can_run(problem: Problem, policy: Policy) -> bool:
+    """Whether the policy can run one sequence at all within the limits."""
+    return any((problem.profile.gpu is not None or not base.uses_gpu) and runs_one(problem, base, place) for base, place in RULES[policy])
+
+
+def _flexgen_rate(problem: Problem, plan: Plan) -> float:
+    """Tokens/s of a decode step by FlexGen's cost model: the slowest of weights over the link, GPU, and CPU attention; one micro-batch does not overlap."""
+    spec, workload = problem.spec, problem.workload
+    seqs, context = plan.max_num_seqs, workload.input_len + workload.output_len / 2
+    on_host = plan.host_pages / max(1, plan.host_pages + plan.gpu_pages)
+    streamed = sum(ops_bytes(problem.ops, {name: split.streamed for name, split in layer.items()}) for layer in plan.buckets[0].splits)
+    assert problem.profile.link is not None
+    link_s = streamed / problem.profile.link.up_bytes_per_s
+    batches = plan.bucket_for("decode", seqs).micro_batches
+    gpu_s = sum(gpu_linear_s(problem, op, seqs / batches) * (spec.num_layers if op.layer >= 0 else 1) for op in problem.ops.values()) * batches
+    cpu_s = attention_times(problem, seqs, seqs, context)[0] * spec.num_layers * on_host
+    return seqs / (max(link_s, gpu_s, cpu_s) if batches > 1 else max(link_s, gpu_s + cpu_s))
+
+
+def build_policy(
+    policy: Policy, spec: ModelSpec, profile: HardwareProfile, workload: Workload, limits: Limits, options: PlanOptions | None = None
+) -> Plan:  # fmt: skip
+    """The plan of one named policy (``auto`` is the solver's). Raises LimitError or DeviceUnavailableError."""
+    return BUILDERS[policy](spec, profile, workload, limits, options)
+
+

@@ -1,0 +1,163 @@
+"""What a planner is asked (`Problem`), how long ops take on each device, and how many sequences fit: the ground that all policies stand on.
+
+Owns op times read off the profile at a token count, and the search over chunk, packet and number of sequences. Knows nothing of who computes what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.plan.draft import (
+    CHUNK_SHARE,
+    CpuShare,
+    Draft,
+    PlanOptions,
+    Residency,
+    chunk_choices,
+    fill_resident,
+    fits,
+    make_plan,
+    most_sequences,
+    nothing_resident,
+    ring_rule,
+    shortage,
+)
+from twinpilots.plan.memory import layer_template, plan_memory
+from twinpilots.plan.plan import Phase, Plan
+from twinpilots.plan.workload import Limits, Workload
+
+CPU_CHUNK_SHARE = 16  # without a GPU, activations take at most this fraction of host memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What a policy is asked: the arguments of every builder, and the shapes of one layer's ops."""
+
+    spec: ModelSpec
+    profile: HardwareProfile
+    workload: Workload
+    limits: Limits
+    options: PlanOptions
+    ops: Mapping[str, OpSpec]
+
+    @staticmethod
+    def of(spec: ModelSpec, profile: HardwareProfile, workload: Workload, limits: Limits, options: PlanOptions) -> Problem:
+        return Problem(spec=spec, profile=profile, workload=workload, limits=limits, options=options, ops=layer_template(spec, options.unit_rows))
+
+    def plan(self, draft: Draft, residency: Residency, cpu_share: CpuShare) -> Plan:
+        return make_plan(self.spec, self.workload, self.options, draft, residency, cpu_share)
+
+    def fits(self, plan: Plan) -> bool:
+        return fits(self.spec, plan, self.limits)
+
+    def within(self, limits: Limits) -> Problem:
+        return replace(self, limits=limits)
+
+
+Place = Callable[[Problem, Draft, int], Plan | None]
+
+
+def no_cpu(_phase: Phase, _tokens: int) -> Mapping[str, float]:
+    return {}
+
+
+def drafts(problem: Problem, base: Draft) -> Iterator[Draft]:
+    """``base`` with the chunk and packet sizes to try, preferred ones first: by the rules of `draft.py`, then with smaller packets."""
+    limits = problem.limits
+    device_bytes = limits.gpu_bytes if base.uses_gpu else limits.host_bytes * CHUNK_SHARE // CPU_CHUNK_SHARE
+    rings = sorted({ring_rule(limits.gpu_bytes), ring_rule(0)}, reverse=True) if base.uses_gpu and base.streams else [(0, 0)]
+    for chunk in chunk_choices(problem.spec, problem.workload, problem.workload.concurrency, device_bytes):
+        for packet_bytes, depth in rings:
+            yield replace(base, pass_tokens=chunk, packet_bytes=packet_bytes, ring_depth=depth)
+
+
+def fill(problem: Problem, draft: Draft, target: Mapping[str, float] | None = None) -> Residency:
+    """As many resident rows as GPU memory holds beside KV, ring and activations of ``draft``."""
+    empty = problem.plan(draft, nothing_resident(problem.spec, problem.ops), no_cpu)
+    budget = problem.limits.gpu_bytes - plan_memory(problem.spec, empty).gpu.total
+    return fill_resident(problem.spec, problem.ops, max(0, budget), target)
+
+
+def best_fit(problem: Problem, base: Draft, place: Place) -> Plan | None:
+    """The plan with the most sequences at once over the drafts' chunk and packet sizes (the first of equals), or None when not even one sequence fits.
+
+    ``place(problem, draft, n)`` is the plan for n sequences, or None.
+    """
+    best: Plan | None = None
+    for draft in drafts(problem, base):
+        made: dict[int, Plan] = {}
+
+        def works(count: int, draft: Draft = draft, made: dict[int, Plan] = made) -> bool:
+            plan = place(problem, draft, count)
+            if plan is None or not problem.fits(plan):
+                return False
+            made[count] = plan
+            return True
+
+        count = most_sequences(problem.workload.concurrency, works)
+        if count and (best is None or count > best.max_num_seqs):
+            best = made[count]
+        if best is not None and best.max_num_seqs == problem.workload.concurrency:
+            break
+    return best
+
+
+def best_or_error(problem: Problem, base: Draft, place: Place) -> Plan:
+    """`best_fit`, or the LimitError that names the smallest limit with which one sequence runs in the smallest chunks and packets."""
+    plan = best_fit(problem, base, place)
+    if plan is None:
+        raise shortage(lambda limits: runs_one(problem.within(limits), base, place), problem.limits, base.policy)
+    return plan
+
+
+def runs_one(problem: Problem, base: Draft, place: Place) -> bool:
+    """Whether one sequence fits with the smallest chunk and packet: the least memory that a plan of this kind takes."""
+    *_, smallest = drafts(problem, base)
+    plan = place(problem, smallest, 1)
+    return plan is not None and problem.fits(plan)
+
+
+def sized(draft: Draft, count: int, gpu_seqs: int) -> Draft:
+    return replace(draft, num_seqs=count, gpu_seqs=gpu_seqs, pass_tokens=max(count, draft.pass_tokens))
+
+
+def ops_bytes(ops: Mapping[str, OpSpec], layer: Mapping[str, int]) -> int:
+    return sum(rows * ops[name].row_bytes for name, rows in layer.items())
+
+
+# -- times of ops --------------------------------------------------------------------------------------------------------------------------
+
+
+def attention_times(problem: Problem, tokens: float, seqs: int, context: float) -> tuple[float, float]:
+    """Seconds of one layer's attention over host KV: on the CPU where it lies, and on the GPU with the KV's way up and the new KV's way down."""
+    spec, profile = problem.spec, problem.profile
+    gpu, link = profile.gpu, profile.link
+    assert gpu is not None and link is not None
+    per_token = spec.kv_bytes_per_token(kv_element_bytes(problem)) / spec.num_layers
+    kv_bytes, flops = seqs * context * per_token, spec.attention_flops(tokens, context)
+    up_s, down_s = kv_bytes / link.up_bytes_per_s, tokens * per_token / link.down_bytes_per_s
+    return profile.cpu.attention_s(kv_bytes, flops) + profile.cpu.task_s, up_s + down_s + gpu.attention_s(kv_bytes, flops) + gpu.task_s
+
+
+def kv_element_bytes(problem: Problem) -> int:
+    return BYTES_PER_WEIGHT[problem.options.kv_dtype or problem.spec.weight_dtype]
+
+
+def cpu_linear_s(problem: Problem, op: OpSpec, tokens: float) -> float:
+    cpu = problem.profile.cpu
+    return cpu.task_s + cpu.linear_s(problem.spec.weight_dtype, op.split_dim, op.rows * op.row_elements, tokens * op.active_frac)
+
+
+def gpu_linear_s(problem: Problem, op: OpSpec, tokens: float) -> float:
+    gpu = problem.profile.gpu
+    assert gpu is not None
+    return gpu.task_s + gpu.linear_s(problem.spec.weight_dtype, op.split_dim, op.rows * op.row_elements, tokens * op.active_frac)
+
+
+def load_s(problem: Problem, op: OpSpec) -> float:
+    link = problem.profile.link
+    assert link is not None
+    return op.weight_bytes / link.up_bytes_per_s

@@ -1,0 +1,261 @@
+"""The linear program behind the solver (docs: the program of who computes what): shares of every op, KV placement, pass times.
+
+Owns `Program` (its data), `solve_program` and `Shares` (its answer). Times are given, not computed: knows nothing of profiles, plans or units.
+
+Per phase k (a pass of given tokens) and op i, with r the resident, s the streamed and c the CPU's share of all its rows, g, a, t the KV's share on the GPU,
+on the host attended by the CPU, on the host streamed to the GPU:
+
+    r_i + s_ik + c_ik = 1        g + a_k + t_k = 1        c_ik <= y_bk for the op's block b        the MLP pair shares one c
+    link    T_k >= (sum w_i s_ik + KV_k t_k) / B_up            link out  T_k >= newKV_k t_k / B_down
+    cpu     T_k >= sum cpu_ik c_ik + attention_cpu_k a_k + fixed_cpu_k + d_cpu * link_k
+    gpu     T_k >= sum gpu_ik (1 - c_ik) + attention_gpu_k (g + t_k) + fixed_gpu_k + d_gpu * link_k
+    chain   T_k >= sum of e over stages + sum_b handoff_b y_bk,  e >= the stage's CPU time, e >= its GPU time           (one micro-batch only)
+    memory  sum w_i r_i + g KV <= gpu budget,   sum w_i (1 - r_i) + (1 - g) KV <= host budget
+    minimise sum_k passes_k T_k
+
+DRAM's limit is in the profiled op times and in d, the work that a processor loses per second of copying (1 - 1 / copy_slowdown).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+INFINITE = float("inf")
+MLP_PAIRS = (("gate_up_proj", "down_proj"), ("fc1", "fc2"))
+# Stages follow one another when there is one micro-batch; ops of one stage may run side by side on the two devices.
+STAGES: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("attention",), ("o_proj",), ("gate_up_proj", "down_proj", "fc1", "fc2"), ("lm_head",))
+BLOCKS: dict[str, tuple[str, ...]] = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_up_proj", "down_proj", "fc1", "fc2"), "head": ("lm_head",),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseTerms:
+    """One kind of pass. Seconds of every op over all its layers when one device computes all of it; ``attention_*`` over all sequences and layers.
+
+    ``handoff_s[block]``: what it costs per pass that the CPU takes part in a block at all. ``cpu_attention``/``streamed_kv`` allow a and t.
+    """
+
+    passes: float
+    cpu_s: Mapping[str, float]
+    gpu_s: Mapping[str, float]
+    attention_cpu_s: float
+    attention_gpu_s: float
+    kv_bytes: float  # read by attention
+    streamed_kv_bytes: float  # over the link, if all KV were host KV that is streamed
+    new_kv_bytes: float
+    fixed_cpu_s: float = 0.0
+    fixed_gpu_s: float = 0.0
+    handoff_s: Mapping[str, float] | None = None
+    cpu_attention: bool = True
+    streamed_kv: bool = True
+    chain: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """``host_fixed`` names ops whose rows lie on the host even when resident (a tied head). ``resident``/``gpu_kv`` freeze r and g."""
+
+    op_bytes: Mapping[str, float]
+    phases: tuple[PhaseTerms, ...]
+    up_bytes_per_s: float
+    down_bytes_per_s: float
+    gpu_budget_bytes: float
+    host_budget_bytes: float
+    kv_capacity_bytes: float
+    link_drag: tuple[float, float] = (0.0, 0.0)  # (CPU, GPU): seconds lost per second that the link works
+    host_fixed: tuple[str, ...] = ()
+    resident: Mapping[str, float] | None = None
+    gpu_kv: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseShares:
+    seconds: float
+    streamed: Mapping[str, float]
+    cpu: Mapping[str, float]
+    host_cpu_kv: float
+    host_streamed_kv: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """The optimum. ``seconds`` is the objective: all passes."""
+
+    seconds: float
+    resident: Mapping[str, float]
+    gpu_kv: float
+    phases: tuple[PhaseShares, ...]
+
+
+class _Rows:
+    """Collects columns (with bounds) and sparse rows ``low <= a x <= high`` and solves."""
+
+    def __init__(self) -> None:
+        self.low: list[float] = []
+        self.high: list[float] = []
+        self.binary: list[int] = []
+        self.rows: list[list[tuple[int, float]]] = []
+        self.row_low: list[float] = []
+        self.row_high: list[float] = []
+
+    def column(self, low: float = 0.0, high: float = 1.0, *, binary: bool = False) -> int:
+        self.low.append(low)
+        self.high.append(high)
+        self.binary.append(int(binary))
+        return len(self.low) - 1
+
+    def row(self, terms: Iterable[tuple[int, float]], low: float, high: float) -> None:
+        self.rows.append(list(terms))
+        self.row_low.append(low)
+        self.row_high.append(high)
+
+    def minimise(self, objective: Mapping[int, float]) -> np.ndarray | None:
+        """The optimal point, or None when there is none."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array
+
+        counts = np.cumsum([0, *(len(row) for row in self.rows)])
+        columns = [column for row in self.rows for column, _ in row]
+        values = [value for row in self.rows for _, value in row]
+        matrix = csr_array((values, columns, counts), shape=(len(self.rows), len(self.low)))
+        cost = np.zeros(len(self.low))
+        for column, value in objective.items():
+            cost[column] = value
+        found = milp(
+            cost, integrality=self.binary, bounds=Bounds(self.low, self.high), constraints=LinearConstraint(matrix, self.row_low, self.row_high),
+            options={"mip_rel_gap": 1e-4},
+        )  # fmt: skip
+        return None if found.x is None else np.asarray(found.x)
+
+
+def solve_program(program: Program) -> Shares | None:
+    """The optimum, or None when memory does not suffice."""
+    rows = _Rows()
+    frozen = program.resident
+    resident = {name: rows.column(*((frozen[name],) * 2 if frozen else (0.0, 1.0))) for name in program.op_bytes}
+    gpu_kv = rows.column(*((program.gpu_kv,) * 2 if program.gpu_kv is not None else (0.0, 1.0)))
+    if frozen is None:
+        _memory_rows(program, rows, resident, gpu_kv)
+    phases = [_Phase(program, terms, rows, resident, gpu_kv) for terms in program.phases]
+    point = rows.minimise({phase.time: phase.terms.passes for phase in phases})
+    if point is None:
+        return None
+    answers = tuple(phase.answer(point) for phase in phases)
+    return Shares(
+        seconds=sum(terms.passes * answer.seconds for terms, answer in zip(program.phases, answers, strict=True)),
+        resident={name: float(point[column]) for name, column in resident.items()}, gpu_kv=float(point[gpu_kv]), phases=answers,
+    )  # fmt: skip
+
+
+def _memory_rows(program: Program, rows: _Rows, resident: Mapping[str, int], gpu_kv: int) -> None:
+    scale = max(program.kv_capacity_bytes, *program.op_bytes.values())  # keeps coefficients near 1 for the solver
+    used = [(resident[name], size / scale) for name, size in program.op_bytes.items()]
+    rows.row([*used, (gpu_kv, program.kv_capacity_bytes / scale)], -INFINITE, program.gpu_budget_bytes / scale)
+    saved = [(resident[name], size / scale) for name, size in program.op_bytes.items() if name not in program.host_fixed]
+    everything = program.kv_capacity_bytes + sum(program.op_bytes.values())
+    rows.row([*saved, (gpu_kv, program.kv_capacity_bytes / scale)], (everything - program.host_budget_bytes) / scale, INFINITE)
+
+
+class _Phase:
+    """The columns and rows of one phase."""
+
+    def __init__(self, program: Program, terms: PhaseTerms, rows: _Rows, resident: Mapping[str, int], gpu_kv: int) -> None:
+        self.program, self.terms, self.rows, self.gpu_kv = program, terms, rows, gpu_kv
+        self.time = rows.column(0.0, INFINITE)
+        self.streamed = {name: rows.column() for name in program.op_bytes}
+        self.cpu = {name: rows.column() for name in program.op_bytes}
+        self.host_cpu = rows.column(0.0, float(terms.cpu_attention))
+        self.host_streamed = rows.column(0.0, float(terms.streamed_kv))
+        for name in program.op_bytes:
+            rows.row([(resident[name], 1.0), (self.streamed[name], 1.0), (self.cpu[name], 1.0)], 1.0, 1.0)
+        rows.row([(gpu_kv, 1.0), (self.host_cpu, 1.0), (self.host_streamed, 1.0)], 1.0, 1.0)
+        for first, second in MLP_PAIRS:
+            if first in self.cpu and second in self.cpu:
+                rows.row([(self.cpu[first], 1.0), (self.cpu[second], -1.0)], 0.0, 0.0)
+        self.in_use = self._switches()
+        self._devices()
+        self._link_rows()
+        if terms.chain:
+            self._chain()
+
+    def _switches(self) -> dict[str, int]:
+        """Columns y: whether the CPU takes part in a block, where that costs something."""
+        made = {}
+        for block, seconds in (self.terms.handoff_s or {}).items():
+            members = [name for name in BLOCKS[block] if name in self.cpu]
+            if seconds > 0 and members:
+                made[block] = self.rows.column(0.0, 1.0, binary=True)
+                for name in members:
+                    self.rows.row([(made[block], 1.0), (self.cpu[name], -1.0)], 0.0, INFINITE)
+        return made
+
+    def _link(self) -> list[tuple[int, float]]:
+        """Seconds of the link towards the GPU."""
+        up = self.program.up_bytes_per_s
+        weights = [(self.streamed[name], size / up) for name, size in self.program.op_bytes.items()]
+        return [*weights, (self.host_streamed, self.terms.streamed_kv_bytes / up)]
+
+    def _at_least(self, seconds: Iterable[tuple[int, float]], fixed_s: float = 0.0) -> None:
+        """T >= seconds + fixed."""
+        self.rows.row([(self.time, 1.0), *((column, -value) for column, value in seconds)], fixed_s, INFINITE)
+
+    def _cpu_s(self, names: Iterable[str]) -> list[tuple[int, float]]:
+        return [(self.cpu[name], self.terms.cpu_s[name]) for name in names]
+
+    def _gpu_s(self, names: Iterable[str]) -> tuple[list[tuple[int, float]], float]:
+        """gpu_i (1 - c_i) as columns and a constant."""
+        chosen = list(names)
+        return [(self.cpu[name], -self.terms.gpu_s[name]) for name in chosen], sum(self.terms.gpu_s[name] for name in chosen)
+
+    def _gpu_attention(self) -> list[tuple[int, float]]:
+        return [(self.gpu_kv, self.terms.attention_gpu_s), (self.host_streamed, self.terms.attention_gpu_s)]
+
+    def _handoffs(self) -> list[tuple[int, float]]:
+        return [(column, (self.terms.handoff_s or {})[block]) for block, column in self.in_use.items()]
+
+    def _devices(self) -> None:
+        terms, names = self.terms, self.program.op_bytes
+        drag_cpu, drag_gpu = ([(column, value * drag) for column, value in self._link()] for drag in self.program.link_drag)
+        self._at_least(_merged([*self._cpu_s(names), (self.host_cpu, terms.attention_cpu_s), *drag_cpu]), terms.fixed_cpu_s)
+        columns, constant = self._gpu_s(names)
+        handoffs = [] if terms.chain else self._handoffs()  # beside other work, hand-offs still take the GPU queue's time
+        self._at_least(_merged([*columns, *self._gpu_attention(), *drag_gpu, *handoffs]), constant + terms.fixed_gpu_s)
+
+    def _link_rows(self) -> None:
+        program, terms = self.program, self.terms
+        self._at_least(self._link())
+        self._at_least([(self.host_streamed, terms.new_kv_bytes / program.down_bytes_per_s)])
+
+    def _chain(self) -> None:
+        stages = []
+        for stage in STAGES:
+            names = [name for name in stage if name in self.cpu]
+            if not names and stage != ("attention",):
+                continue
+            e = self.rows.column(0.0, INFINITE)
+            stages.append((e, 1.0))
+            on_cpu = self._cpu_s(names) if names else [(self.host_cpu, self.terms.attention_cpu_s)]
+            on_gpu, constant = self._gpu_s(names) if names else (self._gpu_attention(), 0.0)
+            self.rows.row([(e, 1.0), *((column, -value) for column, value in on_cpu)], 0.0, INFINITE)
+            self.rows.row([(e, 1.0), *((column, -value) for column, value in on_gpu)], constant, INFINITE)
+        self._at_least([*stages, *self._handoffs()], self.terms.fixed_gpu_s)
+
+    def answer(self, point: np.ndarray) -> PhaseShares:
+        return PhaseShares(
+            seconds=float(point[self.time]),
+            streamed={name: float(point[column]) for name, column in self.streamed.items()},
+            cpu={name: float(point[column]) for name, column in self.cpu.items()},
+            host_cpu_kv=float(point[self.host_cpu]), host_streamed_kv=float(point[self.host_streamed]),
+        )  # fmt: skip
+
+
+def _merged(terms: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
+    """One coefficient per column."""
+    total: dict[int, float] = {}
+    for column, value in terms:
+        total[column] = total.get(column, 0.0) + value
+    return list(total.items())

@@ -1,0 +1,314 @@
+"""Prices one pass: an exact event simulation of the four queues that run a task list, and its fast estimate for deep models.
+
+Owns: `simulate`, `PassTiming`, `PassEstimator`. Waits, hand-off latency, the driver's fence between passes, link_in running one pass ahead, and the
+slowdown of a processor while the link moves data are modelled; rates come from `cost`. Knows nothing of how a plan is found or run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+
+from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.plan.cost import CostModel, TaskCost, attention_s, linear_s, staged_kv_bytes
+from twinpilots.plan.load import PassLoad
+from twinpilots.plan.plan import BucketPlan, Plan
+from twinpilots.plan.schedule import expand
+from twinpilots.plan.tasks import HOST_KV, NUM_GROUPS, QUEUES, STREAMED_KV, PassShape, Queue, Schedule, Task
+
+EXACT_LAYERS = 6  # a model of at most this many layers is simulated whole
+SHORT_LAYERS = 3
+CPU, GPU, LINK_IN, LINK_OUT = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineEntry:
+    """One task of the reported pass; seconds since the previous pass ended (a prefetched packet starts before 0)."""
+
+    queue: Queue
+    task: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassTiming:
+    """A pass in steady state. ``seconds`` is the time from one pass's end to the next, the driver's overhead included; ``fill_s`` is a first pass from cold.
+
+    ``busy_s``: seconds that each queue works per pass, and ``link``: that any copy between memories of the two link queues is under way.
+    ``bytes``: link_weights, link_kv, link_activations.
+    """
+
+    seconds: float
+    fill_s: float
+    busy_s: dict[str, float]
+    bytes: dict[str, float]
+    timeline: tuple[TimelineEntry, ...] = ()
+
+
+def simulate(
+    schedule: Schedule, spec: ModelSpec, plan: Plan, profile: HardwareProfile, load: PassLoad, *, keep_timeline: bool = False
+) -> PassTiming:  # fmt: skip
+    """Run ``schedule`` a few passes back to back on the virtual clock and report one in steady state."""
+    if load.shape != schedule.shape:
+        raise ValueError(f"load has shape {load.shape}, the schedule was made for {schedule.shape}")
+    model = CostModel(spec, plan, profile, load)
+    costs = [model.cost(task) for task in schedule.tasks]
+    clock = _Clock(schedule.tasks, [cost.seconds for cost in costs], profile, _settled_pass(schedule, plan))
+    clock.run()
+    begin_s, end_s = clock.pass_end[clock.reported - 1 : clock.reported + 1]
+    base = clock.reported * len(schedule.tasks)
+    busy_s: dict[str, float] = dict.fromkeys((*QUEUES, "link"), 0.0)
+    for task in schedule.tasks:
+        busy_s[task.queue] += clock.end[base + task.index] - clock.start[base + task.index]
+    busy_s["link"] = clock.link_busy_s
+    timeline = tuple(
+        TimelineEntry(task.queue, task.index, clock.start[base + task.index] - begin_s, clock.end[base + task.index] - begin_s)
+        for task in (schedule.tasks if keep_timeline else ())
+    )
+    fill_s = clock.pass_end[0] + profile.step_overhead_s
+    return PassTiming(seconds=end_s - begin_s, fill_s=fill_s, busy_s=busy_s, bytes=_link_bytes(costs), timeline=timeline)
+
+
+def _settled_pass(schedule: Schedule, plan: Plan) -> int:
+    """The first pass in steady state: the second; the third when the ring is so large that link_in needs a pass to get as far ahead as it can."""
+    return 1 if sum(packet.num_bytes for packet in schedule.packets) > plan.ring_bytes else 2
+
+
+def _link_bytes(costs: Sequence[TaskCost]) -> dict[str, float]:
+    moved = {"weights": 0.0, "kv": 0.0, "activations": 0.0}
+    for cost in costs:
+        if cost.traffic:
+            moved[cost.traffic] += cost.link_bytes
+    return {f"link_{name}": num_bytes for name, num_bytes in moved.items()}
+
+
+class _Clock:
+    """The event loop. Task i of pass p is number ``p * count + i``; a queue is blocked (next event at infinity), about to start, or running."""
+
+    def __init__(self, tasks: Sequence[Task], seconds: Sequence[float], profile: HardwareProfile, reported: int) -> None:
+        self.count = len(tasks)
+        self.reported = reported  # pass 0 fills the pipeline; the pass after this one is only prefetched
+        self.num_passes = reported + 2
+        self.seconds = seconds
+        self.overhead_s = profile.step_overhead_s
+        self.slowdown = (profile.cpu.copy_slowdown, profile.gpu.copy_slowdown if profile.gpu else 1.0)
+        self.order: list[list[int]] = [[], [], [], []]
+        numbers = {name: number for number, name in enumerate(QUEUES)}
+        self.fenced = [task.kind != "load" for task in tasks]
+        queue_of = [numbers[task.queue] for task in tasks]
+        for task in tasks:
+            self.order[queue_of[task.index]].append(task.index)
+        handoff_s = profile.link.handoff_s if profile.link else 0.0
+        self.waits = [
+            [(w.task - self.count if w.previous else w.task, handoff_s if queue_of[task.index] + queue_of[w.task] == CPU + GPU else 0.0) for w in task.waits]
+            for task in tasks
+        ]
+        total = self.num_passes * self.count
+        self.start, self.end = [inf] * total, [inf] * total
+        self.pass_end = [inf] * self.num_passes
+        self.left = [sum(self.fenced)] * self.num_passes
+        self.link_busy_s = 0.0
+
+    def run(self) -> None:
+        """Until the reported pass is over. Every pass ends with its last task outside the weight loads, all of which are consumed by then."""
+        order, end, start, count = self.order, self.end, self.start, self.count
+        lengths = [len(queue) for queue in order]
+        at = [0, 0, 0, 0]  # the place of each queue's current task, counted over all passes
+        event = [inf] * 4  # when the current task starts or ends; infinity: blocked or done
+        running = [False] * 4
+        slow = 0  # link queues at work
+        now = 0.0
+        check = [CPU, GPU, LINK_IN, LINK_OUT]
+        while True:
+            for q in check:
+                if event[q] == inf and at[q] < self.num_passes * lengths[q]:
+                    event[q] = self._ready(order[q][at[q] % lengths[q]], at[q] // lengths[q], now)
+            q = event.index(min(event))
+            then = event[q]
+            assert then < inf, "the waits of the task list form a cycle"
+            if slow and self.pass_end[self.reported - 1] <= now:
+                self.link_busy_s += then - now
+            now = then
+            number, index = divmod(at[q], lengths[q])
+            task = order[q][index]
+            was_slow = slow
+            if running[q]:
+                running[q], event[q] = False, inf
+                end[number * count + task] = now
+                at[q] += 1
+                slow -= q >= LINK_IN
+                if self._ends_pass(task, number, now) and number == self.reported:
+                    return
+                check = [CPU, GPU, LINK_IN, LINK_OUT]
+            else:
+                running[q] = True
+                start[number * count + task] = now
+                slow += q >= LINK_IN
+                event[q] = now + self.seconds[task] * (self.slowdown[q] if slow and q < LINK_IN else 1.0)
+                check = []
+            if (slow > 0) != (was_slow > 0):
+                for other in (CPU, GPU):
+                    if running[other] and other != q:
+                        factor = self.slowdown[other] if slow else 1.0 / self.slowdown[other]
+                        event[other] = now + (event[other] - now) * factor
+
+    def _ready(self, task: int, number: int, now: float) -> float:
+        """When the waits of this task of pass ``number`` are over; infinity while one of them is still open."""
+        ready = now
+        if number and self.fenced[task]:
+            ready = max(ready, self.pass_end[number - 1] + self.overhead_s)
+        base = number * self.count
+        for target, latency_s in self.waits[task]:
+            if base + target >= 0:
+                ready = max(ready, self.end[base + target] + latency_s)
+        return ready
+
+    def _ends_pass(self, task: int, number: int, now: float) -> bool:
+        """Note that a task is done; whether it was the last of its pass."""
+        self.left[number] -= self.fenced[task]
+        if self.left[number] or not self.fenced[task]:
+            return False
+        self.pass_end[number] = now
+        return True
+
+
+# -- deep models ---------------------------------------------------------------------------------------------------------------------------
+
+
+class PassEstimator:
+    """Prices passes of one bucket and shape from two shortened copies of the model, extrapolated along its layers; exact up to EXACT_LAYERS layers.
+
+    Build it once for many loads of one shape: the schedules are kept, only the costs change.
+    """
+
+    def __init__(self, spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: HardwareProfile, shape: PassShape) -> None:
+        self.spec, self.plan, self.bucket, self.profile = spec, plan, bucket, profile
+        sizes = (spec.num_layers,) if spec.num_layers <= EXACT_LAYERS else (EXACT_LAYERS, SHORT_LAYERS)
+        kinds = [_layer_kind(spec, plan, bucket, layer) for layer in range(spec.num_layers)]
+        self.samples = [sample_layers(kinds, size) for size in sizes]
+        self.models = [_shorten(spec, plan, bucket, layers) for layers in self.samples]
+        self.schedules = [expand(short, short_plan, short_bucket, shape) for short, short_plan, short_bucket in self.models]
+
+    def timing(self, load: PassLoad) -> PassTiming:
+        """The pass's timing, without a timeline."""
+        timings = [
+            simulate(schedule, short, short_plan, self.profile, load)
+            for schedule, (short, short_plan, _) in zip(self.schedules, self.models, strict=True)
+        ]  # fmt: skip
+        return timings[0] if len(timings) == 1 else self._extrapolate(timings[0], timings[1], load)
+
+    def _extrapolate(self, longer: PassTiming, shorter: PassTiming, load: PassLoad) -> PassTiming:
+        """Times and bytes grow along the layers' static work, queue by queue; a pass lasts as long as its busiest queue at least."""
+        work = _layer_work(self.spec, self.plan, self.bucket, self.profile, load)
+        sets = (range(self.spec.num_layers), *self.samples)
+        by_queue: dict[str, _Line] = {name: _Line(*(sum(work[layer][q] for layer in layers) for layers in sets)) for q, name in enumerate(QUEUES)}
+        by_queue["link"] = by_queue["link_in"]
+        by_layer = _Line(*(sum(max(work[layer]) for layer in layers) for layers in sets))
+        by_count = _Line(*(len(layers) for layers in sets))
+        busy_s = {name: by_queue[name].at(longer.busy_s[name], shorter.busy_s[name], by_count) for name in longer.busy_s}
+        num_bytes = {name: by_count.at(longer.bytes[name], shorter.bytes[name], by_count) for name in longer.bytes}
+        num_bytes["link_weights"] = by_queue["link_in"].at(longer.bytes["link_weights"], shorter.bytes["link_weights"], by_count)
+        least_s = max(busy_s.values())
+        return PassTiming(
+            seconds=max(least_s, by_layer.at(longer.seconds, shorter.seconds, by_count)),
+            fill_s=max(least_s, by_layer.at(longer.fill_s, shorter.fill_s, by_count)),
+            busy_s=busy_s,
+            bytes=num_bytes,
+        )
+
+
+def estimate_pass(spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: HardwareProfile, load: PassLoad) -> PassTiming:
+    """A pass's timing at the price of a few layers."""
+    return PassEstimator(spec, plan, bucket, profile, load.shape).timing(load)
+
+
+def estimate_pass_s(spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: HardwareProfile, load: PassLoad) -> float:
+    """Seconds of a pass at the price of a few layers."""
+    return estimate_pass(spec, plan, bucket, profile, load).seconds
+
+
+def sample_layers(kinds: Sequence[Hashable], size: int) -> tuple[int, ...]:
+    """``size`` layers in which the kinds of layers appear in their proportions (largest remainders), each kind spread evenly over its layers."""
+    members: dict[Hashable, list[int]] = {}
+    for layer, kind in enumerate(kinds):
+        members.setdefault(kind, []).append(layer)
+    groups = list(members.values())
+    quotas = [len(group) * size / len(kinds) for group in groups]
+    counts = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(groups)), key=lambda i: (counts[i] - quotas[i], i))
+    for i in by_remainder[: size - sum(counts)]:
+        counts[i] += 1
+    return tuple(sorted(group[(2 * i + 1) * len(group) // (2 * count)] for group, count in zip(groups, counts, strict=True) for i in range(count)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A quantity's static size in the whole model and in its two samples: the axis along which measurements of the samples are extrapolated."""
+
+    whole: float
+    longer: float
+    shorter: float
+
+    def at(self, longer: float, shorter: float, count: _Line) -> float:
+        """The line through (self.longer, longer) and (self.shorter, shorter) at self.whole; along the number of layers where the samples hardly differ."""
+        expected = self.whole * (count.longer - count.shorter) / count.whole
+        axis = self if self.longer - self.shorter > 0.3 * expected > 0 else count
+        return longer + (longer - shorter) / (axis.longer - axis.shorter) * (axis.whole - axis.longer)
+
+
+def _layer_kind(spec: ModelSpec, plan: Plan, bucket: BucketPlan, layer: int) -> Hashable:
+    """Layers of one kind are alike to every cost."""
+    return tuple(bucket.splits[layer].items()), spec.layers[layer].window, layer in plan.host_kv_layers
+
+
+def _shorten(spec: ModelSpec, plan: Plan, bucket: BucketPlan, layers: Sequence[int]) -> tuple[ModelSpec, Plan, BucketPlan]:
+    """The model, plan and bucket of these layers and the head alone."""
+    if len(layers) == spec.num_layers:
+        return spec, plan, bucket
+    short_bucket = replace(bucket, splits=(*(bucket.splits[layer] for layer in layers), bucket.splits[-1]))
+    host_kv_layers = tuple(i for i, layer in enumerate(layers) if layer in plan.host_kv_layers)
+    short_plan = replace(plan, buckets=(short_bucket,), host_kv_layers=host_kv_layers)
+    return replace(spec, layers=tuple(spec.layers[layer] for layer in layers)), short_plan, short_bucket
+
+
+def _layer_work(spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: HardwareProfile, load: PassLoad) -> list[list[float]]:
+    """Per layer the static seconds of each queue: linears, attention and weight or KV loads; small tasks are left out."""
+    ops = spec.layer_ops(0, plan.unit_rows)
+    tokens = [load.tokens(mb) for mb in range(len(load.micro_batches))]
+    known: dict[Hashable, list[float]] = {}
+    result = []
+    for layer in range(spec.num_layers):
+        kind = _layer_kind(spec, plan, bucket, layer)
+        if kind not in known:
+            known[kind] = _one_layer_work(spec, plan, bucket, profile, load, layer, ops, tokens)
+        result.append(known[kind])
+    return result
+
+
+def _one_layer_work(
+    spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: HardwareProfile, load: PassLoad, layer: int, ops: dict[str, OpSpec], tokens: list[int]
+) -> list[float]:  # fmt: skip
+    work = [0.0, 0.0, 0.0, 0.0]
+    for name, op in ops.items():
+        split = bucket.splits[layer][name]
+        for count in tokens:
+            if split.cpu:
+                work[CPU] += profile.cpu.task_s + linear_s(op, split.cpu, spec.weight_dtype, count, profile.cpu)
+            if split.gpu and profile.gpu:
+                work[GPU] += profile.gpu.task_s + linear_s(op, split.gpu, spec.weight_dtype, count, profile.gpu)
+        if profile.link:
+            work[LINK_IN] += split.streamed * op.row_bytes / profile.link.up_bytes_per_s
+    kv_element_bytes = BYTES_PER_WEIGHT[plan.kv_dtype]
+    for group in range(NUM_GROUPS):
+        queue = CPU if group == HOST_KV or layer in plan.host_kv_layers else GPU
+        processor = profile.cpu if queue == CPU else profile.gpu
+        classes = [c for load_of in load.groups(-1, group, group + 1) for c in load_of.classes]
+        if processor:
+            work[queue] += sum(attention_s(spec, c, spec.layers[layer].window, kv_element_bytes, processor) for c in classes)
+        if profile.link and group == STREAMED_KV:
+            moved = sum(staged_kv_bytes(spec, c, plan.page_size, kv_element_bytes) for c in classes)
+            work[LINK_IN] += moved / profile.link.up_bytes_per_s
+    return work

@@ -1,0 +1,172 @@
+"""Finds the plan: the linear program on a small grid, rounded to units, priced by the simulator, improved step by step, compared with every named policy.
+
+Owns `solve`, `price`, `resolve_buckets`, `Solution` and `Prediction`. Pure: the same input gives the same plan. Knows nothing of devices or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from twinpilots.errors import LimitError, UserError
+from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.auto import improve, resolved_buckets, rounded_plans
+from twinpilots.plan.bounds import BoundKind, pass_bound
+from twinpilots.plan.draft import PlanOptions, shortage
+from twinpilots.plan.memory import MemoryUse, plan_memory
+from twinpilots.plan.plan import POLICIES, Plan, Policy
+from twinpilots.plan.policies import RULES, build_policy, can_run
+from twinpilots.plan.pricing import Price, price_plan, waves_of
+from twinpilots.plan.problem import Problem
+from twinpilots.plan.terms import decode_pass, prefill_pass
+from twinpilots.plan.workload import Limits, Workload
+
+NAMED: tuple[Policy, ...] = tuple(policy for policy in POLICIES if policy != "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Simulated, not measured. ``prefill_s``: all prompts of the workload; ``step_s``: the mean decode step; bounds in tokens/s."""
+
+    prefill_s: float
+    step_s: float
+    tokens_per_s: float
+    plan_bound: float
+    hardware_bound: float
+    bottleneck: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What became of one policy: its rate, or why it has none."""
+
+    tokens_per_s: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    plan: Plan
+    prediction: Prediction
+    memory: MemoryUse
+    candidates: Mapping[Policy, Candidate]
+    price: Price
+
+
+def solve(
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    workload: Workload,
+    limits: Limits,
+    *,
+    policy: Policy = "auto",
+    unit_rows: int | None = None,
+    kv_dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    max_model_len: int | None = None,
+    compare: bool = True,
+) -> Solution:
+    """The plan of ``policy``, with its prediction and all other policies beside it (``compare=False``: a named policy alone, which is quicker).
+
+    Raises LimitError with the smallest limit that would do when the policy (for auto: every policy) cannot run one sequence, and
+    DeviceUnavailableError when it needs a GPU that the profile does not have.
+    """
+    options = PlanOptions(unit_rows=unit_rows or 64, kv_dtype=kv_dtype, max_model_len=max_model_len)
+    problem = Problem.of(spec, profile, workload, limits, options)
+    wanted = NAMED if compare or policy == "auto" else (policy,)
+    found = {name: _named(problem, name) for name in wanted}
+    if policy != "auto" and isinstance(found[policy], UserError):
+        raise found[policy]  # type: ignore[misc]
+    priced = {name: (plan, price_plan(spec, profile, workload, plan)) for name, plan in found.items() if isinstance(plan, Plan)}
+    if compare or policy == "auto":
+        auto = _auto(problem, priced)
+        if auto is not None:
+            priced["auto"] = auto
+        elif policy == "auto":
+            raise _nothing_fits(problem)
+    plan, price = priced[policy]
+    plan.check(spec)
+    points = {(*waves_of(each, workload), each.max_pass_tokens) for each, _ in priced.values()}
+    return Solution(
+        plan=plan, prediction=_prediction(problem, price, points), memory=plan_memory(spec, plan), price=price,
+        candidates={name: _candidate(name, priced, found) for name in POLICIES if name in priced or name in found},
+    )  # fmt: skip
+
+
+def price(spec: ModelSpec, profile: HardwareProfile, workload: Workload, plan: Plan, limits: Limits | None = None) -> Prediction:
+    """What the simulator says of any plan, hand-set ones included. The bounds hold for ``limits`` (default: the machine's memory)."""
+    limits = limits or Limits(gpu_bytes=profile.gpu_memory_bytes, host_bytes=profile.host_memory_bytes)
+    options = PlanOptions(unit_rows=plan.unit_rows, kv_dtype=plan.kv_dtype, max_model_len=plan.max_model_len)
+    problem = Problem.of(spec, profile, workload, limits, options)
+    return _prediction(problem, price_plan(spec, profile, workload, plan), {(*waves_of(plan, workload), plan.max_pass_tokens)})
+
+
+def resolve_buckets(spec: ModelSpec, profile: HardwareProfile, plan: Plan, workload: Workload) -> Plan:
+    """``plan`` with new boundaries between streamed and CPU rows for ``profile`` (one whose rates have drifted): same residency, KV and buffers.
+
+    A bucket changes only where the simulator says that its passes get faster. A named policy keeps its rule, so only ``auto`` plans change.
+    """
+    if plan.policy != "auto" or not (plan.uses_gpu and plan.uses_cpu) or not plan.ring_bytes:
+        return plan
+    options = PlanOptions(unit_rows=plan.unit_rows, kv_dtype=plan.kv_dtype, max_model_len=plan.max_model_len)
+    limits = Limits(gpu_bytes=profile.gpu_memory_bytes, host_bytes=profile.host_memory_bytes)
+    return resolved_buckets(Problem.of(spec, profile, workload, limits, options), plan)
+
+
+# -- the parts of solve --------------------------------------------------------------------------------------------------------------------
+
+
+def _named(problem: Problem, policy: Policy) -> Plan | UserError:
+    try:
+        return build_policy(policy, problem.spec, problem.profile, problem.workload, problem.limits, problem.options)
+    except UserError as error:
+        return error
+
+
+def _auto(problem: Problem, named: Mapping[Policy, tuple[Plan, Price]]) -> tuple[Plan, Price] | None:
+    """The best of the program's improved roundings and the named plans; None when there is neither."""
+    best = max(named.values(), key=lambda pair: pair[1].tokens_per_s, default=None)
+    rounded = rounded_plans(problem) if problem.profile.gpu is not None and problem.profile.link is not None else []
+    if rounded:
+        plan = improve(problem, rounded)
+        price = price_plan(problem.spec, problem.profile, problem.workload, plan)
+        if best is None or price.tokens_per_s > best[1].tokens_per_s:
+            best = plan, price
+    return None if best is None else (best[0].with_policy("auto"), best[1])
+
+
+def _nothing_fits(problem: Problem) -> LimitError:
+    return shortage(lambda limits: any(can_run(problem.within(limits), policy) for policy in RULES), problem.limits, "auto")
+
+
+def _candidate(name: Policy, priced: Mapping[Policy, tuple[Plan, Price]], found: Mapping[Policy, Plan | UserError]) -> Candidate:
+    if name in priced:
+        return Candidate(tokens_per_s=priced[name][1].tokens_per_s, reason=None)
+    return Candidate(tokens_per_s=None, reason=str(found[name]))
+
+
+def _prediction(problem: Problem, price: Price, points: Iterable[tuple[int, int, int, int]]) -> Prediction:
+    plan_bound, hardware_bound = workload_bounds(problem, points)
+    return Prediction(
+        prefill_s=price.prefill_s, step_s=price.step_s, tokens_per_s=price.tokens_per_s, plan_bound=plan_bound, hardware_bound=hardware_bound,
+        bottleneck=price.bottleneck,
+    )  # fmt: skip
+
+
+def workload_bounds(problem: Problem, points: Iterable[tuple[int, int, int, int]]) -> tuple[float, float]:
+    """(plan bound, hardware bound) in tokens/s: the best over the grid points (waves, GPU sequences, host sequences, chunk) that plans were made for."""
+    grid = sorted({(waves, on_gpu + on_host, chunk) for waves, on_gpu, on_host, chunk in points})
+    at_plan = max(_bound(problem, *point, "plan") for point in grid)
+    at_hardware = max(_bound(problem, *point, "hardware") for point in grid)
+    return at_plan, max(at_plan, at_hardware)
+
+
+def _bound(problem: Problem, waves: int, num_seqs: int, chunk: int, kind: BoundKind) -> float:
+    seconds = 0.0
+    for each in (prefill_pass(problem, num_seqs, chunk), decode_pass(problem, num_seqs)):
+        loads = each.loads()
+        kv_dtype = problem.options.kv_dtype or problem.spec.weight_dtype
+        bounds = [pass_bound(problem.spec, problem.profile, problem.limits, load, kind, kv_dtype=kv_dtype).seconds for load in loads]
+        seconds += each.passes * sum(bounds) / len(bounds)
+    return problem.workload.generated_tokens / (waves * seconds)

@@ -1,0 +1,50 @@
+"""What is asked of a plan: the work to do and the memory it may use. Plain values, validated once.
+
+Knows nothing of models, machines or plans.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """``num_requests`` requests of ``input_len`` prompt tokens that generate ``output_len`` tokens each, at most ``max_num_seqs`` at once."""
+
+    num_requests: int
+    input_len: int
+    output_len: int
+    max_num_seqs: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_requests", "input_len", "output_len", "max_num_seqs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Workload.{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def concurrency(self) -> int:
+        """Sequences that run at once when memory allows."""
+        return min(self.num_requests, self.max_num_seqs)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of one finished sequence."""
+        return self.input_len + self.output_len
+
+    @property
+    def generated_tokens(self) -> int:
+        return self.num_requests * self.output_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bytes that a plan may use of GPU and of host memory: promises, not hints."""
+
+    gpu_bytes: int
+    host_bytes: int
+
+    def __post_init__(self) -> None:
+        for name in ("gpu_bytes", "host_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Limits.{name} must not be negative, got {getattr(self, name)}")

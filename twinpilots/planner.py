@@ -1,0 +1,193 @@
+"""Plans for one loaded model on one measured machine: the bridge from options to the pure planner.
+
+Owns the memory limits in force, the memory of workloads already solved, frozen plans, and the prediction of single passes. Knows nothing of devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from twinpilots.config import EngineConfig
+from twinpilots.errors import LimitError, UserError
+from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.hardware.store import cache_dir
+from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.load import GroupLoad, PassLoad
+from twinpilots.plan.memory import plan_memory
+from twinpilots.plan.plan import BucketPlan, Plan, Policy
+from twinpilots.plan.pricing import price_plan, sequences_at_once
+from twinpilots.plan.simulate import PassEstimator
+from twinpilots.plan.solver import Solution, solve
+from twinpilots.plan.tasks import PassShape
+from twinpilots.plan.workload import Limits, Workload
+from twinpilots.runtime.batch import StepBatch
+from twinpilots.units import format_bytes
+
+logger = logging.getLogger(__name__)
+HOST_SHARE = 0.9  # of the free host memory, when no limit is given: the rest is for the process itself and its neighbours
+KV_STEP = 32  # predictions are remembered per this many tokens of context: a pass's time changes by less than a percent between them
+
+
+class Planner:
+    """Solves, freezes, compares and prices plans under the limits of ``config``."""
+
+    def __init__(self, config: EngineConfig, spec: ModelSpec, profile: HardwareProfile, fingerprint: str) -> None:
+        self.config, self.spec, self.profile, self.fingerprint = config, spec, profile, fingerprint
+        self.limits = limits_of(config, profile)
+        self._solved: dict[Workload, Solution] = {}
+        self._estimators: dict[tuple[int, PassShape], tuple[BucketPlan, PassEstimator]] = {}
+        self._predicted: dict[tuple[int, PassLoad], float] = {}
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the plan must not change with the workload: set by hand, or frozen."""
+        return self.config.plan is not None or self.config.deterministic
+
+    def plan_for(self, workload: Workload) -> Plan:
+        """The plan to load: set by hand, frozen earlier, or solved. Raises UserError subclasses when none can be had."""
+        if self.config.plan is not None:
+            return self._given_plan()
+        if self.config.deterministic:
+            return self._frozen_plan(workload)
+        return self.solve(workload).plan
+
+    def solve(self, workload: Workload) -> Solution:
+        """The solution for a workload, remembered."""
+        if workload not in self._solved:
+            config = self.config
+            self._solved[workload] = solve(
+                self.spec, self.profile, workload, self.limits, policy=config.policy, unit_rows=config.unit_rows, kv_dtype=config.kv_dtype,
+                max_model_len=config.max_model_len or self.spec.max_model_len,
+            )  # fmt: skip
+        return self._solved[workload]
+
+    def better_plan(self, current: Plan, workload: Workload, load_s: float, gain: float) -> Plan | None:
+        """Another plan that does ``workload`` in at most ``gain`` of the current one's time, its loading included; or, when the current one cannot
+        hold it, any that can. None: stay."""
+        if self.is_fixed:
+            return None
+        try:
+            solution = self.solve(workload)
+        except LimitError:
+            return None  # the scheduler refuses what cannot run, request by request
+        try:
+            on_gpu, on_host = sequences_at_once(current, workload)
+        except LimitError:
+            return solution.plan
+        if on_gpu + on_host < workload.concurrency and current.max_num_seqs < workload.concurrency:
+            wanted = 1.0
+        else:
+            wanted = gain
+        now, then = (price_plan(self.spec, self.profile, workload, plan) for plan in (current, solution.plan))
+        return solution.plan if then.prefill_s + then.decode_s + load_s < wanted * (now.prefill_s + now.decode_s) else None
+
+    def bounds(self, workload: Workload) -> tuple[float | None, float | None]:
+        """(plan bound, hardware bound) in tokens/s for a workload under these limits; None where it cannot run at all."""
+        try:
+            prediction = self.solve(workload).prediction
+        except LimitError:
+            return None, None
+        return prediction.plan_bound, prediction.hardware_bound
+
+    # -- single passes -------------------------------------------------------------------------------------------------------------------
+
+    def predict(self, plan: Plan, batch: StepBatch) -> float:
+        """Seconds that the simulator gives this pass, context lengths rounded to `KV_STEP`."""
+        load = pass_load_of(batch)
+        key = (id(batch.bucket), load)
+        if key not in self._predicted:
+            self._predicted[key] = self._estimator(plan, batch.bucket, load.shape).timing(load).seconds
+        return self._predicted[key]
+
+    def _estimator(self, plan: Plan, bucket: BucketPlan, shape: PassShape) -> PassEstimator:
+        key = (id(bucket), shape)
+        if key not in self._estimators or self._estimators[key][0] is not bucket:
+            self._estimators[key] = (bucket, PassEstimator(self.spec, plan, bucket, self.profile, shape))  # keeps the bucket alive: its id is the key
+        return self._estimators[key][1]
+
+    # -- fixed plans ---------------------------------------------------------------------------------------------------------------------
+
+    def _given_plan(self) -> Plan:
+        plan, text = self.config.plan, self.config.read_plan()
+        try:
+            plan = plan if text is None else Plan.from_json(text)
+            plan.check(self.spec)
+        except ValueError as error:
+            raise UserError(f"the given plan does not fit {self.spec.name}: {error}") from error
+        if self.config.max_num_seqs is not None and self.config.max_num_seqs < plan.max_num_seqs:
+            plan = replace(plan, max_num_seqs=self.config.max_num_seqs)
+        return self._checked(plan)
+
+    def _checked(self, plan: Plan) -> Plan:
+        use = plan_memory(self.spec, plan)
+        for name, needed, limit in (("gpu", use.gpu.total, self.limits.gpu_bytes), ("host", use.host.total, self.limits.host_bytes)):
+            if needed > limit:
+                raise LimitError(f"the plan needs {format_bytes(needed)} of {name} memory, {format_bytes(limit)} allowed; raise --{name}-memory or change the plan")
+        return plan
+
+    def _frozen_plan(self, workload: Workload) -> Plan:
+        """One split for every bucket, the same after a restart: kept beside the profiles, keyed by all that it depends on."""
+        path = self._frozen_path()
+        try:
+            plan = Plan.from_json(path.read_text(encoding="utf-8"))
+            plan.check(self.spec)
+            return self._checked(plan)
+        except (OSError, ValueError, LimitError):
+            pass
+        plan = freeze(self.solve(workload).plan)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(plan.to_json(), encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f"deterministic=True keeps its plan in {path}, which cannot be written: {error}") from error
+        return plan
+
+    def _frozen_path(self) -> Path:
+        c = self.config
+        parts = (self.fingerprint, self.spec.weight_dtype, c.device, c.gpu_bytes, c.host_bytes, c.max_model_len, c.max_num_seqs, c.kv_dtype, c.policy, c.threads, c.unit_rows)
+        return cache_dir() / "plans" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json"
+
+
+def limits_of(config: EngineConfig, profile: HardwareProfile) -> Limits:
+    """The limits in force. Raises LimitError when more GPU memory is asked for than there is."""
+    if profile.gpu is not None and config.gpu_bytes is not None and config.gpu_bytes > profile.gpu_memory_bytes:
+        raise LimitError(f"--gpu-memory {format_bytes(config.gpu_bytes)} is more than the device offers ({format_bytes(profile.gpu_memory_bytes)}); lower it")
+    gpu_bytes = (config.gpu_bytes or profile.gpu_memory_bytes) if profile.gpu is not None else 0
+    return Limits(gpu_bytes=gpu_bytes, host_bytes=config.host_bytes or int(profile.host_memory_bytes * HOST_SHARE))
+
+
+def freeze(plan: Plan) -> Plan:
+    """The plan with the largest decode bucket's splits in every bucket, and no micro-batches: who computes a row never depends on the batch."""
+    decode = [bucket for bucket in plan.buckets if bucket.phase == "decode"]
+    model = (decode or list(plan.buckets))[-1]
+    attention = model.host_attention
+    buckets = tuple(
+        replace(bucket, splits=model.splits, micro_batches=1, host_attention=attention, host_prefill_attention=attention) for bucket in plan.buckets
+    )
+    return replace(plan, buckets=buckets)
+
+
+def pass_load_of(batch: StepBatch) -> PassLoad:
+    """The batch as the cost model sees it; sequences of a group with one query token count as alike, at their mean context."""
+    micro_batches = []
+    for groups in batch.micro_batches:
+        loads = []
+        for group in groups:
+            decoding = [item for item in group if item.num_tokens == 1]
+            mean = _rounded(sum(item.end for item in decoding) / len(decoding)) if decoding else 0
+            loads.append(GroupLoad.of([(1, mean)] * len(decoding) + [(i.num_tokens, max(i.num_tokens, _rounded(i.end))) for i in group if i.num_tokens > 1]))
+        micro_batches.append((loads[0], loads[1], loads[2]))
+    return PassLoad(tuple(micro_batches), batch.num_logits)
+
+
+def _rounded(tokens: float) -> int:
+    return max(1, round(tokens / KV_STEP) * KV_STEP)
+
+
+__all__ = ["Planner", "Policy", "freeze", "limits_of", "pass_load_of"]

@@ -1,0 +1,248 @@
+"""The engine's spine: schedule -> execute -> sample -> postprocess, one pass per `step`.
+
+Owns the requests in flight and when a sequence ends. Knows devices only through the `Executor` protocol, text only through the tokenizer it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinpilots.model.tokenizer import Tokenizer
+from twinpilots.request import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams, Sequence, Status, TokenLogprobs
+from twinpilots.runtime.batch import BatchItem, StepBatch
+from twinpilots.runtime.kv_cache import KvCache
+from twinpilots.runtime.output_text import OutputText
+from twinpilots.runtime.sampler import Sampler, token_logprobs
+from twinpilots.runtime.scheduler import Scheduler
+
+Logits = NDArray[np.float32]
+
+
+class Executor(Protocol):
+    """Runs passes on the devices."""
+
+    def execute(self, batch: StepBatch, *, more: bool) -> Logits:
+        """Logits [batch.num_logits, vocab], float32: a view, valid until the next call.
+
+        ``more``: a pass that takes the same weights from the same places will likely follow, so that prefetching for it pays.
+        """
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class _Output:
+    """One sequence's results so far."""
+
+    sequence: Sequence
+    text: OutputText | None
+    logprobs: list[TokenLogprobs] | None
+    cumulative_logprob: float = 0.0
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    request_id: str
+    prompt: str | None
+    prompt_ids: tuple[int, ...]
+    outputs: list[_Output]
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    unfinished: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unfinished = len(self.outputs)
+
+
+class Engine:
+    """Requests in, outputs out. ``tokenizer`` None: no text, no stop strings."""
+
+    def __init__(
+        self, executor: Executor, scheduler: Scheduler, kv: KvCache, *, vocab_size: int, eos_token_ids: SequenceABC[int] = (),
+        tokenizer: Tokenizer | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.executor = executor
+        self.scheduler = scheduler
+        self.kv = kv
+        self.vocab_size = vocab_size
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.tokenizer = tokenizer
+        self.sampler = Sampler(vocab_size, eos_token_ids=tuple(self.eos_token_ids), seed=seed)
+        self._requests: dict[str, _Request] = {}
+        self._owner: dict[Sequence, tuple[_Request, _Output]] = {}
+        self._num_arrived = 0
+
+    # -- requests in -------------------------------------------------------------------------------------------------------------------------
+
+    def add_request(self, request_id: str, prompt_token_ids: SequenceABC[int], params: SamplingParams, prompt: str | None = None) -> None:
+        """Queue a request. Raises ValueError for bad input and LimitError for one that can never run, both before any work."""
+        tokens = [int(token) for token in prompt_token_ids]
+        self._check(request_id, tokens, params)
+        self.scheduler.length_limit(len(tokens), params.max_tokens)
+        outputs = []
+        for index in range(params.n):
+            sequence = Sequence(request_id=request_id, index=index, params=params, tokens=list(tokens), arrival=self._num_arrived)
+            self._num_arrived += 1
+            if params.prompt_logprobs is not None and index == 0:
+                sequence.logits_from = 0
+            text = OutputText(self.tokenizer, params, tokens) if self.tokenizer is not None else None
+            outputs.append(_Output(sequence, text, None if params.logprobs is None else []))
+        request = _Request(request_id, prompt, tuple(tokens), outputs, None if params.prompt_logprobs is None else [None])
+        self._requests[request_id] = request
+        for output in outputs:
+            self._owner[output.sequence] = (request, output)
+            self.scheduler.add(output.sequence)
+
+    def _check(self, request_id: str, tokens: list[int], params: SamplingParams) -> None:
+        if request_id in self._requests:
+            raise ValueError(f"request id {request_id!r} is already in use by an unfinished request")
+        if not tokens:
+            raise ValueError(f"request {request_id!r} has an empty prompt; give at least one token")
+        for name, ids in (("prompt token", tokens), ("logit_bias token", params.logit_bias or ()), ("stop_token_ids token", params.stop_token_ids or ())):
+            outside = next((token for token in ids if not 0 <= token < self.vocab_size), None)
+            if outside is not None:
+                raise ValueError(f"{name} {outside} of request {request_id!r} is outside the vocabulary [0, {self.vocab_size})")
+        if params.stop_strings and self.tokenizer is None:
+            raise ValueError(f"request {request_id!r} has stop strings, but there is no tokenizer to make text; use stop_token_ids")
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now, at any point; its output so far with finish_reason "abort", or None when it is not (or no longer) here."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        for output in request.outputs:
+            if output.sequence.status is not Status.FINISHED:
+                self._finish(request, output, "abort", None)
+        return self._close(request)
+
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    # -- one pass ------------------------------------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Run one pass; the outputs so far of every request that got a token, in order of arrival. An error leaves the sequences as before the pass."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return []
+        following = self.scheduler.predict_next(batch)
+        logits = self.executor.execute(batch, more=following is not None and following.splits == batch.bucket.splits)
+        sampled, rows = self._sampled_rows(batch)
+        picked = logits if rows == list(range(len(logits))) else logits[rows]
+        tokens = self.sampler.sample(picked, [item.sequence for item in sampled])
+        self.scheduler.commit(batch)
+        self._collect_prompt_logprobs(batch, logits)
+        touched: dict[str, _Request] = {}
+        for item, token, row in zip(sampled, tokens, picked, strict=True):
+            request, output = self._owner[item.sequence]
+            self._accept(request, output, token, row)
+            touched[request.request_id] = request
+        return [self._close(request) if request.unfinished == 0 else self._snapshot(request) for request in touched.values()]
+
+    @staticmethod
+    def _sampled_rows(batch: StepBatch) -> tuple[list[BatchItem], list[int]]:
+        """The items whose newest token was computed, and the logit row of that token, in order of arrival."""
+        found, row = [], 0
+        for item in batch.items:
+            row += item.num_logits
+            if item.is_last:
+                found.append((item, row - 1))
+        return [item for item, _ in found], [row for _, row in found]
+
+    def _collect_prompt_logprobs(self, batch: StepBatch, logits: Logits) -> None:
+        """Row i of a prompt_logprobs sequence says how likely the prompt's next token was."""
+        row = 0
+        for item in batch.items:
+            sequence = item.sequence
+            if sequence.logits_from is not None:
+                collected = self._owner[sequence][0].prompt_logprobs
+                assert collected is not None and sequence.params.prompt_logprobs is not None
+                for offset in range(item.num_logits):
+                    following = item.end - item.num_logits + offset + 1
+                    if following < sequence.num_prompt_tokens:
+                        collected.append(self._named(logits[row + offset], sequence.tokens[following], sequence.params.prompt_logprobs))
+                sequence.logits_from = len(collected) - 1 if len(collected) < sequence.num_prompt_tokens else None
+            row += item.num_logits
+
+    def _named(self, row: Logits, token: int, count: int) -> TokenLogprobs:
+        def text(token: int) -> str | None:
+            return None if self.tokenizer is None else self.tokenizer.decode([token], skip_special_tokens=False)
+
+        return {token: Logprob(logprob=value, rank=rank, decoded_token=text(token)) for token, (value, rank) in token_logprobs(row, token, count).items()}
+
+    # -- postprocess -----------------------------------------------------------------------------------------------------------------------------
+
+    def _accept(self, request: _Request, output: _Output, token: int, row: Logits) -> None:
+        """A new token: record it, and end the sequence when it is time."""
+        sequence = output.sequence
+        if output.logprobs is not None:
+            named = self._named(row, token, sequence.params.logprobs or 0)
+            output.logprobs.append(named)
+            output.cumulative_logprob += named[token].logprob
+        self.scheduler.append(sequence, token)
+        reason, stop = self._why_finished(sequence, token)
+        found = None
+        # As in vLLM, the token that stops a sequence is in token_ids, its text is not in the text.
+        if output.text is not None and reason != "stop":
+            found = output.text.add(token, sequence.num_output_tokens)
+        if found is not None:
+            reason, stop = "stop", found
+        if reason is not None:
+            self._finish(request, output, reason, stop)
+
+    def _why_finished(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, int | str | None]:
+        params = sequence.params
+        if sequence.num_output_tokens >= params.min_tokens:
+            if token in self.eos_token_ids and not params.ignore_eos:
+                return "stop", None
+            if params.stop_token_ids and token in params.stop_token_ids:
+                return "stop", token
+        return ("length", None) if len(sequence.tokens) >= sequence.max_len else (None, None)
+
+    def _finish(self, request: _Request, output: _Output, reason: FinishReason, stop: int | str | None) -> None:
+        sequence = output.sequence
+        self.scheduler.finish(sequence)
+        self.sampler.forget(sequence)
+        sequence.finish_reason, sequence.stop_reason = reason, stop
+        if output.text is not None and not isinstance(stop, str):
+            late = output.text.close()
+            if late is not None:
+                sequence.finish_reason, sequence.stop_reason = "stop", late
+        request.unfinished -= 1
+        del self._owner[sequence]
+
+    def _close(self, request: _Request) -> RequestOutput:
+        del self._requests[request.request_id]
+        return self._snapshot(request)
+
+    @staticmethod
+    def _snapshot(request: _Request) -> RequestOutput:
+        finished = request.unfinished == 0
+        outputs = tuple(
+            CompletionOutput(
+                index=output.sequence.index, text="" if output.text is None else output.text.visible(output.sequence.status is Status.FINISHED),
+                token_ids=tuple(output.sequence.output_ids), finish_reason=output.sequence.finish_reason, logprobs=output.logprobs,
+                cumulative_logprob=None if output.logprobs is None else output.cumulative_logprob, stop_reason=output.sequence.stop_reason,
+            )
+            for output in request.outputs
+        )  # fmt: skip
+        return RequestOutput(
+            request_id=request.request_id, prompt=request.prompt, prompt_token_ids=request.prompt_ids, outputs=outputs, finished=finished,
+            prompt_logprobs=request.prompt_logprobs,
+        )  # fmt: skip
+
+    def check_integrity(self) -> None:
+        """Every live sequence is queued once and every page accounted for. AssertionError states both sides."""
+        self.scheduler.check_integrity()
+        queued = {*self.scheduler.running, *self.scheduler.waiting}
+        if queued != set(self._owner):
+            raise AssertionError(f"{len(self._owner)} sequences belong to requests, {len(queued)} are queued")
+        unfinished = sum(request.unfinished for request in self._requests.values())
+        if unfinished != len(self._owner):
+            raise AssertionError(f"requests count {unfinished} unfinished sequences, {len(self._owner)} are live")
+        strays = self.sampler.remembered() - set(self._owner)
+        if strays:
+            raise AssertionError(f"the sampler remembers {len(strays)} sequences beside the {len(self._owner)} live ones")

@@ -1,0 +1,277 @@
+"""Runs passes on the devices: places programs and metadata, starts the queues, collects times.
+
+Owns the arenas of one plan, the pass counter, the program cache and the link's head start into the next pass. The order of work and the waits come from
+the schedule; this file adds only the fence between passes. Knows nothing of requests, sampling or how the plan was found.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from twinpilots.device.base import GpuDevice
+from twinpilots.device.cpu import CpuPilot
+from twinpilots.device.memory import GpuArena, HostArena, Ledger
+from twinpilots.errors import DeviceLostError
+from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.memory import gpu_layout_bytes, host_layout_bytes
+from twinpilots.plan.plan import BucketPlan, Plan
+from twinpilots.plan.schedule import expand
+from twinpilots.plan.tasks import PassShape, Queue
+from twinpilots.runtime.batch import StepBatch, metadata_words, write_metadata
+from twinpilots.runtime.compile import Compiler, Program
+from twinpilots.runtime.layout import Layout, lay_out, page_bytes
+from twinpilots.runtime.program import ENTRY, EVENT_START, Meta, Op, Space, address
+from twinpilots.runtime.stats import BusySeconds, BytesMoved, PassReport, WeightShares
+from twinpilots.runtime.weights import OFFSET_MASK, TensorSource, load_weights
+
+NUM_EVENTS = 1 << 16
+PASS_TIMEOUT_S = 600.0
+GPU_QUEUES: tuple[Queue, ...] = ("gpu", "link_in", "link_out")
+
+
+@dataclass
+class _Placed:
+    """A program in the host arena: where its instructions and its two alternating trace areas lie."""
+
+    program: Program
+    insns: dict[Queue, int]
+    traces: dict[Queue, tuple[int, int]]
+    shares: WeightShares
+
+
+class PassRunner(Protocol):
+    """Another way to run a placed pass, for the serial reference: gets every queue's instructions in the schedule's serial order."""
+
+    def run_pass(self, executor: Executor, placed: _Placed, pass_id: int) -> None: ...
+
+
+class Executor:
+    """One plan, loaded: ``execute`` runs one `StepBatch` and returns its logits. Close it, or use it as a context manager."""
+
+    def __init__(
+        self, spec: ModelSpec, plan: Plan, pilot: CpuPilot, gpu: GpuDevice | None, source: TensorSource, *, limits: Mapping[str, int] | None = None,
+        poison: bool = False, runner: PassRunner | None = None, progress: Callable[[int], None] | None = None,
+    ) -> None:  # fmt: skip
+        plan.check(spec)
+        self.spec, self.plan, self.pilot, self.gpu, self.poison, self.runner = spec, plan, pilot, gpu if plan.uses_gpu else None, poison, runner
+        self.ledger = Ledger(dict(limits or {}))
+        meta_words = metadata_words(plan)
+        self.host = HostArena(host_layout_bytes(spec, plan), shared=self.gpu is not None, num_events=NUM_EVENTS, ledger=self.ledger)
+        self.host_layout = lay_out(spec, plan, Space.HOST, self.host.alloc)
+        self._meta_offset = self.host.alloc(4 * meta_words, "programs")
+        self._meta = self.host.view(self._meta_offset, np.int32, meta_words)
+        self._program_bytes = (self.host.num_bytes - self.host.used) // 64 * 64 - 64
+        self._program_area = self.host.alloc(self._program_bytes, "programs")
+        self._program_pos = 0
+        self.gpu_layout = self._open_gpu() if self.gpu else None
+        write = self.gpu.write if self.gpu else None
+        load_weights(spec, plan, source, self.host_layout, self.host, self.gpu_layout, write, progress)
+        self._compiler = Compiler(spec, plan, self.host_layout, self.gpu_layout)
+        self._placed: dict[tuple[int, PassShape], _Placed] = {}
+        self._pass_id = 0
+        self._ahead: tuple[bytes, int] | None = None  # what link_in is already doing for the next pass: (stream, pass id)
+        self.last_report: PassReport | None = None
+        self.plan_changes = 0
+
+    def _open_gpu(self) -> Layout:
+        assert self.gpu is not None
+        num_bytes = gpu_layout_bytes(self.spec, self.plan)
+        self.gpu.open(self.host, num_bytes)
+        return lay_out(self.spec, self.plan, Space.GPU, GpuArena(num_bytes, ledger=self.ledger).alloc)
+
+    # -- one pass ------------------------------------------------------------------------------------------------------------------------
+
+    def execute(self, batch: StepBatch, *, more: bool = True) -> np.ndarray:
+        """Runs one pass. Returns the logits [num_logits, vocab] fp32, valid until the next call. ``more`` says that another pass will likely follow.
+
+        Raises DeviceLostError when a device stops answering; the executor is then unusable and only ``close`` is allowed.
+        """
+        placed = self._program(batch.bucket, batch.shape)
+        write_metadata(batch, self._meta, self.spec, self.plan)
+        began = time.perf_counter()
+        self._run(placed, more)
+        seconds = time.perf_counter() - began
+        self.last_report = self._report(placed, batch, seconds)
+        num_logits = int(self._meta[Meta.NUM_LOGITS])
+        base, stride = self.host_layout.buffers["logits"]
+        return self.host.view(base & OFFSET_MASK, np.float32, (num_logits, stride))
+
+    def _run(self, placed: _Placed, more: bool) -> None:
+        first_pass, started = self._take_stream(placed)
+        if self.runner:
+            self.runner.run_pass(self, placed, self._pass_id)
+            return
+        self._signal_start()
+        if self.gpu:
+            for queue in GPU_QUEUES:
+                if len(placed.program.queues[queue]) and not (queue == "link_in" and started):
+                    self.gpu.submit(queue, self._entry(placed, queue, self._pass_id, first_pass))
+            if more and len(placed.program.queues["link_in"]):
+                self.gpu.submit("link_in", self._entry(placed, "link_in", self._pass_id + 1, first_pass))
+                self._ahead = (placed.program.stream, self._pass_id + 1)
+        self.pilot.run(self._entry(placed, "cpu", self._pass_id, first_pass), self.host)
+        if self.gpu:
+            self.gpu.wait("gpu", PASS_TIMEOUT_S)
+            self.gpu.wait("link_out", PASS_TIMEOUT_S)
+
+    def _signal_start(self) -> None:
+        native = self.pilot.native
+        if native is None:
+            self.host.events[EVENT_START] = self._pass_id
+        else:
+            native.event_set(self.host.base, EVENT_START, self._pass_id)
+
+    def _take_stream(self, placed: _Placed) -> tuple[int, bool]:
+        """Opens the next pass. Returns (the first pass of its weight stream, whether link_in is already working for it)."""
+        if self._ahead and self._ahead[0] == placed.program.stream:
+            self._pass_id = self._ahead[1]
+            self._ahead = None
+            return self._stream_began, True
+        self._drop_ahead()
+        self._pass_id += 1
+        self._stream_began = self._pass_id
+        return self._stream_began, False
+
+    def _drop_ahead(self) -> None:
+        """What link_in loaded for a pass that will not come is thrown away; its pass id is never used again, because its events may be set."""
+        if self._ahead and self.gpu:
+            self.gpu.cancel("link_in", self._ahead[1])
+            self._pass_id = self._ahead[1]
+            self._ahead = None
+
+    def _entry(self, placed: _Placed, queue: Queue, pass_id: int, first_pass: int) -> np.ndarray:
+        entry = np.zeros((), ENTRY)
+        entry["insns"], entry["meta"] = address(Space.HOST, placed.insns[queue]), address(Space.HOST, self._meta_offset)
+        entry["trace"] = address(Space.HOST, placed.traces[queue][pass_id % 2])
+        entry["count"], entry["pass_id"], entry["first_pass"] = len(placed.program.queues[queue]), pass_id, first_pass
+        return entry
+
+    # -- programs ------------------------------------------------------------------------------------------------------------------------
+
+    def set_plan(self, plan: Plan) -> None:
+        """Switches to another plan of the same residency and sizes; it takes effect with the next pass. ValueError when it would need another layout."""
+        plan.check(self.spec)
+        if _residency(plan) != _residency(self.plan):
+            raise ValueError("the new plan needs another memory layout: resident rows, page counts, ring and limits must stay")
+        self.plan = plan
+        self._compiler = Compiler(self.spec, plan, self.host_layout, self.gpu_layout)
+        self.plan_changes += 1
+
+    def _program(self, bucket: BucketPlan, shape: PassShape) -> _Placed:
+        key = (id(bucket), shape)
+        found = self._placed.get(key)
+        if found is None or found.program.bucket is not bucket:
+            found = self._place(self._compiler.compile(expand(self.spec, self.plan, bucket, shape, poison=self.poison), bucket))
+            self._placed[key] = found
+        return found
+
+    def _place(self, program: Program) -> _Placed:
+        """Copies a program into the host arena. When the area is full, all programs are dropped: the queues must be idle for that, and are, between passes."""
+        assert program.num_events <= NUM_EVENTS, f"{program.num_events} events do not fit {NUM_EVENTS}"
+        needed = program.segments.nbytes + sum(insns.nbytes + 48 * len(insns) for insns in program.queues.values()) + 64 * 13
+        if needed > self._program_bytes:
+            raise DeviceLostError(f"a pass needs {needed} bytes of program, {self._program_bytes} are set aside")
+        if self._program_pos + needed > self._program_bytes:
+            self._drop_ahead()
+            self._placed.clear()
+            self._program_pos = 0
+        segments = self._put(program.segments)
+        insns: dict[Queue, int] = {}
+        traces: dict[Queue, tuple[int, int]] = {}
+        for queue, rows in program.queues.items():
+            placed = rows.copy()
+            loads = placed["op"] == Op.LOAD
+            placed["a"][loads, 0] = address(Space.HOST, segments) + 24 * placed["a"][loads, 0]
+            insns[queue] = self._put(placed)
+            traces[queue] = (self._put(np.zeros(3 * len(rows), np.int64)), self._put(np.zeros(3 * len(rows), np.int64)))
+        return _Placed(program, insns, traces, weight_shares(self.spec, self.plan, program.bucket))
+
+    def _put(self, data: np.ndarray) -> int:
+        offset = self._program_area + self._program_pos
+        self._program_pos += -(-data.nbytes // 64) * 64
+        self.host.view(offset, np.uint8, data.nbytes)[:] = data.reshape(-1).view(np.uint8)
+        return offset
+
+    # -- what a pass took ----------------------------------------------------------------------------------------------------------------
+
+    def _report(self, placed: _Placed, batch: StepBatch, seconds: float) -> PassReport:
+        busy = {"cpu": 0.0, "gpu": 0.0, "link": 0.0}
+        moved = {"link_weights": 0, "link_kv": 0, "link_activations": 0, "disk": 0}
+        for queue, insns in placed.program.queues.items():
+            if not len(insns):
+                continue
+            times = self.host.view(placed.traces[queue][self._pass_id % 2], np.int64, (len(insns), 3))
+            work_s = (times[:, 2] - times[:, 1]) * 1e-9
+            ops = insns["op"]
+            copies = ops == Op.COPY
+            if queue in ("link_in", "link_out"):
+                busy["link"] += float(work_s.sum())
+            else:
+                busy["link"] += float(work_s[copies].sum())
+                busy[queue] += float(work_s[~copies & (ops != Op.EMBED)].sum())
+            moved["link_weights"] += int(insns["a"][ops == Op.LOAD, 2].sum())
+            moved["link_activations"] += self._activation_bytes(insns[copies])
+            moved["link_kv"] += self._kv_bytes(insns[(ops == Op.LOAD_KV) | (ops == Op.STORE_KV)])
+        return PassReport(
+            seconds=seconds, predicted_s=None, busy_s=BusySeconds(**busy), bytes=BytesMoved(**moved), weights=placed.shares,
+            num_prompt_tokens=batch.num_prompt_tokens, num_generated=batch.num_generated,
+        )  # fmt: skip
+
+    def _activation_bytes(self, copies: np.ndarray) -> int:
+        if not len(copies):
+            return 0
+        bounds = self._meta[Meta.ROWS : Meta.ROWS + 32].reshape(8, 4)
+        rows = bounds[copies["mb"], copies["ghi"]] - bounds[copies["mb"], copies["glo"]]
+        rows = np.where(copies["row_kind"] == 1, self._meta[Meta.NUM_LOGITS], rows)
+        return int((rows * copies["a"][:, 4]).sum()) * 4
+
+    def _kv_bytes(self, insns: np.ndarray) -> int:
+        """Streamed KV moves earlier tokens' whole pages up and the new tokens down."""
+        meta, total = self._meta, 0
+        if not len(insns):
+            return 0
+        seqs = meta[Meta.SEQS : Meta.SEQS + 32].reshape(8, 4)
+        lens, ends = (meta[meta[word] : meta[word] + meta[Meta.NUM_SEQS]] for word in (Meta.OFF_SEQ_LEN, Meta.OFF_SEQ_KV))
+        token_bytes = page_bytes(self.spec, self.plan) // self.plan.page_size
+        for insn in insns:
+            group = slice(seqs[insn["mb"], insn["glo"]], seqs[insn["mb"], insn["ghi"]])
+            if insn["op"] == Op.STORE_KV:
+                total += int(lens[group].sum()) * token_bytes
+            else:
+                total += int((-(-(ends[group] - lens[group]) // self.plan.page_size)).sum()) * page_bytes(self.spec, self.plan)
+        return total
+
+    def close(self) -> None:
+        """Stops the device's queues and returns all memory."""
+        if self.gpu:
+            self.gpu.close()
+        self.host.close()
+
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+
+def weight_shares(spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> WeightShares:
+    """Bytes of all linears with lm_head by where a pass of this bucket takes them from."""
+    sums = {"resident": 0.0, "streamed": 0.0, "cpu": 0.0}
+    for op in spec.ops(plan.unit_rows):
+        split = bucket.splits[op.layer][op.name]
+        for kind in sums:
+            sums[kind] += getattr(split, kind) * op.row_bytes
+    return WeightShares(**sums)
+
+
+def _residency(plan: Plan) -> tuple[Any, ...]:
+    resident = tuple(tuple(sorted((name, split.resident) for name, split in layer.items())) for layer in plan.buckets[0].splits)
+    return (
+        resident, plan.unit_rows, plan.ring_bytes, plan.page_size, plan.gpu_pages, plan.host_pages, plan.kv_dtype, plan.max_num_seqs, plan.max_pass_tokens,
+        plan.max_model_len, plan.host_kv_layers, plan.kv_staging_pages, plan.uses_gpu, plan.uses_cpu,
+    )  # fmt: skip

@@ -1,0 +1,233 @@
+"""Runs programs with torch: waits, events, mailboxes. The twin of tp_run and tp_queue_loop, and the loop of every CUDA stream.
+
+Owns `run_program` (one entry), `queue_loop` (one mailbox) and `SerialRunner` (the reference: one pass in its serial order on one thread). How to wait
+and record is a `Sync`, so that streams (device/cuda.py) and host events run through the same loop. What an instruction does is in `torch_ops.py`.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twinpilots.device.base import ENTRY_QUIT, OK
+from twinpilots.device.memory import HostArena
+from twinpilots.kernels.native import ABORTED, BAD_INSTRUCTION, CANCELLED, TIMED_OUT, Native
+from twinpilots.runtime.program import CONTROL, ENTRY, EVENTS_OFFSET, INSN, MAILBOX, MAILBOX_ENTRIES, MAX_WAITS, NULL
+from twinpilots.runtime.torch_ops import Insn, Machine, execute, is_known, link_bytes
+
+POLL_S = 50e-6
+WAIT_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkRates:
+    """The emulated link, as native's LinkParams. Rates of 0: unthrottled. ``adversarial_seed`` other than 0: instructions start randomly late."""
+
+    up_bytes_per_s: float = 0.0
+    down_bytes_per_s: float = 0.0
+    latency_s: float = 0.0
+    adversarial_seed: int = 0
+
+
+class Sync(Protocol):
+    """How a queue waits for events, records them and tells times. ``stopped`` gives the status to stop with, or OK."""
+
+    def wait(self, event: int, value: int, stopped: Callable[[], int]) -> int:
+        """Order what follows behind ``event`` reaching ``value``. OK, or the status to stop with."""
+        ...
+
+    def record(self, event: int, value: int) -> None:
+        """Let ``event`` reach ``value`` when all that this queue did so far is done."""
+        ...
+
+    def mark(self, times: NDArray[np.int64], which: int) -> None:
+        """Write the present (of this queue) to ``times[which]``, at the latest in `drain`."""
+        ...
+
+    def drain(self) -> None:
+        """Return when all work of this queue is done: its entry is about to count as finished."""
+        ...
+
+
+def has_reached(word: int, value: int) -> bool:
+    """Whether an event word (u32, wrapping) is at ``value`` or later."""
+    return (word - value) % 2**32 < 2**31
+
+
+class HostSync:
+    """Events as words in the host arena, work that is done when the call returns: the CPU, and the emulated GPU."""
+
+    def __init__(self, host: NDArray[np.uint8]) -> None:
+        self._events = host[EVENTS_OFFSET : EVENTS_OFFSET + (host.size - EVENTS_OFFSET) // 4 * 4].view(np.uint32)
+
+    def wait(self, event: int, value: int, stopped: Callable[[], int]) -> int:
+        deadline = time.monotonic() + WAIT_TIMEOUT_S
+        while not has_reached(int(self._events[event]), value):
+            status = stopped()
+            if status != OK:
+                return status
+            if time.monotonic() > deadline:
+                return TIMED_OUT
+            time.sleep(POLL_S)
+        return OK
+
+    def record(self, event: int, value: int) -> None:
+        self._events[event] = value % 2**32
+
+    def mark(self, times: NDArray[np.int64], which: int) -> None:
+        times[which] = time.monotonic_ns()
+
+    def drain(self) -> None:
+        """Nothing is ever under way between two calls."""
+
+
+class _Mailbox:
+    """The queue's end of a mailbox."""
+
+    def __init__(self, host: NDArray[np.uint8], offset: int) -> None:
+        record = host[offset : offset + MAILBOX.itemsize].view(MAILBOX)
+        self.head, self.tail, self.cancel_pass, self.status = (record[name] for name in ("head", "tail", "cancel_pass", "status"))
+        self.entries = record["entries"][0]
+
+
+class _Queue:
+    """One interpreter's state: the machine, how it synchronises, what may stop it."""
+
+    def __init__(self, machine: Machine, host: NDArray[np.uint8], sync: Sync, link: LinkRates | None, mailbox: _Mailbox | None) -> None:
+        self._machine, self._host, self._sync, self._mailbox = machine, host, sync, mailbox
+        self._link = link or LinkRates()
+        self._random = random.Random(self._link.adversarial_seed)
+        self._abort = host[: CONTROL.itemsize].view(CONTROL)["abort"]
+
+    def stopped(self, pass_id: int) -> int:
+        if self._abort[0]:
+            return ABORTED
+        return CANCELLED if self._mailbox is not None and pass_id <= self._mailbox.cancel_pass[0] else OK
+
+    def run(self, entry: np.void | NDArray[Any]) -> int:
+        """One entry to its end; its status as tp_run's."""
+        pass_id, trace = int(entry["pass_id"]), int(entry["trace"])
+        insns = self._machine.insns(int(entry["insns"]), int(entry["count"]))
+        self._machine.begin(int(entry["meta"]))
+        times = None if trace == NULL else self._host[trace : trace + 24 * len(insns)].view(np.int64).reshape(-1, 3)
+        for number, insn in enumerate(insns):
+            status = self._step(insn, pass_id, int(entry["first_pass"]), None if times is None else times[number])
+            if status != OK:
+                break
+        else:
+            status = OK
+        self._sync.drain()
+        return status
+
+    def _step(self, insn: Insn, pass_id: int, first_pass: int, times: NDArray[np.int64] | None) -> int:
+        status = self.stopped(pass_id)
+        if status != OK:
+            return status
+        if not is_known(insn) or not 0 <= insn.num_waits <= MAX_WAITS:
+            return BAD_INSTRUCTION
+        if times is not None:
+            self._sync.mark(times, 0)
+        for event, offset in zip(insn.wait_event[: insn.num_waits], insn.wait_offset, strict=False):
+            if offset < 0 and pass_id == first_pass:
+                continue
+            status = self._sync.wait(event, pass_id + offset, lambda: self.stopped(pass_id))
+            if status != OK:
+                return status
+        if self._link.adversarial_seed and self._random.random() < 0.5:
+            time.sleep(self._random.random() * self._random.choice((1e-4, 2e-3)))
+        if times is not None:
+            self._sync.mark(times, 1)
+        self._execute(insn)
+        if times is not None:
+            self._sync.mark(times, 2)
+        if insn.record >= 0:
+            self._sync.record(insn.record, pass_id)
+        return OK
+
+    def _execute(self, insn: Insn) -> None:
+        """The instruction, and what is left of the time that its bytes take on the emulated link."""
+        began = time.monotonic()
+        execute(self._machine, insn)
+        link = self._link
+        if not (link.up_bytes_per_s or link.down_bytes_per_s or link.latency_s):
+            return
+        moved = link_bytes(self._machine, insn)
+        if moved is None:
+            return
+        num_bytes, direction = moved
+        rate = (link.up_bytes_per_s, link.down_bytes_per_s)[direction]
+        left = began + link.latency_s + (num_bytes / rate if rate else 0.0) - time.monotonic()
+        if left > 0:
+            time.sleep(left)
+
+    def loop(self) -> int:
+        """Serve the mailbox until abort (ABORTED) or an entry with the quit flag (OK)."""
+        box = self._mailbox
+        assert box is not None
+        while True:
+            while box.head[0] == box.tail[0]:
+                if self._abort[0]:
+                    return ABORTED
+                time.sleep(POLL_S)
+            entry = box.entries[int(box.head[0]) % MAILBOX_ENTRIES].copy()
+            status = self.run(entry)
+            if status < 0 and box.status[0] == OK:
+                box.status[0] = status
+            box.head[0] = (int(box.head[0]) + 1) % 2**32
+            if status == ABORTED:
+                return ABORTED
+            if int(entry["flags"]) & ENTRY_QUIT:
+                return OK
+
+
+def run_program(entry: np.void | NDArray[Any], host: HostArena | NDArray[np.uint8], gpu: Tensor | NDArray[np.uint8] | None, *, sync: Sync | None = None) -> int:
+    """Run one entry on the calling thread. ``gpu`` is the GPU arena (uint8) on any device, None for a CPU program.
+
+    Returns tp_run's status: OK, or ABORTED, TIMED_OUT, BAD_INSTRUCTION.
+    """
+    memory = host.bytes if isinstance(host, HostArena) else host
+    machine = Machine(memory, torch.from_numpy(gpu) if isinstance(gpu, np.ndarray) else gpu)
+    return _Queue(machine, memory, sync or HostSync(memory), None, None).run(entry)
+
+
+def queue_loop(
+    mailbox_offset: int, host: NDArray[np.uint8], gpu: Tensor, *, host_alias: Tensor | None = None, sync: Sync | None = None, link: LinkRates | None = None
+) -> int:
+    """Serve one mailbox on the calling thread: tp_queue_loop's twin, by polling."""
+    return _Queue(Machine(host, gpu, host_alias), host, sync or HostSync(host), link, _Mailbox(host, mailbox_offset)).loop()
+
+
+class SerialRunner:
+    """The reference loop: instructions of all queues, one after another in the order given, waits ignored, events not recorded.
+
+    The GPU arena is plain memory of this process. With ``native`` the native interpreter runs each instruction, else torch.
+    """
+
+    def __init__(self, host: HostArena, gpu_bytes: int, native: Native | None = None) -> None:
+        self._host, self._native = host, native
+        self.gpu: NDArray[np.uint8] = np.zeros(gpu_bytes, dtype=np.uint8)
+        self._machine = Machine(host.bytes, torch.from_numpy(self.gpu))
+        self._scratch = host.alloc(INSN.itemsize, "programs")
+
+    def run(self, insns: NDArray[Any], meta: int) -> None:
+        """Run ``insns`` (INSN records in serial order) on the batch whose metadata lies at host address ``meta``. ValueError for a bad one."""
+        slot = self._host.view(self._scratch, INSN, (1,))
+        entry = np.zeros((), ENTRY)
+        entry["insns"], entry["count"], entry["meta"], entry["trace"], entry["pass_id"] = self._scratch, 1, meta, NULL, 1
+        for number in range(len(insns)):
+            slot[0] = insns[number]
+            slot["num_waits"], slot["record"] = 0, -1
+            if self._native is not None:
+                status = self._native.run(self._host.base, self.gpu.ctypes.data, entry)
+            else:
+                status = _Queue(self._machine, self._host.bytes, HostSync(self._host.bytes), None, None).run(entry)
+            if status != OK:
+                raise ValueError(f"instruction {number} (op {int(insns[number]['op'])}) ended with status {status}")

@@ -1,0 +1,190 @@
+"""Chooses tokens from logits, and says how likely they were.
+
+Owns the sampling arithmetic (vLLM's semantics and order) and each sequence's random generator. Knows nothing of batches, pages or text.
+
+Order: logit masks and biases (min_tokens, logit_bias), penalties (repetition, frequency, presence), then argmax; or temperature, min_p, top_k, top_p and
+one draw. Logprobs are the log-softmax of the raw logits. A sequence's draws depend on its own logits and generator only, never on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinpilots.errors import TwinPilotsError
+from twinpilots.request import SamplingParams, Sequence
+
+NUCLEUS_GUESS = 1024
+Row = NDArray[np.float32]
+Logits = NDArray[np.float32]  # [sequences, vocab]
+
+
+@dataclass(slots=True)
+class _State:
+    """What sampling remembers of one sequence: its generator and, for penalties, which tokens it holds."""
+
+    generator: np.random.Generator
+    seen: NDArray[np.bool_] | None = None  # [vocab] in the prompt or the output
+    counts: NDArray[np.int32] | None = None  # [vocab] in the output
+    num_counted: int = 0
+    stop_ids: list[int] = field(default_factory=list)
+
+
+class Sampler:
+    """``eos_token_ids`` end a sequence unless it ignores them; ``seed`` is used by sequences that bring none."""
+
+    def __init__(self, vocab_size: int, *, eos_token_ids: SequenceABC[int] = (), seed: int = 0) -> None:
+        self.vocab_size = vocab_size
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.seed = seed
+        self._states: dict[Sequence, _State] = {}
+
+    def sample(self, logits: Logits, sequences: SequenceABC[Sequence]) -> list[int]:
+        """One token per sequence from its row of ``logits``, which is left as it is. Raises TwinPilotsError when a row is not finite."""
+        tokens = logits.argmax(axis=1)
+        best = logits[np.arange(len(sequences)), tokens]  # argmax stops at a NaN, so the best value tells whether there is one
+        if not np.isfinite(best).all():
+            self._refuse(sequences[int(np.flatnonzero(~np.isfinite(best))[0])])
+        chosen: list[int] = tokens.tolist()
+        for index, sequence in enumerate(sequences):
+            params = sequence.params
+            if params.changes_logits or not params.is_greedy:
+                chosen[index] = self._sample_row(logits[index], sequence)
+        return chosen
+
+    def forget(self, sequence: Sequence) -> None:
+        self._states.pop(sequence, None)
+
+    def remembered(self) -> frozenset[Sequence]:
+        """The sequences whose generator or counts are kept."""
+        return frozenset(self._states)
+
+    def _refuse(self, sequence: Sequence) -> None:
+        raise TwinPilotsError(
+            f"the model's logits for request {sequence.request_id} at position {len(sequence.tokens) - 1} are not finite numbers; "
+            "the checkpoint may be damaged or overflow its 16-bit format: try dtype='fp32'"
+        )
+
+    def _sample_row(self, row: Row, sequence: Sequence) -> int:
+        params, state = sequence.params, self._state(sequence)
+        if params.changes_logits:
+            row = self._adjusted(row.copy(), sequence, state)
+        if params.is_greedy:
+            return int(row.argmax())
+        return draw(row, params, state.generator.random())
+
+    def _state(self, sequence: Sequence) -> _State:
+        state = self._states.get(sequence)
+        if state is None:
+            stop_ids = set(sequence.params.stop_token_ids or ()).union(() if sequence.params.ignore_eos else self.eos_token_ids)
+            state = _State(generator_for(sequence, self.seed), stop_ids=[token for token in stop_ids if token < self.vocab_size])
+            self._states[sequence] = state
+        return state
+
+    def _adjusted(self, row: Row, sequence: Sequence, state: _State) -> Row:
+        params = sequence.params
+        if sequence.num_output_tokens < params.min_tokens:
+            row[state.stop_ids] = -np.inf
+        for token, bias in (params.logit_bias or {}).items():
+            row[token] += bias
+        if params.has_penalties:
+            self._count(sequence, state)
+            assert state.seen is not None and state.counts is not None
+            penalise(row, params, state.seen, state.counts)
+        return row
+
+    def _count(self, sequence: Sequence, state: _State) -> None:
+        """Bring the token counts up to the sequence's tokens."""
+        if state.seen is None or state.counts is None:
+            state.seen = np.zeros(self.vocab_size, np.bool_)
+            state.seen[sequence.tokens[: sequence.num_prompt_tokens]] = True
+            state.counts = np.zeros(self.vocab_size, np.int32)
+            state.num_counted = sequence.num_prompt_tokens
+        new = sequence.tokens[state.num_counted :]
+        np.add.at(state.counts, new, 1)
+        state.seen[new] = True
+        state.num_counted = len(sequence.tokens)
+
+
+def generator_for(sequence: Sequence, engine_seed: int) -> np.random.Generator:
+    """The sequence's own generator: from (its seed, its index), else from (the engine's seed, its arrival)."""
+    seed = sequence.params.seed
+    own = seed is not None and seed != -1
+    entropy = (0, int(seed or 0) % 2**64, sequence.index) if own else (1, engine_seed % 2**64, sequence.arrival)
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
+
+
+def penalise(row: Row, params: SamplingParams, seen: NDArray[np.bool_], counts: NDArray[np.int32]) -> None:
+    """In place: repetition over prompt and output (divide positive logits, multiply negative ones), then frequency and presence over the output."""
+    if params.repetition_penalty != 1.0:
+        touched = row[seen]
+        row[seen] = np.where(touched > 0, touched / params.repetition_penalty, touched * params.repetition_penalty)
+    if params.frequency_penalty != 0.0:
+        row -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
+    if params.presence_penalty != 0.0:
+        row -= np.float32(params.presence_penalty) * (counts > 0).astype(np.float32)
+
+
+def draw(row: Row, params: SamplingParams, uniform: float) -> int:
+    """The token at ``uniform`` in [0, 1) of the cumulative distribution left by temperature, min_p, top_k and top_p."""
+    tokens, probs = kept_distribution(row, params)
+    cumulative = np.cumsum(probs, dtype=np.float64)
+    index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    if index >= len(probs):  # rounding at the very end: the last token that has any probability
+        index = int(np.flatnonzero(probs)[-1])
+    return int(index if tokens is None else tokens[index])
+
+
+def kept_distribution(row: Row, params: SamplingParams) -> tuple[NDArray[np.intp] | None, Row]:
+    """(token ids in ascending order, or None for all; their unnormalised probabilities) after temperature, min_p, top_k and top_p.
+
+    As in vLLM: top_p keeps the smallest set of likeliest tokens whose probability, among what top_k left, reaches p; ties with the k-th token stay.
+    """
+    scaled = (row - row.max()) / np.float32(params.temperature)  # the best is 0, so no temperature overflows to +inf
+    floor = np.log(params.min_p) if params.min_p > 0.0 else -np.inf
+    if 0 < params.top_k < len(row):
+        floor = max(floor, np.partition(scaled, len(row) - params.top_k)[len(row) - params.top_k])
+    tokens = np.flatnonzero(scaled >= np.float32(floor)) if floor > -np.inf else None
+    probs = np.exp(scaled if tokens is None else scaled[tokens])
+    if params.top_p >= 1.0:
+        return tokens, probs
+    survivors = _nucleus(probs, params.top_p)
+    return (survivors if tokens is None else tokens[survivors]), probs[survivors]
+
+
+def _nucleus(probs: Row, top_p: float) -> NDArray[np.intp]:
+    """Indices, ascending, of the likeliest entries before which less than ``top_p`` of the sum has been seen."""
+    needed = top_p * float(probs.sum(dtype=np.float64))
+    order = np.arange(len(probs))
+    if len(probs) > 4 * NUCLEUS_GUESS:  # sorting a whole vocabulary takes milliseconds, and the nucleus is nearly always small
+        likeliest = np.argpartition(probs, -NUCLEUS_GUESS)[-NUCLEUS_GUESS:]
+        if probs[likeliest].sum(dtype=np.float64) >= needed:
+            order = np.sort(likeliest)
+    order = order[np.argsort(-probs[order], kind="stable")]
+    sorted_probs = probs[order].astype(np.float64)
+    before = np.cumsum(sorted_probs) - sorted_probs
+    return np.sort(order[before < needed])
+
+
+def log_sum_exp(row: Row) -> float:
+    """log(sum(exp(row))): a token's logprob is its logit minus this. Terms in float32, their sum in float64."""
+    best = row.max()
+    return float(best) + float(np.log(np.exp(row - best).sum(dtype=np.float64)))
+
+
+def token_logprobs(row: Row, token: int, count: int) -> dict[int, tuple[float, int]]:
+    """token id -> (logprob, rank) of ``token`` and of the ``count`` best (-1: all), best first after ``token``. Rank 1 is the best; equals share a rank."""
+    wanted = len(row) if count == -1 else min(count, len(row))
+    best = np.empty(0, np.intp)
+    if wanted:
+        best = np.argpartition(row, len(row) - wanted)[len(row) - wanted :]
+        best = best[np.lexsort((best, -row[best]))]
+    chosen = [token, *[other for other in best.tolist() if other != token]]
+    logs = row[chosen].astype(np.float64) - log_sum_exp(row)
+    # Among the best, the rank is one more than how many of them are better; the chosen token may lie anywhere.
+    ranks = 1 + np.searchsorted(-row[best], -row[chosen], side="left")
+    ranks[0] = 1 + np.count_nonzero(row > row[token])
+    return dict(zip(chosen, zip(logs.tolist(), ranks.tolist(), strict=True), strict=True))

@@ -1,0 +1,260 @@
+"""Which tokens of which sequences go into the next pass.
+
+Owns the waiting and running queues, admission (length and memory limits, tier), the token and logit budgets of a pass, and preemption. The one rule:
+a sequence's computed tokens catch up with its tokens. Dealing the chosen items into micro-batches is `deal.py`'s. Knows nothing of logits, text
+or time.
+
+First come, first served: decoding sequences first, then prompt chunks, each oldest first; a sequence that needs a page when none is left takes it
+from the newest on its tier, so the oldest always gets on.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+
+import numpy as np
+
+from twinpilots.errors import LimitError
+from twinpilots.plan.plan import BucketPlan, Plan
+from twinpilots.request import Sequence, Status, Tier
+from twinpilots.runtime.batch import BatchItem, StepBatch
+from twinpilots.runtime.deal import bucket_of, deal
+from twinpilots.runtime.kv_cache import TIERS, KvCache
+
+# Tokens that a running sequence is expected to grow beyond what is known; admission keeps pages for them. Longer outputs may end in a preemption.
+GROWTH_TOKENS = 256
+_NO_PAGES = np.empty(0, np.int32)
+_FIXED_BY_LIVE_SEQUENCES = (
+    "page_size", "gpu_pages", "host_pages", "max_num_seqs", "max_pass_tokens", "max_model_len", "kv_staging_pages", "host_kv_layers", "uses_cpu", "uses_gpu",
+)  # fmt: skip
+
+
+class Scheduler:
+    """Queues and budgets. ``recompute_beyond``: a sequence that grows past this many tokens is computed anew (longrope changes its rotary table there)."""
+
+    def __init__(self, plan: Plan, kv: KvCache, *, growth_tokens: int = GROWTH_TOKENS, recompute_beyond: int | None = None) -> None:
+        self.plan = plan
+        self.kv = kv
+        self.growth_tokens = growth_tokens
+        self.recompute_beyond = recompute_beyond
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # by arrival
+        self.num_preemptions = 0
+
+    def set_plan(self, plan: Plan) -> None:
+        """Take a new plan from the next pass on. Raises ValueError when it changes what live sequences rely on."""
+        for name in _FIXED_BY_LIVE_SEQUENCES:
+            if getattr(plan, name) != getattr(self.plan, name):
+                raise ValueError(f"a running engine cannot change {name} from {getattr(self.plan, name)} to {getattr(plan, name)}")
+        self.plan = plan
+
+    # -- admission -----------------------------------------------------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises LimitError, before any work, when it can never run within the length and memory limits."""
+        sequence.max_len = self.length_limit(len(sequence.tokens), sequence.params.max_tokens)
+        self.waiting.append(sequence)
+
+    def length_limit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        """Tokens, prompt included, at which such a sequence ends. Raises LimitError when it can never run."""
+        longest = self.plan.max_model_len
+        if num_prompt_tokens >= longest:
+            raise LimitError(f"the prompt has {num_prompt_tokens} tokens, max_model_len={longest} leaves room for {longest - 1} and one new token; shorten it")
+        capacity = max(self.capacity_tokens(tier) for tier in TIERS)
+        wanted = longest if max_tokens is None else min(longest, num_prompt_tokens + max_tokens)
+        # The last token is never computed, so it needs no page.
+        limit = min(wanted, capacity + 1) if max_tokens is None else wanted
+        if limit - 1 > capacity or limit <= num_prompt_tokens:
+            raise LimitError(
+                f"prompt and output need KV pages for {max(limit - 1, num_prompt_tokens)} tokens, the largest tier holds {capacity}; "
+                "lower max_tokens, shorten the prompt, or raise gpu_memory or host_memory"
+            )
+        return limit
+
+    def capacity_tokens(self, tier: Tier) -> int:
+        """The longest sequence that ``tier`` can hold, and, where the CPU does not attend, that fits a staging slot."""
+        pages = self.kv.pools[tier].num_pages
+        if tier == "host" and not self.plan.uses_cpu:
+            pages = min(pages, self.plan.kv_staging_pages)
+        return pages * self.plan.page_size
+
+    def _expected_pages(self, sequence: Sequence) -> int:
+        """Pages it will hold soon: everything known and some growth, never more than its end needs."""
+        return self.kv.pages_for(min(sequence.max_len - 1, len(sequence.tokens) + self.growth_tokens))
+
+    def _tier_for(self, sequence: Sequence, expected: dict[Tier, int]) -> Tier | None:
+        """GPU pages while they last, then host pages; None: wait. An empty tier takes any sequence that fits at all."""
+        for tier in TIERS:
+            if self.capacity_tokens(tier) < sequence.max_len - 1:
+                continue
+            if expected[tier] == 0 or expected[tier] + self._expected_pages(sequence) <= self.kv.pools[tier].num_pages:
+                return tier
+        return None
+
+    def _expected_by_tier(self, running: list[Sequence]) -> dict[Tier, int]:
+        expected: dict[Tier, int] = dict.fromkeys(TIERS, 0)
+        for sequence in running:
+            assert sequence.tier is not None
+            expected[sequence.tier] += self._expected_pages(sequence)
+        return expected
+
+    # -- one pass --------------------------------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepBatch | None:
+        """The next pass; None when there is nothing to do. Pages are reserved here; `commit` counts the tokens as computed."""
+        draft = _Draft(self.plan.max_pass_tokens, self.plan.max_num_seqs)
+        preemptions = self.num_preemptions
+        for catching_up in (False, True):
+            for sequence in tuple(self.running):
+                if sequence.is_catching_up == catching_up and sequence.status is Status.RUNNING:
+                    self._bring(sequence, draft)
+        if self.num_preemptions == preemptions:  # who was just preempted would come back at once
+            self._admit(draft)
+        assert draft.items or not self.has_unfinished(), f"nothing can run, yet {len(self.running)} sequences are running, {len(self.waiting)} waiting"
+        return deal(self.plan, list(draft.items.values())) if draft.items else None
+
+    def _admit(self, draft: _Draft) -> None:
+        expected = self._expected_by_tier(self.running) if self.waiting else {}
+        while self.waiting and len(self.running) < self.plan.max_num_seqs and draft.tokens_left and draft.logits_left:
+            sequence = self.waiting[0]
+            tier = self._tier_for(sequence, expected)
+            if tier is None:
+                return
+            self.waiting.popleft()
+            expected[tier] += self._expected_pages(sequence)
+            sequence.tier, sequence.status = tier, Status.RUNNING
+            self.kv.open(sequence, tier)
+            insort(self.running, sequence, key=lambda s: s.arrival)
+            if not self._bring(sequence, draft):
+                return
+
+    def _bring(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Put as many of its pending tokens into the pass as the budgets allow; False when none."""
+        num_tokens, num_logits = draft.room_for(sequence)
+        if num_tokens == 0:
+            return False
+        end = sequence.num_computed + num_tokens
+        while not self.kv.extend(sequence, end):
+            victim = next(other for other in reversed(self.running) if other.tier == sequence.tier)
+            draft.drop(victim)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        draft.add(BatchItem(sequence, sequence.num_computed, num_tokens, num_logits, sequence.is_catching_up, self.kv.pages(sequence, end)))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take the newest sequence's pages; it comes back first in line and is computed anew."""
+        self.num_preemptions += 1
+        self.running.remove(sequence)
+        self.kv.free(sequence)
+        sequence.restart()
+        sequence.tier, sequence.status = None, Status.WAITING
+        # Preempted sequences are older than anything that was never admitted; among each other they keep their order.
+        position = next((i for i, other in enumerate(self.waiting) if other.arrival > sequence.arrival), len(self.waiting))
+        self.waiting.insert(position, sequence)
+
+    # -- after a pass ------------------------------------------------------------------------------------------------------------------------
+
+    def commit(self, batch: StepBatch) -> None:
+        """The pass has run: its tokens are computed."""
+        for item in batch.items:
+            sequence, end = item.sequence, item.start + item.num_tokens
+            sequence.num_computed = end
+            if end > sequence.num_seen:
+                sequence.num_seen = end
+
+    def append(self, sequence: Sequence, token: int) -> None:
+        """A new token of a running sequence."""
+        sequence.tokens.append(token)
+        if self.recompute_beyond is not None and len(sequence.tokens) == self.recompute_beyond + 1:
+            sequence.restart()  # its pages stay: the same positions are written again
+
+    def finish(self, sequence: Sequence) -> None:
+        """The sequence has ended or was aborted, at any point: its pages are free again."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        self.kv.free(sequence)
+        sequence.status, sequence.tier = Status.FINISHED, None
+
+    def has_unfinished(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def predict_next(self, batch: StepBatch) -> BucketPlan | None:
+        """A guess at the bucket of the pass after ``batch``, good enough to prefetch for: nobody stops early or is preempted. None: no more work."""
+        draft = _Draft(self.plan.max_pass_tokens, self.plan.max_num_seqs)
+        ends = {item.sequence: item.start + item.num_tokens for item in batch.items}
+        later: list[tuple[bool, Sequence, int, int]] = []
+        for sequence in self.running:
+            computed, length = ends.get(sequence, sequence.num_computed), len(sequence.tokens)
+            length += computed == length  # a token will have been sampled
+            if length < sequence.max_len:
+                is_chunk = computed < sequence.catch_up and length - computed > 1
+                later.append((is_chunk, sequence, computed, length - computed))
+        later += self._next_admitted([entry[1] for entry in later])
+        for is_chunk, sequence, computed, pending in sorted(later, key=lambda entry: entry[0]):
+            if draft.tokens_left > 0 and draft.logits_left > 0:
+                draft.add(BatchItem(sequence, computed, min(pending, draft.tokens_left), 1, is_chunk, _NO_PAGES))
+        return bucket_of(self.plan, draft.items.values()) if draft.items else None
+
+    def _next_admitted(self, running: list[Sequence]) -> list[tuple[bool, Sequence, int, int]]:
+        """The waiting sequences that would be admitted beside ``running``: (is_chunk, sequence, 0, pending tokens)."""
+        if not self.waiting:
+            return []
+        expected: dict[Tier, int] = self._expected_by_tier(running)
+        admitted: list[tuple[bool, Sequence, int, int]] = []
+        for sequence in self.waiting:
+            tier = self._tier_for(sequence, expected)
+            if tier is None or len(running) + len(admitted) >= self.plan.max_num_seqs:
+                break
+            expected[tier] += self._expected_pages(sequence)
+            admitted.append((len(sequence.tokens) > 1, sequence, 0, len(sequence.tokens)))
+        return admitted
+
+    def check_integrity(self) -> None:
+        """Queues, states and page tables agree. AssertionError states both sides of what does not."""
+        self.kv.check_integrity()
+        holders, running = set(self.kv.holders()), set(self.running)
+        if holders != running:
+            raise AssertionError(f"{len(holders)} sequences hold pages, {len(running)} are running; {len(holders ^ running)} are only one of the two")
+        if len(self.running) > self.plan.max_num_seqs:
+            raise AssertionError(f"{len(self.running)} sequences are running, max_num_seqs is {self.plan.max_num_seqs}")
+        for queue, status in ((self.running, Status.RUNNING), (self.waiting, Status.WAITING)):
+            arrivals = [sequence.arrival for sequence in queue]
+            if arrivals != sorted(arrivals):
+                raise AssertionError(f"{status.value} sequences stand in the order {arrivals}, not {sorted(arrivals)}")
+            for sequence in queue:
+                if sequence.status is not status:
+                    raise AssertionError(f"sequence {sequence.request_id}/{sequence.index} is {sequence.status.value} in the {status.value} queue")
+                if not 0 <= sequence.num_computed < len(sequence.tokens):
+                    name = f"{sequence.request_id}/{sequence.index}"
+                    raise AssertionError(f"sequence {name} has computed {sequence.num_computed} of its {len(sequence.tokens)} tokens; one must be pending")
+
+
+class _Draft:
+    """The items chosen for a pass so far, and what is left of its budgets."""
+
+    def __init__(self, max_tokens: int, max_logits: int) -> None:
+        self.tokens_left = max_tokens
+        self.logits_left = max_logits
+        self.items: dict[Sequence, BatchItem] = {}
+
+    def room_for(self, sequence: Sequence) -> tuple[int, int]:
+        """(tokens, logit rows) of the sequence's next item. Tokens before its first wanted logits cost no logit row."""
+        before = sequence.first_logit - sequence.num_computed
+        num_tokens = min(sequence.num_pending, self.tokens_left, before + self.logits_left)
+        return num_tokens, max(0, num_tokens - before)
+
+    def add(self, item: BatchItem) -> None:
+        self.items[item.sequence] = item
+        self.tokens_left -= item.num_tokens
+        self.logits_left -= item.num_logits
+
+    def drop(self, sequence: Sequence) -> None:
+        item = self.items.pop(sequence, None)
+        if item is not None:
+            self.tokens_left += item.num_tokens
+            self.logits_left += item.num_logits

@@ -1,0 +1,425 @@
+"""What each instruction does, in torch: the slow twin of the native kernels, and the arithmetic of the CUDA path.
+
+Owns `Machine` (both arenas as tensors, the current batch) and `OPS`, one small function per instruction. The meaning is docs/execution.md's. Knows
+nothing of queues, waits or streams: the caller runs it on the stream it likes. On the CPU everything is computed in fp32; on CUDA 16-bit weights
+multiply activations rounded to the weights' type, with fp32 sums.
+
+Shapes: M rows (tokens or logits), K inputs, N outputs, P panels, D head_dim, G KV heads, H query heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twinpilots.runtime.program import INSN, NULL, Act, Dtype, Epilogue, Meta, NormKind, Op, Space
+
+TORCH_DTYPES: dict[int, torch.dtype] = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16}
+ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
+    Act.SILU: F.silu, Act.GELU: F.gelu, Act.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"), Act.RELU: F.relu,
+}  # fmt: skip
+OFFSET_MASK = (1 << 56) - 1
+SCORE_BYTES = 64 * 2**20
+FP16_SAFE = 2.0**15  # activations are scaled below this before they are rounded to fp16, whose largest number is 65504
+
+
+class Insn(NamedTuple):
+    """One INSN record as Python values (field access of numpy records costs microseconds)."""
+
+    op: int
+    layer: int
+    row_kind: int
+    mb: int
+    glo: int
+    ghi: int
+    num_waits: int
+    record: int
+    wait_event: list[int]
+    wait_offset: list[int]
+    a: list[int]
+    f: list[float]
+
+
+def decode(insns: NDArray[Any]) -> list[Insn]:
+    """INSN records as `Insn`."""
+    assert INSN.names is not None
+    return [Insn(*record) for record in zip(*(insns[name].tolist() for name in INSN.names), strict=True)]
+
+
+class Batch:
+    """One pass's metadata (program.Meta): the header as ints, arrays as index tensors on the compute device, each built once per pass."""
+
+    def __init__(self, words: NDArray[np.int32], device: torch.device) -> None:
+        self.words = words
+        self.header: list[int] = words[: Meta.HEADER].tolist()
+        self._device = device
+        self._tensors: dict[tuple[int, int, int], Tensor] = {}
+
+    def ints(self, which: Meta, first: int, last: int) -> list[int]:
+        start = self.header[which]
+        found: list[int] = self.words[start + first : start + last].tolist()
+        return found
+
+    def index(self, which: Meta, first: int, last: int) -> Tensor:
+        key = (which, first, last)
+        if key not in self._tensors:
+            self._tensors[key] = torch.tensor(self.ints(which, first, last), dtype=torch.int64).to(self._device, non_blocking=True)
+        return self._tensors[key]
+
+
+class Machine:
+    """Both arenas, as uint8 tensors. ``host_alias`` is the host arena as the compute device sees it (pinned and mapped), where that is not ``host``."""
+
+    def __init__(self, host: NDArray[np.uint8], gpu: Tensor | None, host_alias: Tensor | None = None) -> None:
+        self._arenas: dict[int, Tensor | None] = {Space.HOST: torch.from_numpy(host), Space.GPU: gpu}
+        self._alias = host_alias
+        self._host = host
+        self._typed: dict[tuple[int, bool, torch.dtype], Tensor] = {}
+        self.device = torch.device("cpu") if gpu is None else gpu.device
+        self._meta: int = NULL
+        self._batch: Batch | None = None
+
+    def begin(self, meta: int) -> None:
+        """A new entry. Its metadata is read when the first instruction asks, which is after that instruction's waits."""
+        self._meta, self._batch = meta, None
+
+    @property
+    def is_aliased(self) -> bool:
+        return self._alias is not None
+
+    @property
+    def batch(self) -> Batch:
+        if self._batch is None:
+            assert self._meta >= 0, "an instruction on token rows needs the batch's metadata"
+            words = self._host[self._meta :]
+            self._batch = Batch(words[: words.size // 4 * 4].view(np.int32), self.device)
+        return self._batch
+
+    def insns(self, address: int, count: int) -> list[Insn]:
+        return decode(self._host[address : address + count * INSN.itemsize].view(INSN))
+
+    def words64(self, address: int, count: int) -> NDArray[np.int64]:
+        """``count`` int64 of host memory."""
+        return self._host[address : address + 8 * count].view(np.int64)
+
+    def bytes_at(self, address: int, num_bytes: int) -> Tensor:
+        arena = self._arenas[address >> 56]
+        assert arena is not None, "a CPU program has no GPU memory"
+        offset = address & OFFSET_MASK
+        return arena[offset : offset + num_bytes]
+
+    def strided(self, address: int, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...], *, aliased: bool = False) -> Tensor:
+        """A view of ``size`` elements of ``dtype`` at ``address``. ``aliased``: host memory as the compute device sees it."""
+        key = (address >> 56, aliased, dtype)
+        if key not in self._typed:
+            arena = self._alias if aliased and address >> 56 == Space.HOST and self._alias is not None else self._arenas[address >> 56]
+            assert arena is not None, "a CPU program has no GPU memory"
+            self._typed[key] = arena[: arena.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        whole = self._typed[key]
+        offset = address & OFFSET_MASK
+        assert offset % dtype.itemsize == 0, f"address {offset} is not aligned for {dtype}"
+        return whole.as_strided(size, stride, whole.storage_offset() + offset // dtype.itemsize)
+
+    def matrix(self, address: int, ld: int, first: int, last: int, columns: int, *, aliased: bool = False) -> Tensor:
+        """fp32 activation rows [first, last) of a buffer with row stride ``ld``: [M, columns]."""
+        return self.strided(address + 4 * ld * first, torch.float32, (last - first, columns), (ld, 1), aliased=aliased)
+
+    def flat(self, address: int, dtype: int, count: int) -> Tensor:
+        return self.strided(address, TORCH_DTYPES[dtype], (count,), (1,))
+
+    def vector(self, address: int, count: int) -> Tensor | None:
+        """An fp32 vector, or None for NULL."""
+        return None if address == NULL else self.flat(address, Dtype.FP32, count)
+
+    def rows(self, insn: Insn) -> tuple[int, int]:
+        header = self.batch.header
+        if insn.row_kind == 1:
+            return 0, header[Meta.NUM_LOGITS]
+        start = Meta.ROWS + 4 * insn.mb
+        return header[start + insn.glo], header[start + insn.ghi]
+
+    def sequences(self, insn: Insn, glo: int, ghi: int) -> range:
+        start = Meta.SEQS + 4 * insn.mb
+        return range(self.batch.header[start + glo], self.batch.header[start + ghi])
+
+    def sequence(self, index: int) -> tuple[int, int, int]:
+        """(first token row, query tokens, KV tokens after the pass) of one sequence."""
+        row, length, kv = (self.batch.ints(which, index, index + 1)[0] for which in (Meta.OFF_SEQ_ROW, Meta.OFF_SEQ_LEN, Meta.OFF_SEQ_KV))
+        return row, length, kv
+
+    def pages(self, index: int, which: Meta, count: int) -> list[int]:
+        """The first ``count`` page numbers of one sequence: attended ones (OFF_SEQ_PAGES) or home ones (OFF_SEQ_HOME)."""
+        start = self.batch.ints(which, index, index + 1)[0]
+        return self.batch.ints(Meta.OFF_PAGE, start, start + count)
+
+    def kv_pages(self, address: int, page_stride: int, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: int) -> Tensor:
+        """[num_pages, 2 (k, v), G, page_size, D], no copy."""
+        kind = TORCH_DTYPES[dtype]
+        stride = (page_stride // kind.itemsize, kv_heads * page_size * head_dim, page_size * head_dim, head_dim, 1)
+        return self.strided(address, kind, (num_pages, 2, kv_heads, page_size, head_dim), stride)
+
+
+def multiply(x: Tensor, w: Tensor) -> Tensor:
+    """x [M, K] times each of w [P, K, N], summed in fp32: [P, M, N]."""
+    if w.dtype == torch.float32 or not w.is_cuda:
+        return torch.matmul(x, w.float())
+    scale = None
+    if w.dtype == torch.float16:  # a row beyond fp16's range is multiplied scaled down
+        scale = (x.abs().amax(-1, keepdim=True) / FP16_SAFE).clamp_(min=1.0)
+        x = x / scale
+    y: Tensor = torch.bmm(x.to(w.dtype).expand(w.shape[0], -1, -1), w, out_dtype=torch.float32)
+    return y if scale is None else y * scale
+
+
+def normed(x: Tensor, gain: Tensor | None, bias: Tensor | None, kind: int, eps: float) -> Tensor:
+    """RMS or layer norm over the last dimension, in fp32."""
+    if kind == NormKind.LAYER:
+        x = x - x.mean(-1, keepdim=True)
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    y = y if gain is None else y * gain
+    return y if bias is None else y + bias
+
+
+def embed(m: Machine, insn: Insn) -> None:
+    dst, dst_ld, table, layout, dtype, width, unit, vocab, pos_table, pos_offset, pos_dtype = insn.a[:11]
+    first, last = m.rows(insn)
+    token, columns = m.batch.index(Meta.OFF_TOKEN, first, last)[:, None], torch.arange(width, device=m.device)
+    if layout == 0:
+        where = token * width + columns
+    else:
+        start = token // unit * unit  # of the token's panel, [width][panel rows]
+        where = start * width + columns * (vocab - start).clamp(max=unit) + token - start
+    x = m.flat(table, dtype, vocab * width)[where].float() * insn.f[0]
+    if pos_table != NULL:
+        position = m.batch.index(Meta.OFF_POSITION, first, last) + pos_offset
+        rows = int(max(m.batch.ints(Meta.OFF_POSITION, first, last))) + pos_offset + 1
+        x = x + m.flat(pos_table, pos_dtype, rows * width).view(rows, width)[position].float()
+    m.matrix(dst, dst_ld, first, last, width).copy_(x)
+
+
+def norm(m: Machine, insn: Insn) -> None:
+    dst, dst_ld, src, src_ld, gain, bias, width, kind = insn.a[:8]
+    first, last = m.rows(insn)
+    if insn.row_kind == 1:
+        x = m.matrix(src, src_ld, 0, m.batch.header[Meta.NUM_TOKENS], width)[m.batch.index(Meta.OFF_LOGIT_ROW, first, last)]
+    else:
+        x = m.matrix(src, src_ld, first, last, width)
+    m.matrix(dst, dst_ld, first, last, width).copy_(normed(x, m.vector(gain, width), m.vector(bias, width), kind, insn.f[0]))
+
+
+def linear(m: Machine, insn: Insn) -> None:
+    dst, dst_ld, src, src_ld, w, dtype, rows, width, unit, epilogue, activation, bias, bias2 = insn.a[:13]
+    first, last = m.rows(insn)
+    x, halves = m.matrix(src, src_ld, first, last, width), 2 if epilogue == Epilogue.ACT_MUL else 1
+    parts = []
+    for start, count, panel in ((0, rows // unit, unit), (rows // unit * unit, 1, rows % unit)):  # the whole panels at once, then a narrower last one
+        if count * panel:
+            address = w + halves * start * width * TORCH_DTYPES[dtype].itemsize
+            panels = m.flat(address, dtype, count * width * halves * panel).view(count, width, halves * panel)
+            y = multiply(x, panels).view(count, last - first, halves, panel)
+            parts.append(y.permute(2, 1, 0, 3).reshape(halves, last - first, count * panel))
+    y = torch.cat(parts, -1)  # [halves, M, rows]
+    biases = [m.vector(address, rows) for address in (bias, bias2)]
+    y = torch.stack([half if b is None else half + b for half, b in zip(y, biases, strict=False)])
+    if epilogue == Epilogue.ACT_MUL:
+        out = ACTIVATIONS[activation](y[0]) * y[1]
+    elif epilogue == Epilogue.ACT:
+        out = ACTIVATIONS[activation](y[0])
+    elif epilogue == Epilogue.SOFTCAP:
+        out = insn.f[0] * torch.tanh(y[0] / insn.f[0])
+    else:
+        out = y[0]
+    m.matrix(dst, dst_ld, first, last, rows).copy_(out)
+
+
+def linear_in(m: Machine, insn: Insn) -> None:
+    dst, dst_ld, src, src_ld, w, dtype, rows, width, accumulate = insn.a[:9]
+    first, last = m.rows(insn)
+    y = multiply(m.matrix(src, src_ld, first, last, rows), m.flat(w, dtype, rows * width).view(1, rows, width))[0]
+    out = m.matrix(dst, dst_ld, first, last, width)
+    if accumulate:
+        out.add_(y)
+    else:
+        out.copy_(y)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate-half of the first 2 * cos.shape[-1] dims of x [M, heads, D]; cos, sin [M, rotary_dim / 2]."""
+    half = cos.shape[-1]
+    lo, hi, cos, sin = x[..., :half], x[..., half : 2 * half], cos[:, None], sin[:, None]
+    return torch.cat((lo * cos - hi * sin, hi * cos + lo * sin, x[..., 2 * half :]), -1)
+
+
+def rope_append(m: Machine, insn: Insn) -> None:
+    qkv, ld, q_gain, k_gain, cos, sin, rotary_dim, heads, kv_heads, head_dim, kv, page_stride, page_size, kv_dtype = insn.a[:14]
+    first, last = m.rows(insn)
+    whole = m.matrix(qkv, ld, first, last, (heads + 2 * kv_heads) * head_dim).view(last - first, -1, head_dim)
+    q, k, v = whole[:, :heads], whole[:, heads : heads + kv_heads], whole[:, heads + kv_heads :]
+    if q_gain != NULL:
+        q_new = normed(q, m.vector(q_gain, head_dim), None, NormKind.RMS, insn.f[0])
+    else:
+        q_new = q
+    if k_gain != NULL:
+        k = normed(k, m.vector(k_gain, head_dim), None, NormKind.RMS, insn.f[0])
+    if cos != NULL:
+        row, half = m.batch.index(Meta.OFF_ROPE_ROW, first, last), rotary_dim // 2
+        rows = max(m.batch.ints(Meta.OFF_ROPE_ROW, first, last)) + 1
+        c, s = (m.flat(table, Dtype.FP32, rows * half).view(rows, half)[row] for table in (cos, sin))
+        q_new, k = rotated(q_new, c, s), rotated(k, c, s)
+    if q_new is not q:
+        q.copy_(q_new)
+    slot = m.batch.index(Meta.OFF_SLOT, first, last)
+    num_pages = max(m.batch.ints(Meta.OFF_SLOT, first, last)) // page_size + 1
+    pages = m.kv_pages(kv, page_stride, num_pages, page_size, kv_heads, head_dim, kv_dtype)
+    page, offset = slot // page_size, slot % page_size
+    pages[page, 0, :, offset] = k.to(pages.dtype)
+    pages[page, 1, :, offset] = v.to(pages.dtype)
+
+
+def attend(m: Machine, insn: Insn) -> None:
+    for index in m.sequences(insn, insn.glo, insn.ghi):
+        attend_sequence(m, insn, index)
+
+
+def attend_sequence(m: Machine, insn: Insn, index: int) -> None:
+    """Softmax attention of one sequence's queries over its pages, in fp32; queries in blocks, so that the scores take SCORE_BYTES at most (or one row's)."""
+    dst, dst_ld, qkv, ld, heads, kv_heads, head_dim, kv, page_stride, page_size, kv_dtype = insn.a[:11]
+    row, length, kv_len = m.sequence(index)
+    start = m.batch.ints(Meta.OFF_SEQ_PAGES, index, index + 1)[0]
+    count = -(-kv_len // page_size)
+    num_pages = max(m.batch.ints(Meta.OFF_PAGE, start, start + count)) + 1
+    view = m.kv_pages(kv, page_stride, num_pages, page_size, kv_heads, head_dim, kv_dtype)
+    pages = view[m.batch.index(Meta.OFF_PAGE, start, start + count)]  # [pages, 2, G, page_size, D]
+    keys, values = pages.permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)[:, :, :kv_len].float()
+    step = max(1, SCORE_BYTES // (4 * heads * kv_len))
+    for first in range(0, length, step):
+        last = min(first + step, length)
+        q = m.matrix(qkv, ld, row + first, row + last, heads * head_dim)
+        out = attend_block(insn, q, keys, values, kv_len - length + first)
+        m.matrix(dst, dst_ld, row + first, row + last, heads * head_dim).copy_(out)
+
+
+def attend_block(insn: Insn, q: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
+    """q [M, H * D], the first at ``position``, over keys and values [G, kv_len, D]: [M, H * D]."""
+    heads, kv_heads, head_dim, window = insn.a[4], insn.a[5], insn.a[6], insn.a[11]
+    grouped = q.view(q.shape[0], kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
+    scores = torch.matmul(grouped, keys[:, None].transpose(-1, -2)) * insn.f[0]  # [G, H / G, M, kv_len]
+    if insn.f[1]:
+        scores = insn.f[1] * torch.tanh(scores / insn.f[1])
+    own = torch.arange(position, position + q.shape[0], device=q.device)[:, None]
+    key = torch.arange(keys.shape[1], device=q.device)
+    hidden = key > own
+    if window:
+        hidden |= key <= own - window
+    weights = scores.masked_fill_(hidden, -math.inf).softmax(-1)
+    return torch.matmul(weights, values[:, None]).permute(2, 0, 1, 3).reshape(q.shape[0], heads * head_dim)
+
+
+def add(m: Machine, insn: Insn) -> None:
+    x, x_ld, p, p_ld, q, q_ld, bias, gain, gain_bias, norm_kind, width = insn.a[:11]
+    first, last = m.rows(insn)
+    out = m.matrix(x, x_ld, first, last, width)
+    total = torch.zeros((last - first, width), device=out.device)
+    for term, ld in ((p, p_ld), (q, q_ld)):
+        if term != NULL:
+            total = total + m.matrix(term, ld, first, last, width)
+    if bias != NULL:
+        total = total + m.flat(bias, Dtype.FP32, width)
+    if gain != NULL:
+        total = normed(total, m.vector(gain, width), m.vector(gain_bias, width), norm_kind, insn.f[0])
+    out.add_(total)
+
+
+def copy(m: Machine, insn: Insn) -> None:
+    dst, dst_ld, src, src_ld, columns = insn.a[:5]
+    first, last = m.rows(insn)
+    target, source = m.matrix(dst, dst_ld, first, last, columns, aliased=True), m.matrix(src, src_ld, first, last, columns, aliased=True)
+    if m.is_aliased:
+        torch.mul(source, 1.0, out=target)  # a kernel that touches pinned memory: a copy would queue behind the weights on the copy engine
+    elif target.device == source.device or (target.is_contiguous() and source.is_contiguous()):
+        target.copy_(source, non_blocking=True)
+    else:
+        for to, fro in zip(target, source, strict=True):  # torch would stage a strided copy between devices in memory of its own
+            to.copy_(fro, non_blocking=True)
+
+
+def load(m: Machine, insn: Insn) -> None:
+    for dst, src, num_bytes in m.words64(insn.a[0], 3 * insn.a[1]).reshape(-1, 3).tolist():
+        m.bytes_at(dst, num_bytes).copy_(m.bytes_at(src, num_bytes), non_blocking=True)
+
+
+def load_kv(m: Machine, insn: Insn) -> None:
+    staging, home, page_stride, page_size, kv_heads, head_dim, dtype = insn.a[:7]
+    page_bytes = 2 * kv_heads * page_size * head_dim * TORCH_DTYPES[dtype].itemsize
+    for index in m.sequences(insn, 1, 2):
+        _, length, kv_len = m.sequence(index)
+        count = -(-(kv_len - length) // page_size)
+        for to, fro in zip(m.pages(index, Meta.OFF_SEQ_PAGES, count), m.pages(index, Meta.OFF_SEQ_HOME, count), strict=True):
+            m.bytes_at(staging + to * page_stride, page_bytes).copy_(m.bytes_at(home + fro * page_stride, page_bytes), non_blocking=True)
+
+
+def store_kv(m: Machine, insn: Insn) -> None:
+    """Only the rows of this pass's tokens: a page's other rows are not this pass's to write."""
+    staging, home, page_stride, page_size, kv_heads, head_dim, dtype = insn.a[:7]
+    row_bytes = head_dim * TORCH_DTYPES[dtype].itemsize
+    for index in m.sequences(insn, 1, 2):
+        _, length, kv_len = m.sequence(index)
+        count = -(-kv_len // page_size)
+        pages = list(zip(m.pages(index, Meta.OFF_SEQ_PAGES, count), m.pages(index, Meta.OFF_SEQ_HOME, count), strict=True))
+        for page in range((kv_len - length) // page_size, count):
+            fro, to = pages[page]
+            lo, hi = max(kv_len - length - page * page_size, 0), min(kv_len - page * page_size, page_size)
+            for head in range(2 * kv_heads):  # keys' heads, then values' heads
+                at = (head * page_size + lo) * row_bytes
+                source = m.bytes_at(staging + fro * page_stride + at, (hi - lo) * row_bytes)
+                m.bytes_at(home + to * page_stride + at, (hi - lo) * row_bytes).copy_(source, non_blocking=True)
+
+
+def poison(m: Machine, insn: Insn) -> None:
+    m.bytes_at(insn.a[0], insn.a[1]).fill_(0xFF)
+
+
+OPS: Mapping[int, Callable[[Machine, Insn], None]] = {
+    Op.EMBED: embed, Op.NORM: norm, Op.LINEAR: linear, Op.LINEAR_IN: linear_in, Op.ROPE_APPEND: rope_append, Op.ATTEND: attend, Op.ADD: add,
+    Op.COPY: copy, Op.LOAD: load, Op.LOAD_KV: load_kv, Op.STORE_KV: store_kv, Op.POISON: poison,
+}  # fmt: skip
+ROW_OPS = frozenset({Op.EMBED, Op.NORM, Op.LINEAR, Op.LINEAR_IN, Op.ROPE_APPEND, Op.ADD, Op.COPY})
+
+
+def execute(machine: Machine, insn: Insn) -> None:
+    """Run one instruction; nothing happens when it has no rows."""
+    if insn.op in ROW_OPS:
+        first, last = machine.rows(insn)
+        if first == last:
+            return
+    with torch.inference_mode():
+        OPS[insn.op](machine, insn)
+
+
+def is_known(insn: Insn) -> bool:
+    """Whether the instruction is one that this interpreter runs."""
+    return insn.op in OPS and 0 <= insn.mb < 8 and 0 <= insn.glo <= insn.ghi <= 3 and insn.row_kind in (0, 1)
+
+
+def link_bytes(machine: Machine, insn: Insn) -> tuple[int, int] | None:
+    """(bytes, 0 up or 1 down) that an instruction moves over the link; None when it moves nothing there."""
+    if insn.op == Op.COPY:
+        first, last = machine.rows(insn)
+        return 4 * insn.a[4] * (last - first), insn.a[5]
+    if insn.op == Op.LOAD:
+        return insn.a[2], 0
+    if insn.op not in (Op.LOAD_KV, Op.STORE_KV):
+        return None
+    _, _, _, page_size, kv_heads, head_dim, dtype = insn.a[:7]
+    total = 0
+    for index in machine.sequences(insn, 1, 2):
+        _, length, kv_len = machine.sequence(index)
+        total += -(-(kv_len - length) // page_size) * page_size if insn.op == Op.LOAD_KV else length
+    return 2 * kv_heads * head_dim * TORCH_DTYPES[dtype].itemsize * total, 0 if insn.op == Op.LOAD_KV else 1

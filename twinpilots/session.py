@@ -1,0 +1,98 @@
+"""A loaded plan in operation: devices, executor, scheduler and engine of one `LLM`, from loading to closing.
+
+Owns their lives and the timing of passes. Knows nothing of prompts as text, of workloads or of how the plan was found.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+
+import numpy as np
+
+from twinpilots.config import EngineConfig
+from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.machine import open_machine
+from twinpilots.model.checkpoint import Checkpoint
+from twinpilots.model.spec import ModelSpec
+from twinpilots.model.tokenizer import Tokenizer
+from twinpilots.plan.plan import Plan
+from twinpilots.planner import Planner
+from twinpilots.progress import Progress
+from twinpilots.request import RequestOutput
+from twinpilots.runtime.batch import StepBatch
+from twinpilots.runtime.engine import Engine
+from twinpilots.runtime.executor import Executor, weight_shares
+from twinpilots.runtime.kv_cache import KvCache
+from twinpilots.runtime.scheduler import Scheduler
+from twinpilots.runtime.stats import EngineStats, WeightShares
+
+
+class _CheckpointWeights:
+    """A checkpoint's tensors as plain arrays."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def array(self, tensor_id: str) -> np.ndarray:
+        return self._checkpoint.tensor(tensor_id).data
+
+
+class Session:
+    """Runs one plan. ``stats`` goes on from an earlier session of the same LLM."""
+
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, profile: HardwareProfile, plan: Plan, checkpoint: Checkpoint, tokenizer: Tokenizer | None, planner: Planner,
+        *, stats: EngineStats | None = None,
+    ) -> None:  # fmt: skip
+        self.plan, self._planner = plan, planner
+        began = time.perf_counter()
+        with ExitStack() as stack:
+            machine = stack.enter_context(open_machine(config.device, config.threads))
+            with Progress("loading", total=spec.linear_bytes, unit="bytes") as bar:
+                limits = {"gpu": planner.limits.gpu_bytes, "host": planner.limits.host_bytes}
+                self.executor = stack.enter_context(
+                    Executor(spec, plan, machine.pilot, machine.gpu, _CheckpointWeights(checkpoint), limits=limits, progress=bar.update)
+                )
+            self._stack = stack.pop_all()
+        self.load_s = time.perf_counter() - began
+        kv = KvCache(plan)
+        self.scheduler = Scheduler(plan, kv, recompute_beyond=longrope_switch(spec))
+        eos = checkpoint.generation_config["eos_token_ids"]
+        self.engine = Engine(self, self.scheduler, kv, vocab_size=spec.vocab_size, eos_token_ids=eos, tokenizer=tokenizer, seed=config.seed)
+        shares = weight_shares(spec, plan, plan.bucket_for("decode", plan.max_num_seqs))
+        self.stats = stats or EngineStats(policy=config.policy, device=machine.device, emulated=profile.emulated, weights=WeightShares(resident=0, streamed=0, cpu=0))
+        self.stats.weights = shares
+        self._batch: StepBatch | None = None
+
+    def execute(self, batch: StepBatch, *, more: bool) -> np.ndarray:
+        """The engine's executor: remembers the batch for the report."""
+        self._batch = batch
+        return self.executor.execute(batch, more=more)
+
+    def step(self) -> list[RequestOutput]:
+        """One pass, timed as the user feels it: scheduling and sampling included."""
+        began = time.perf_counter()
+        outputs = self.engine.step()
+        seconds = time.perf_counter() - began
+        if self._batch is not None and self.executor.last_report is not None:
+            predicted_s = self._planner.predict(self.plan, self._batch)
+            self.stats.add(replace(self.executor.last_report, seconds=seconds, predicted_s=predicted_s))
+            self._batch = None
+        return outputs
+
+    def set_plan(self, plan: Plan) -> None:
+        """Another plan over the same memory, from the next pass on."""
+        self.scheduler.set_plan(plan)
+        self.executor.set_plan(plan)
+        self.plan = plan
+        self.stats.plan_changes += 1
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def longrope_switch(spec: ModelSpec) -> int | None:
+    """Tokens beyond which a sequence uses the long rotary table, whose keys differ from those computed before."""
+    return next((rope.original_max_position for rope in spec.ropes if rope.long_inv_freq is not None), None)
