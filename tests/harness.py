@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests import zoo
 from twinpilots.device.cpu import CpuPilot, choose_cores
 from twinpilots.device.emulated import EMULATED, EmulatedGpu
 from twinpilots.model.checkpoint import open_checkpoint
+from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.plan import Plan
 from twinpilots.request import SamplingParams
 from twinpilots.runtime.engine import Engine
@@ -20,7 +23,35 @@ from twinpilots.runtime.kv_cache import KvCache
 from twinpilots.runtime.scheduler import Scheduler
 from twinpilots.session import longrope_switch
 
+PROMPTS = [[5, 17, 99, 3, 8, 120, 44, 7, 11, 13, 90, 21, 33], [64], [12, 12, 57, 101, 4]]
+NUM_TOKENS = 9
 MARGIN = 1e-4  # tokens must agree until the reference's own two best logits come closer than this (DESIGN section 7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedModel:
+    """A zoo model on disk. ``references[i]``: greedy tokens after ``PROMPTS[i]`` and the logits [tokens, vocab] they were chosen from."""
+
+    path: Path
+    spec: ModelSpec
+    references: list[tuple[list[int], np.ndarray]]
+
+    @property
+    def third_bytes(self) -> int:
+        """A third of the model's bytes: the GPU memory that the issue judges with."""
+        return sum(file.stat().st_size for file in self.path.glob("*.safetensors")) // 3
+
+    def assert_tokens(self, found: Sequence[Sequence[int]]) -> None:
+        """``found[i]`` continues ``PROMPTS[i]`` as the reference does."""
+        for tokens, (reference, logits) in zip(found, self.references, strict=True):
+            assert_same_tokens(tokens, reference, logits)
+
+
+def save_with_references(family: str, seed: int, dtype: str, path: Path) -> SavedModel:
+    zoo.save(family, seed, path, dtype=dtype)
+    with closing(open_checkpoint(path)) as checkpoint:
+        spec = checkpoint.spec
+    return SavedModel(path=path, spec=spec, references=[zoo.reference_generate(path, prompt, NUM_TOKENS) for prompt in PROMPTS])
 
 
 class Weights:
@@ -89,6 +120,11 @@ def assert_same_tokens(found: Sequence[int], reference: Sequence[int], reference
         if best[1] - best[0] < MARGIN:
             return
         assert token == expected, f"token {position}: {token}, the reference has {expected}: {list(found)} against {list(reference)}"
+
+
+def log_softmax(rows: np.ndarray) -> np.ndarray:
+    shifted = rows.astype(np.float64) - rows.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def relative_rms(found: np.ndarray, reference: np.ndarray) -> float:

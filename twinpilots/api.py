@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from twinpilots.config import EngineConfig
-from twinpilots.errors import UserError
+from twinpilots.errors import LimitError, UserError
 from twinpilots.machine import load_or_measure
 from twinpilots.model.checkpoint import open_checkpoint
 from twinpilots.model.locate import resolve_model
@@ -21,6 +23,7 @@ from twinpilots.model.tokenizer import load_tokenizer
 from twinpilots.plan.plan import Plan
 from twinpilots.plan.workload import Workload
 from twinpilots.planner import Planner
+from twinpilots.progress import Progress
 from twinpilots.request import RequestOutput, SamplingParams
 from twinpilots.session import Session
 
@@ -28,7 +31,9 @@ logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 DEFAULT_NUM_SEQS = 16  # concurrency that a plan is made for before the first prompts are known
-DEFAULT_LEN = 128  # and the prompt and output length
+DEFAULT_LEN = 128  # and the prompt and output length (longer requests bring another plan)
+SHORTER_LENS = (64, 32, 16, 8)  # what these are cut to where memory is too small
+LEN_STEP = 64  # workloads are told apart by lengths rounded up to this: similar ones share a plan
 REPLAN_GAIN = 0.95  # another plan must take at most this fraction of the time, its loading included
 
 
@@ -36,7 +41,8 @@ class LLM:
     """A model, loaded and planned for this machine. Close it, or use it as a context manager.
 
     Arguments are those of the design's section 6; None means: decided by measurement and plan. ``gpu_memory`` and ``host_memory`` are bytes or text
-    ("8GiB"). ``plan`` is a `Plan` or the path of its JSON. Raises UserError subclasses for models, devices and limits that cannot be had, ValueError
+    ("8GiB"). ``plan`` is a `Plan` or the path of its JSON. ``strict`` makes tensors that nothing uses an error instead of a
+    warning. Raises UserError subclasses for models, devices and limits that cannot be had, ValueError
     for malformed arguments, all before anything runs.
     """
 
@@ -44,7 +50,7 @@ class LLM:
         self, model: str, tokenizer: str | None = None, revision: str | None = None, dtype: str = "auto", quantization: str | None = None,
         device: str = "auto", gpu_memory: int | str | None = None, host_memory: int | str | None = None, max_model_len: int | None = None,
         max_num_seqs: int | None = None, kv_cache_dtype: str = "auto", policy: str = "auto", plan: Plan | str | Path | None = None,
-        threads: int | None = None, seed: int = 0, deterministic: bool = False, unit_rows: int | None = None,
+        threads: int | None = None, seed: int = 0, deterministic: bool = False, unit_rows: int | None = None, strict: bool = False,
     ) -> None:  # fmt: skip
         self.config = EngineConfig.of(
             dtype=dtype, quantization=quantization, device=device, gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len,
@@ -52,15 +58,16 @@ class LLM:
             unit_rows=unit_rows,
         )  # fmt: skip
         located = resolve_model(model, revision)
-        self._checkpoint = open_checkpoint(located, dtype=dtype)
+        with Progress("converting", unit="tensors") as bar:  # shown only for a GGUF file's first time
+            self._checkpoint = open_checkpoint(located, dtype=dtype, strict=strict, progress=bar.show)
         self._session: Session | None = None
         try:
             self.spec = self._checkpoint.spec
             self.tokenizer = load_tokenizer(located, self._checkpoint, override=tokenizer)
             self._profile = load_or_measure(self.config.device, self.spec, threads=threads)
             self._planner = Planner(self.config, self.spec, self._profile, self._checkpoint.fingerprint)
-            self._workload = self._default_workload()
-            self._load(self._planner.plan_for(self._workload))
+            self._workload, first_plan = self._first_plan()
+            self._load(first_plan)
         except BaseException:
             self.close()
             raise
@@ -132,7 +139,9 @@ class LLM:
             if not finished:
                 engine.abort(request_id)
 
-    def _run(self, prompts: list[tuple[list[int], str | None]], params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: bool) -> list[RequestOutput]:
+    def _run(
+        self, prompts: list[tuple[list[int], str | None]], params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: bool
+    ) -> list[RequestOutput]:
         each = self._params_for(prompts, params)
         self._fit([ids for ids, _ in prompts], each)
         engine = self._open_session.engine
@@ -182,28 +191,48 @@ class LLM:
 
     # -- planning and loading ------------------------------------------------------------------------------------------------------------
 
-    def _default_workload(self) -> Workload:
+    def _first_plan(self) -> tuple[Workload, Plan]:
+        """The plan for a workload of default lengths, or, where memory is too small for those and the user named none, of shorter ones.
+
+        LimitError names what the default lengths would need.
+        """
+        workload = self._default_workload(DEFAULT_LEN)
+        try:
+            return workload, self._planner.plan_for(workload)
+        except LimitError:
+            for length in SHORTER_LENS if self.config.max_model_len is None else ():
+                with suppress(LimitError):
+                    return self._default_workload(length), self._planner.plan_for(self._default_workload(length))
+            raise
+
+    def _default_workload(self, length: int) -> Workload:
         longest = self.config.max_model_len or self.spec.max_model_len
         num_seqs = self.config.max_num_seqs or DEFAULT_NUM_SEQS
-        input_len = max(1, min(DEFAULT_LEN, longest // 2))
-        return Workload(num_requests=num_seqs, input_len=input_len, output_len=max(1, min(DEFAULT_LEN, longest - input_len)), max_num_seqs=num_seqs)
+        input_len = max(1, min(length, longest // 2))
+        return Workload(num_requests=num_seqs, input_len=input_len, output_len=max(1, min(length, longest - input_len)), max_num_seqs=num_seqs)
 
     def _fit(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
         """Makes sure that the plan can hold these requests, and changes it when another one would be done sooner, its loading included."""
         if not prompts:
             return
-        longest = self.plan.max_model_len
+        longest = self.config.max_model_len or self.spec.max_model_len
         outputs = [longest - len(ids) if one.max_tokens is None else one.max_tokens for ids, one in zip(prompts, params, strict=True)]
         total = max(len(ids) + output for ids, output in zip(prompts, outputs, strict=True))
-        if total > longest:
-            return  # the scheduler shortens or refuses it, with the model's limit in its message
+        input_len = max(len(ids) for ids in prompts)
+        if input_len >= longest or self._planner.is_fixed:
+            return  # the scheduler refuses what is too long, with the limit in its message
+        total = min(longest, total)  # a request that would go beyond the model's limit ends there
         num_requests = sum(one.n for one in params)
         concurrency = min(num_requests, self.config.max_num_seqs or num_requests)
-        input_len = max(len(ids) for ids in prompts)
-        workload = Workload(num_requests=num_requests, input_len=max(1, input_len), output_len=max(1, total - input_len), max_num_seqs=concurrency)
+        exact = Workload(num_requests=num_requests, input_len=max(1, input_len), output_len=max(1, total - input_len), max_num_seqs=concurrency)
+        workload = replace(exact, output_len=min(longest, -(-total // LEN_STEP) * LEN_STEP) - exact.input_len)
         if self._open_session.engine.has_unfinished():
             return
-        better = self._planner.better_plan(self.plan, workload, self._open_session.load_s, REPLAN_GAIN)
+        try:
+            better = self._planner.better_plan(self.plan, workload, self._open_session.load_s, REPLAN_GAIN)
+        except LimitError:  # the rounding up is our wish, not the user's
+            workload = exact
+            better = self._planner.better_plan(self.plan, workload, self._open_session.load_s, REPLAN_GAIN)
         if better is not None:
             logger.info("plan changed for %d requests of %d + %d tokens", num_requests, workload.input_len, workload.output_len)
             self._load(better)

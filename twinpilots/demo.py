@@ -88,7 +88,7 @@ def measure(device: str) -> None:
     from twinpilots.commands.profile import profile_text
     from twinpilots.machine import measure_machine
 
-    spec = model_spec(MODEL, revision=None, dtype="auto", quantization=None)
+    spec = model_spec(MODEL)
     with Progress("measuring", unit="steps") as bar:
         profile = measure_machine(device, spec, progress=lambda note: bar.update(note=note))
     print(profile_text(profile))

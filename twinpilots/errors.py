@@ -20,6 +20,10 @@ class TwinPilotsError(Exception):
 class UserError(TwinPilotsError):
     """The request cannot be served as it was made; the message says what to change."""
 
+    def __init__(self, message: str) -> None:
+        """Messages quote untrusted files: line breaks and terminal escapes in them must not reach the terminal."""
+        super().__init__("".join(c if c.isprintable() else "?" for c in message))
+
 
 class CheckpointError(UserError):
     """A model file is missing, truncated, hostile or misshapen; the message names the file and the tensor or field."""

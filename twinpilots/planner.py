@@ -10,6 +10,7 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 from twinpilots.config import EngineConfig
 from twinpilots.errors import LimitError, UserError
@@ -25,10 +26,12 @@ from twinpilots.plan.solver import Solution, solve
 from twinpilots.plan.tasks import PassShape
 from twinpilots.plan.workload import Limits, Workload
 from twinpilots.runtime.batch import StepBatch
+from twinpilots.stats.tracker import OpTime, Tracker
 from twinpilots.units import format_bytes
 
 logger = logging.getLogger(__name__)
 HOST_SHARE = 0.9  # of the free host memory, when no limit is given: the rest is for the process itself and its neighbours
+RENEW_PASSES = 16
 KV_STEP = 32  # predictions are remembered per this many tokens of context: a pass's time changes by less than a percent between them
 
 
@@ -41,6 +44,8 @@ class Planner:
         self._solved: dict[Workload, Solution] = {}
         self._estimators: dict[tuple[int, PassShape], tuple[BucketPlan, PassEstimator]] = {}
         self._predicted: dict[tuple[int, PassLoad], float] = {}
+        self._tracker = Tracker(profile)
+        self._observed_passes = 0
 
     @property
     def is_fixed(self) -> bool:
@@ -60,30 +65,22 @@ class Planner:
         if workload not in self._solved:
             config = self.config
             self._solved[workload] = solve(
-                self.spec, self.profile, workload, self.limits, policy=config.policy, unit_rows=config.unit_rows, kv_dtype=config.kv_dtype,
-                max_model_len=config.max_model_len or self.spec.max_model_len,
+                self.spec, self.profile, workload, self.limits, policy=cast(Policy, config.policy), unit_rows=config.unit_rows,
+                kv_dtype=cast(Any, config.kv_dtype),
+                max_model_len=config.max_model_len,
             )  # fmt: skip
         return self._solved[workload]
 
     def better_plan(self, current: Plan, workload: Workload, load_s: float, gain: float) -> Plan | None:
         """Another plan that does ``workload`` in at most ``gain`` of the current one's time, its loading included; or, when the current one cannot
-        hold it, any that can. None: stay."""
+        hold one of its sequences, any that can (LimitError when none does). None: stay."""
         if self.is_fixed:
             return None
-        try:
-            solution = self.solve(workload)
-        except LimitError:
-            return None  # the scheduler refuses what cannot run, request by request
-        try:
-            on_gpu, on_host = sequences_at_once(current, workload)
-        except LimitError:
-            return solution.plan
-        if on_gpu + on_host < workload.concurrency and current.max_num_seqs < workload.concurrency:
-            wanted = 1.0
-        else:
-            wanted = gain
-        now, then = (price_plan(self.spec, self.profile, workload, plan) for plan in (current, solution.plan))
-        return solution.plan if then.prefill_s + then.decode_s + load_s < wanted * (now.prefill_s + now.decode_s) else None
+        found = self.solve(workload).plan
+        if not holds(current, workload):
+            return found
+        now, then = (price_plan(self.spec, self.profile, workload, plan) for plan in (current, found))
+        return found if then.prefill_s + then.decode_s + load_s < gain * (now.prefill_s + now.decode_s) else None
 
     def bounds(self, workload: Workload) -> tuple[float | None, float | None]:
         """(plan bound, hardware bound) in tokens/s for a workload under these limits; None where it cannot run at all."""
@@ -102,6 +99,15 @@ class Planner:
         if key not in self._predicted:
             self._predicted[key] = self._estimator(plan, batch.bucket, load.shape).timing(load).seconds
         return self._predicted[key]
+
+    def observe(self, records: list[OpTime]) -> None:
+        """Take in a pass's op times. Predictions follow the corrected profile, renewed every `RENEW_PASSES` passes: simulating is not free."""
+        self._tracker.observe(records)
+        self._observed_passes += 1
+        if self._observed_passes % RENEW_PASSES == 0:
+            self.profile = self._tracker.profile()
+            self._estimators.clear()
+            self._predicted.clear()
 
     def _estimator(self, plan: Plan, bucket: BucketPlan, shape: PassShape) -> PassEstimator:
         key = (id(bucket), shape)
@@ -126,7 +132,9 @@ class Planner:
         use = plan_memory(self.spec, plan)
         for name, needed, limit in (("gpu", use.gpu.total, self.limits.gpu_bytes), ("host", use.host.total, self.limits.host_bytes)):
             if needed > limit:
-                raise LimitError(f"the plan needs {format_bytes(needed)} of {name} memory, {format_bytes(limit)} allowed; raise --{name}-memory or change the plan")
+                raise LimitError(
+                    f"the plan needs {format_bytes(needed)} of {name} memory, {format_bytes(limit)} allowed; raise --{name}-memory or change the plan"
+                )
         return plan
 
     def _frozen_plan(self, workload: Workload) -> Plan:
@@ -150,16 +158,39 @@ class Planner:
 
     def _frozen_path(self) -> Path:
         c = self.config
-        parts = (self.fingerprint, self.spec.weight_dtype, c.device, c.gpu_bytes, c.host_bytes, c.max_model_len, c.max_num_seqs, c.kv_dtype, c.policy, c.threads, c.unit_rows)
+        parts = (
+            self.fingerprint,
+            self.spec.weight_dtype,
+            c.device,
+            c.gpu_bytes,
+            c.host_bytes,
+            c.max_model_len,
+            c.max_num_seqs,
+            c.kv_dtype,
+            c.policy,
+            c.threads,
+            c.unit_rows,
+        )
         return cache_dir() / "plans" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json"
 
 
 def limits_of(config: EngineConfig, profile: HardwareProfile) -> Limits:
-    """The limits in force. Raises LimitError when more GPU memory is asked for than there is."""
-    if profile.gpu is not None and config.gpu_bytes is not None and config.gpu_bytes > profile.gpu_memory_bytes:
-        raise LimitError(f"--gpu-memory {format_bytes(config.gpu_bytes)} is more than the device offers ({format_bytes(profile.gpu_memory_bytes)}); lower it")
-    gpu_bytes = (config.gpu_bytes or profile.gpu_memory_bytes) if profile.gpu is not None else 0
+    """The limits in force. ``gpu_memory`` is the process's whole footprint: what the context takes comes off. LimitError when it is more than there is."""
+    overhead = profile.gpu_overhead_bytes
+    offered = profile.gpu_memory_bytes + overhead
+    if profile.gpu is not None and config.gpu_bytes is not None and config.gpu_bytes > offered:
+        raise LimitError(f"--gpu-memory {format_bytes(config.gpu_bytes)} is more than the device offers ({format_bytes(offered)}); lower it")
+    gpu_bytes = max(0, (config.gpu_bytes or offered) - overhead) if profile.gpu is not None else 0
     return Limits(gpu_bytes=gpu_bytes, host_bytes=config.host_bytes or int(profile.host_memory_bytes * HOST_SHARE))
+
+
+def holds(plan: Plan, workload: Workload) -> bool:
+    """Whether one sequence of the workload fits the plan's length limit and pages."""
+    try:
+        sequences_at_once(plan, workload)
+    except LimitError:
+        return False
+    return workload.seq_len <= plan.max_model_len
 
 
 def freeze(plan: Plan) -> Plan:
@@ -188,6 +219,3 @@ def pass_load_of(batch: StepBatch) -> PassLoad:
 
 def _rounded(tokens: float) -> int:
     return max(1, round(tokens / KV_STEP) * KV_STEP)
-
-
-__all__ = ["Planner", "Policy", "freeze", "limits_of", "pass_load_of"]

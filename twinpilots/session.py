@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from twinpilots.config import EngineConfig
+from twinpilots.device.memory import Tier
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.machine import open_machine
 from twinpilots.model.checkpoint import Checkpoint
@@ -43,15 +44,15 @@ class Session:
     """Runs one plan. ``stats`` goes on from an earlier session of the same LLM."""
 
     def __init__(
-        self, config: EngineConfig, spec: ModelSpec, profile: HardwareProfile, plan: Plan, checkpoint: Checkpoint, tokenizer: Tokenizer | None, planner: Planner,
-        *, stats: EngineStats | None = None,
+        self, config: EngineConfig, spec: ModelSpec, profile: HardwareProfile, plan: Plan, checkpoint: Checkpoint, tokenizer: Tokenizer | None,
+        planner: Planner, *, stats: EngineStats | None = None,
     ) -> None:  # fmt: skip
         self.plan, self._planner = plan, planner
         began = time.perf_counter()
         with ExitStack() as stack:
             machine = stack.enter_context(open_machine(config.device, config.threads))
             with Progress("loading", total=spec.linear_bytes, unit="bytes") as bar:
-                limits = {"gpu": planner.limits.gpu_bytes, "host": planner.limits.host_bytes}
+                limits: dict[Tier, int] = {"gpu": planner.limits.gpu_bytes, "host": planner.limits.host_bytes}
                 self.executor = stack.enter_context(
                     Executor(spec, plan, machine.pilot, machine.gpu, _CheckpointWeights(checkpoint), limits=limits, progress=bar.update)
                 )
@@ -62,7 +63,9 @@ class Session:
         eos = checkpoint.generation_config["eos_token_ids"]
         self.engine = Engine(self, self.scheduler, kv, vocab_size=spec.vocab_size, eos_token_ids=eos, tokenizer=tokenizer, seed=config.seed)
         shares = weight_shares(spec, plan, plan.bucket_for("decode", plan.max_num_seqs))
-        self.stats = stats or EngineStats(policy=config.policy, device=machine.device, emulated=profile.emulated, weights=WeightShares(resident=0, streamed=0, cpu=0))
+        self.stats = stats or EngineStats(
+            policy=config.policy, device=machine.device, emulated=profile.emulated, weights=WeightShares(resident=0, streamed=0, cpu=0)
+        )
         self.stats.weights = shares
         self._batch: StepBatch | None = None
 
@@ -77,7 +80,8 @@ class Session:
         outputs = self.engine.step()
         seconds = time.perf_counter() - began
         if self._batch is not None and self.executor.last_report is not None:
-            predicted_s = self._planner.predict(self.plan, self._batch)
+            predicted_s = self._planner.predict(self.plan, self._batch)  # before this pass's own times become known to the planner
+            self._planner.observe(self.executor.op_times())
             self.stats.add(replace(self.executor.last_report, seconds=seconds, predicted_s=predicted_s))
             self._batch = None
         return outputs

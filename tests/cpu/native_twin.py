@@ -94,7 +94,8 @@ class Batch:
         arrays: list[tuple[Meta, Sequence[int]]] = [
             (Meta.OFF_TOKEN, self.tokens if self.tokens is not None else [0] * len(positions)), (Meta.OFF_POSITION, positions),
             (Meta.OFF_ROPE_ROW, [p + self.rope_offset for p in positions]), (Meta.OFF_SLOT, slots), (Meta.OFF_LOGIT_ROW, self.logit_rows),
-            (Meta.OFF_SEQ_ROW, self.first_rows()), (Meta.OFF_SEQ_LEN, [s.query for s in self.seqs]), (Meta.OFF_SEQ_KV, [s.query + s.context for s in self.seqs]),
+            (Meta.OFF_SEQ_ROW, self.first_rows()), (Meta.OFF_SEQ_LEN, [s.query for s in self.seqs]),
+            (Meta.OFF_SEQ_KV, [s.query + s.context for s in self.seqs]),
         ]  # fmt: skip
         pages: list[int] = []
         starts: dict[str, list[int]] = {"pages": [], "home": []}

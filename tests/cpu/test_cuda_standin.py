@@ -16,9 +16,11 @@ from torch import Tensor
 
 from tests.cpu.native_twin import Batch, Seq
 from tests.device_programs import entry, insn, load, weights
+from twinpilots.device.cpu import CpuPilot
 from twinpilots.device.cuda import CudaGpu, StreamSync
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import DeviceLostError, DeviceUnavailableError, LimitError
+from twinpilots.kernels import native
 from twinpilots.kernels.native import CANCELLED
 from twinpilots.runtime.program import Op, Space, address
 
@@ -153,6 +155,19 @@ def test_trace_times_are_the_streams() -> None:
         gpu.wait("gpu", 5.0)
         waiting, working, end = host.view(trace, np.int64, 3).tolist()
         assert before <= waiting < working <= end <= time.monotonic_ns() and working - waiting > 20e6
+
+
+@pytest.mark.skipif(native.load() is None, reason="only the native pilot sleeps")
+def test_the_native_pilot_does_not_oversleep_what_a_device_writes_without_waking_it() -> None:
+    with opened() as (host, _):
+        pilot, best = CpuPilot(threads=1), 1.0
+        for number in range(1, 6):
+            threading.Timer(0.03, lambda value=number: host.events.__setitem__(7, value)).start()
+            began = time.monotonic()
+            pilot.run(entry(host, insn(Op.POISON, host.alloc(64, "workspace"), 64, waits=(7,)), pass_id=number), host)
+            best = min(best, time.monotonic() - began)
+        pilot.close()
+        assert best < 0.045, "a sleep of 50 ms per hand-off"
 
 
 def test_cancel_drops_what_waits() -> None:

@@ -162,6 +162,24 @@ def test_a_full_mailbox_refuses_and_loses_nothing():
     assert machine.control["gpu"]["head"] == machine.control["gpu"]["tail"] == MAILBOX_ENTRIES + 1
 
 
+def test_sleepers_are_woken_at_once():
+    """A sleep ends by itself only after 50 ms: eight round trips to a sleeping queue, whose sleeping waiter it wakes in turn, would take 300 ms and more."""
+    machine = Machine()
+    with running(serve(machine)):
+        taken = 0.0
+        for i in range(8):
+            time.sleep(0.01)
+            began = time.perf_counter()
+            submit(machine, machine.entry([fill(machine, machine.put(np.zeros(1, np.uint32)), waits=[(3, 0)] if i % 2 else [])], pass_id=i + 1))
+            if i % 2:
+                time.sleep(0.005)
+                native().event_set(machine.host_base, 3, i + 1)
+            assert idle(machine) == 0
+            taken += time.perf_counter() - began
+        submit(machine, machine.entry([], pass_id=99, flags=QUIT))
+    assert taken < 0.15
+
+
 def test_the_mailbox_counters_wrap_around():
     machine = Machine()
     machine.control["gpu"]["head"] = machine.control["gpu"]["tail"] = 2**32 - 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -198,6 +199,12 @@ def test_hostile_headers_are_one_clear_error(case: str, tmp_path: Path) -> None:
     assert "x.safetensors" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
+def test_names_in_a_file_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    write(tmp_path / "x.safetensors", {"a\n\x1b[2Jb": {"dtype": "F13", "shape": [1], "data_offsets": [0, 4]}}, bytes(4))
+    with pytest.raises(CheckpointError, match=r"tensor 'a\?\?\[2Jb'"):
+        SafetensorsFile(tmp_path / "x.safetensors")
+
+
 def test_a_huge_header_length_reads_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", 2**62) + bytes(100))
@@ -212,6 +219,21 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
         (path / "model.safetensors").write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"truncated|header"):
             open_checkpoint(path)
+
+
+def test_random_damage_to_the_header_is_an_error_of_ours_or_harmless(tmp_path: Path) -> None:
+    path = model(tmp_path / "m")
+    whole = (path / "model.safetensors").read_bytes()
+    header = int.from_bytes(whole[:8], "little") + 8
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, header, 3):
+            damaged[place] = rng.choice([0, 34, 45, 57, rng.integers(256)])
+        (path / "model.safetensors").write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            checkpoint = open_checkpoint(path)
+            assert checkpoint.tensor("0.q_proj").shape == (12, 12)
 
 
 def sharded(path: Path, weight_map: dict[str, str] | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from pathlib import Path
@@ -16,7 +17,7 @@ pytest.importorskip("transformers")
 
 from tests import reference  # noqa: E402
 from twinpilots.errors import CheckpointError, UnsupportedModelError  # noqa: E402
-from twinpilots.model import convert_cache  # noqa: E402
+from twinpilots.model import convert_cache, gguf_file  # noqa: E402
 from twinpilots.model.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from twinpilots.model.tensor_names import gguf_spelling, hf_spelling, tensor_plan  # noqa: E402
 
@@ -60,6 +61,16 @@ def test_quantised_gguf_is_kept_converted_and_opens_without_gguf_the_second_time
     np.testing.assert_array_equal(wide.tensor("0.q_proj").data, values["0.q_proj"].astype(np.float32))
 
 
+def test_fused_tensors_of_a_quantised_phi3_survive_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = quantised_llama(tmp_path, "phi3")
+    converted = open_checkpoint(path)
+    monkeypatch.setattr(convert_cache, "write", lambda *_: False)
+    monkeypatch.setattr(convert_cache, "is_complete", lambda _: False)
+    direct = open_checkpoint(path)
+    for tensor_id in ("0.q_proj", "1.k_proj", "1.v_proj", "0.gate_proj", "1.up_proj", "lm_head", "1.mlp_norm"):
+        np.testing.assert_array_equal(converted.tensor(tensor_id).data, direct.tensor(tensor_id).data)
+
+
 def test_an_unwritable_cache_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     path = quantised_llama(tmp_path)
     kept = open_checkpoint(path).tensor("0.k_proj").data.copy()
@@ -94,6 +105,30 @@ def test_truncated_gguf_is_refused_at_every_length(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"model\.gguf"):
             open_checkpoint(path)
+
+
+def test_random_damage_to_the_header_is_an_error_of_ours_or_harmless(tmp_path: Path) -> None:
+    path = quantised_llama(tmp_path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, 3000, 3):
+            damaged[place] = rng.choice([0, 255, rng.integers(256)])
+        path.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError, UnsupportedModelError):
+            checkpoint = open_checkpoint(path)
+            assert checkpoint.tensor("0.q_proj").shape == (checkpoint.spec.q_size, checkpoint.spec.hidden_size)
+
+
+def test_infinite_weights_are_refused(tmp_path: Path) -> None:
+    path = quantised_llama(tmp_path)
+    stored = gguf_file.GgufFile(path).tensors["blk.0.attn_q.weight"]
+    damaged = bytearray(path.read_bytes())
+    damaged[stored.start : stored.start + 2] = np.float16(np.inf).tobytes()  # the first block's scale
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_q\.weight.*infinite"):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -154,16 +189,24 @@ def write_gguf(directory: Path, path: Path, arch: str, original: Checkpoint, qua
     return path
 
 
-def quantised_llama(tmp_path: Path) -> Path:
-    """A llama whose rows are whole Q8_0 blocks."""
+def quantised_llama(tmp_path: Path, arch: str = "llama") -> Path:
+    """A small model whose rows are whole Q8_0 blocks."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 131}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 131,
+        "pad_token_id": 0,
+    }
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)).save_pretrained(tmp_path / "source")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **sizes)).save_pretrained(tmp_path / "source")
     original = open_checkpoint(tmp_path / "source")
-    return write_gguf(tmp_path / "source", tmp_path / "model.gguf", "llama", original, quantize=True)
+    return write_gguf(tmp_path / "source", tmp_path / "model.gguf", arch, original, quantize=True)
 
 
 def close(writer: Any) -> None:

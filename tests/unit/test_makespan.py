@@ -66,7 +66,8 @@ def _families(rng: np.random.Generator, n: int) -> dict[str, tuple[np.ndarray, n
     u, wide = rng.random(n), np.exp(3 * rng.normal(size=n))
     big, power = rng.integers(1, 10**12, n).astype(float), 1.3 ** np.arange(n)
     return {
-        "independent": (u, rng.random(n)), "equal": (u, u), "threefold": (u, 3 * u), "offset": (u, u + 0.1), "opposed": (u, 1.1 - u), "ones": (np.ones(n), np.ones(n)),
+        "independent": (u, rng.random(n)), "equal": (u, u), "threefold": (u, 3 * u), "offset": (u, u + 0.1), "opposed": (u, 1.1 - u),
+        "ones": (np.ones(n), np.ones(n)),
         "integers": (big, big), "doubling": (2.0 ** np.arange(n), 2.0 ** np.arange(n)), "powers": (power, power * (1 + 0.01 * u)), "tails": (wide, wide),
         "odd one out": (np.r_[n / 2, u[1:]], np.r_[n / 2, u[1:]]), "layers": (np.tile(FIGURE_6_CPU, 10)[:n], np.tile(FIGURE_6_GPU, 10)[:n]),
         "tiny and huge": (1e-9 * u, 1e9 * u),

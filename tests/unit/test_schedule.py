@@ -18,8 +18,6 @@ from twinpilots.plan.plan import BucketPlan, Plan, Split
 from twinpilots.plan.schedule import expand, full_shape
 from twinpilots.plan.tasks import Schedule
 
-SHAPE = ((True, False, False),)
-
 
 def _expand(case: Case, poison: bool = False) -> Schedule:
     return expand(case.spec, case.plan, case.bucket, case.shape, poison=poison)
@@ -130,4 +128,4 @@ def test_full_shape_names_the_groups_that_the_bucket_serves() -> None:
     bucket = BucketPlan(phase="prefill", max_tokens=8, micro_batches=2, splits=(), host_prefill_attention="gpu")
     assert full_shape(bucket, gpu_kv=True, host_kv=True) == ((True, True, False),) * 2
     assert full_shape(replace(bucket, phase="decode"), gpu_kv=False, host_kv=True) == ((False, False, True),) * 2
-    assert SHAPE == full_shape(replace(bucket, micro_batches=1), gpu_kv=True, host_kv=False)
+    assert full_shape(replace(bucket, micro_batches=1), gpu_kv=True, host_kv=False) == ((True, False, False),)

@@ -62,7 +62,7 @@ def measured_limits(args: argparse.Namespace) -> HardwareProfile:
     from twinpilots.commands.models import model_spec
     from twinpilots.machine import measure_machine, stored_profile
 
-    spec = model_spec(args.model, revision=args.revision, dtype=args.dtype, quantization=args.quantization)
+    spec = model_spec(args.model, revision=args.revision, dtype=args.dtype, quantization=args.quantization, strict=args.strict)
     with Progress("measuring", unit="steps") as bar:
 
         def step(note: str) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 DUMMY = "dummy:"
 
 
-def model_spec(model: str, *, revision: str | None, dtype: str, quantization: str | None) -> ModelSpec:
+def model_spec(model: str, *, revision: str | None = None, dtype: str = "auto", quantization: str | None = None, strict: bool = False) -> ModelSpec:
     """The spec of MODEL; of ``dummy:NAME`` without touching a file."""
     if quantization is not None:
         raise UserError(f"--quantization {quantization} is not supported yet; leave it out to run the weights at 16 or 32 bit")
@@ -28,7 +28,7 @@ def model_spec(model: str, *, revision: str | None, dtype: str, quantization: st
     from twinpilots.model.checkpoint import open_checkpoint
 
     with Progress("converting", unit="tensors") as bar:
-        checkpoint = open_checkpoint(model, dtype=dtype, revision=revision, progress=lambda done, total: bar.show(done, total))
+        checkpoint = open_checkpoint(model, dtype=dtype, revision=revision, strict=strict, progress=bar.show)
     try:
         return checkpoint.spec
     finally:

@@ -25,7 +25,7 @@ DTYPES = ("auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4", "int4-fast")
 LLM_ARGUMENTS = (
     "model", "tokenizer", "revision", "dtype", "quantization", "device", "gpu_memory", "host_memory", "max_model_len",
-    "max_num_seqs", "kv_cache_dtype", "policy", "plan", "threads", "seed", "deterministic", "unit_rows",
+    "max_num_seqs", "kv_cache_dtype", "policy", "plan", "threads", "seed", "deterministic", "unit_rows", "strict",
 )  # fmt: skip
 MODEL_HELP = "directory, .gguf file, hub id, smollm2-135m, or dummy:NAME"
 
@@ -116,6 +116,7 @@ def add_planning_flags(parser: argparse.ArgumentParser, *, policy: bool = True) 
     group.add_argument("--kv-cache-dtype", choices=DTYPES, default="auto", help="KV cache in memory (default: as the weights)")
     if policy:
         group.add_argument("--policy", choices=POLICIES, default="auto", metavar="NAME", help=f"who computes what: {', '.join(POLICIES)} (default: auto)")
+    group.add_argument("--strict", action="store_true", help="tensors in the model's files that nothing uses are an error, not a warning")
     group.add_argument("--unit-rows", type=positive_int, metavar="N", help="unit of a split, in rows (default: 64)")
 
 

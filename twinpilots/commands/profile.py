@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from twinpilots.commands.models import model_spec
     from twinpilots.machine import TYPICAL_MODEL, measure_machine
 
-    spec = model_spec(args.model or TYPICAL_MODEL, revision=args.revision, dtype=args.dtype, quantization=None)
+    spec = model_spec(args.model or TYPICAL_MODEL, revision=args.revision, dtype=args.dtype)
     with Progress("profile", unit="steps") as bar:
         profile = measure_machine(args.device, spec, threads=args.threads, progress=lambda step: bar.update(note=step))
     if args.json:

@@ -43,11 +43,13 @@ class GpuMemory(Protocol):
 
 
 class GpuDevice(GpuMemory, Protocol):
-    """One GPU. ``name`` and ``emulated`` are shown to users; ``memory_bytes`` is the most that `open` may ask for."""
+    """One GPU. ``name`` and ``emulated`` are shown to users; ``memory_bytes`` is the most that `open` may ask for, ``overhead_bytes`` what the process takes
+    on the card beside that (a promise about its whole footprint is about both)."""
 
     name: str
     emulated: bool
     memory_bytes: int
+    overhead_bytes: int
 
     def open(self, host: HostArena, num_bytes: int) -> None:
         """Allocate the one arena of ``num_bytes`` of GPU memory and start the three queues on ``host``. LimitError when it does not fit."""

@@ -7,7 +7,7 @@ of this runs on a stand-in without a GPU (tests/cpu/test_cuda_standin.py).
 - Wait: if the event's host word is there, nothing is left to wait for. Else, if another queue of this GPU has launched the record, the stream waits
   for that queue's CUDA event. Else (the CPU pilot's events, or records not launched yet) the launch thread polls.
 - Record: a CUDA event for the other streams, and the host word, written in stream order: by a kernel through the mapped host arena, or, where it could
-  not be mapped, by a 4-byte copy from a device-side pass id.
+  not be mapped, by a 4-byte copy from a device-side pass id. Neither wakes a sleeping thread: the host arena is marked as polled.
 - An entry counts as finished when its stream has run dry. Trace times are the stream's own (CUDA events), resolved then.
 - Footprint on the card: the arena, the CUDA context with its libraries (`overhead_bytes`, measured), and torch's temporaries, capped at
   TEMPORARY_BYTES by torch's own limit.
@@ -228,6 +228,7 @@ class CudaGpu:
             raise LimitError(f"{self.name} cannot allocate {format_bytes(num_bytes)}; lower --gpu-memory or end what else uses the card") from error
         self._host, self._failure = host, None
         alias = self._runtime.pin(host)
+        host.set_polled(True)
         self._mailboxes = {queue: Mailbox(host, queue, None) for queue in QUEUE_NAMES}  # the launch threads poll: no futex to wake
         board: dict[int, tuple[int, Event]] = {}
         for queue in QUEUE_NAMES:
@@ -284,6 +285,7 @@ class CudaGpu:
             thread.join()
         for mailbox in self._mailboxes.values():
             mailbox.request_cancel(0)
+        self._host.set_polled(False)
         self._threads.clear()
         self._arena = None
         self._runtime.release(self._host)

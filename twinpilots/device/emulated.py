@@ -121,6 +121,7 @@ class EmulatedGpu:
     """
 
     emulated = True
+    overhead_bytes = 0
 
     def __init__(self, preset: EmulatedPreset, core: int | None = None, adversarial_seed: int = 0) -> None:
         if adversarial_seed < 0:

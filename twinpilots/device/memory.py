@@ -235,6 +235,10 @@ class HostArena:
         """Make every wait of every pilot return with an error. There is no way back: the arena's engine is lost."""
         self.abort_word[0] = 1
 
+    def set_polled(self, polled: bool) -> None:
+        """Whether a device writes event words without waking who sleeps on them: waits then poll."""
+        self._control["polled"] = int(polled)
+
     @property
     def aborted(self) -> bool:
         return not self.closed and bool(self.abort_word[0])

@@ -21,6 +21,7 @@ from twinpilots.hardware.profile import ComputeProfile, Curve, HardwareProfile, 
 from twinpilots.hardware.rig import Rig, instruction, work_s
 from twinpilots.kernels.native import load as load_native
 from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.plan.tasks import Queue
 from twinpilots.runtime.program import ACT_CODES, DTYPE_CODES, NULL, Epilogue, NormKind, Op
 
 Side = Literal["cpu", "gpu"]
@@ -61,7 +62,9 @@ class _Bench:
     def linears(self, dim: str) -> tuple[list[tuple[object, ...]], list[int]]:
         """The layer's linears of one split dimension over and over, through all of the weight region once; and how many weights each has."""
         ops = [op for op in self.spec.layer_ops(0, 64).values() if op.split_dim == dim]
-        rows, elements, position = [], [], 0
+        rows: list[tuple[object, ...]] = []
+        elements: list[int] = []
+        position = 0
         while True:
             op = ops[len(rows) % len(ops)]
             count = max(1, min(op.rows, self.weight_bytes // 4 // (op.row_bytes * op.unit_rows) * op.unit_rows))
@@ -77,8 +80,8 @@ class _Bench:
         if op.split_dim == "in":
             return instruction(Op.LINEAR_IN, (b["out"], spec.hidden_size, b["wide"], self.wide, weight, dtype, count, spec.hidden_size, 0))
         epilogue = {"gate_up_proj": Epilogue.ACT_MUL, "fc1": Epilogue.ACT}.get(op.name, Epilogue.NONE)
-        args = (b["wide"], self.wide, b["hidden"], spec.hidden_size, weight, dtype, count, op.width, op.unit_rows, epilogue, ACT_CODES[spec.activation], NULL, NULL)
-        return instruction(Op.LINEAR, args)
+        where = (b["wide"], self.wide, b["hidden"], spec.hidden_size, weight, dtype)
+        return instruction(Op.LINEAR, (*where, count, op.width, op.unit_rows, epilogue, ACT_CODES[spec.activation], NULL, NULL))
 
     def curve(self, dim: str, grid: Sequence[int], budget_s: float) -> Curve:
         """Seconds per weight at each token count. All weights while that is quick; where computing takes longer than reading, as many as the time allows."""
@@ -97,18 +100,22 @@ class _Bench:
             per_weight.append(seconds / sum(elements[:count]))
         return Curve(x=tuple(float(t) for t in grid), y=tuple(per_weight))
 
+    def norm(self) -> tuple[object, ...]:
+        """A small instruction that every interpreter runs alike."""
+        b, hidden = self.buffers, self.spec.hidden_size
+        return instruction(Op.NORM, (b["out"], hidden, b["hidden"], hidden, b["attn"], NULL, hidden, NormKind.RMS), (1e-5,))
+
     def elementwise_rate(self) -> float:
         """Bytes per second of a norm over many rows (read and write counted)."""
         tokens, hidden = self.tokens, self.spec.hidden_size
         self.rig.set_tokens(tokens)
-        row = instruction(Op.NORM, (self.buffers["out"], hidden, self.buffers["hidden"], hidden, self.buffers["attn"], NULL, hidden, NormKind.RMS), (1e-5,))
+        row = self.norm()
         return 8.0 * tokens * hidden / _median_s(lambda: float(np.median(work_s(self.run([row] * 5)))), 0.02)
 
     def task_s(self) -> float:
         """Fixed cost of a task: the time of a one-row norm, dispatch between instructions included."""
         self.rig.set_tokens(1)
-        hidden = self.spec.hidden_size
-        row = instruction(Op.NORM, (self.buffers["out"], hidden, self.buffers["hidden"], hidden, self.buffers["attn"], NULL, hidden, NormKind.RMS), (1e-5,))
+        row = self.norm()
 
         def per_task() -> float:
             trace = self.run([row] * 100)
@@ -149,17 +156,24 @@ def _gpu_budget(gpu: GpuDevice | None) -> int:
 
 def _median_s(experiment: Callable[[], float], budget_s: float) -> float:
     """The median of at least MIN_RUNS and at most 9 runs of an experiment that returns seconds, within a time budget after those."""
-    began, found = time.perf_counter(), []
+    began = time.perf_counter()
+    found: list[float] = []
     while len(found) < MIN_RUNS or (len(found) < 9 and time.perf_counter() - began < budget_s):
         found.append(experiment())
     return float(np.median(found))
 
 
 def measure(
-    pilot: CpuPilot, gpu: GpuDevice | None, spec: ModelSpec, *, kv_dtype: str | None = None, quick: bool = False, progress: Callable[[str], None] = lambda _: None
+    pilot: CpuPilot,
+    gpu: GpuDevice | None,
+    spec: ModelSpec,
+    *,
+    kv_dtype: str | None = None,
+    quick: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> HardwareProfile:
     """Measures this machine for models of ``spec``'s dtype and widths. ``quick`` takes about 2 s with fewer points, otherwise under 60 s."""
-    grid = QUICK_GRID if quick else FULL_GRID
+    grid: tuple[int, ...] = QUICK_GRID if quick else FULL_GRID
     budget_s = 0.3 if quick else 4.0
     rig_bytes = CACHE_BYTES * 3 + 16 * max(grid) * (spec.intermediate_size + spec.hidden_size * 4 + spec.q_size * 4)
     gpu_budget = _gpu_budget(gpu)
@@ -177,12 +191,13 @@ def measure(
             progress("link: packets, small copies, hand-off, contention")
             link = _measure_link(rig, spec)
             sides = _with_contention(rig, benches, sides)
-        step_s = _measure_step(rig, benches, gpu is not None)
+        step_s = _measure_step(rig, benches)
     dram = sides["cpu"].read_bytes_per_s
     return HardwareProfile(
         name=f"this machine ({gpu.name})" if gpu else "this machine",
         source=f"measured {date.today().isoformat()}, {'quick' if quick else 'full'} profile, model widths of {spec.name}",
-        cpu=sides["cpu"], gpu=sides.get("gpu"), link=link, host_memory_bytes=host_memory_available_bytes(), gpu_memory_bytes=gpu.memory_bytes if gpu else 0,
+        cpu=sides["cpu"], gpu=sides.get("gpu"), link=link, host_memory_bytes=host_memory_available_bytes(),
+        gpu_memory_bytes=gpu.memory_bytes if gpu else 0, gpu_overhead_bytes=gpu.overhead_bytes if gpu else 0,
         dram_bytes_per_s=dram * (1.0 if not gpu else 1.3), cpu_cores=pilot.threads, emulated=bool(gpu and gpu.emulated), step_overhead_s=step_s,
     )  # fmt: skip
 
@@ -231,7 +246,12 @@ def _cuda_peaks(dtype: str) -> tuple[float, float]:
 
     def on_gpu(work: Callable[[], object]) -> float:
         torch.cuda.synchronize()
-        return _timed(lambda: (work(), torch.cuda.synchronize()))
+
+        def finish() -> None:
+            work()
+            torch.cuda.synchronize()
+
+        return _timed(finish)
 
     return big.numel() * 4 / _median_s(lambda: on_gpu(big.sum), 0.2), 2 * 4096**3 / _median_s(lambda: on_gpu(lambda: square @ square), 0.2)
 
@@ -269,7 +289,8 @@ def _measure_link(rig: Rig, spec: ModelSpec) -> LinkProfile:
     def copy_s(tokens: int, down: bool) -> float:
         rig.set_tokens(tokens)
         ends = (far, columns, near, columns) if down else (near, columns, far, columns)
-        return _median_s(lambda: float(np.median(work_s(rig.run({"gpu": [instruction(Op.COPY, (*ends, columns, int(down)))] * 20})["gpu"]))), 0.02)
+        row = instruction(Op.COPY, (*ends, columns, int(down)))
+        return _median_s(lambda: float(np.median(work_s(rig.run({"gpu": [row] * 20})["gpu"]))), 0.02)
 
     down_s = copy_s(rows, True)
     copy_fixed_s = max(copy_s(1, True) - 4 * columns / rate, 1e-7)
@@ -283,10 +304,10 @@ def _handoff_s(rig: Rig, near: int, far: int, columns: int) -> float:
     """From a record on one side to the waiting instruction's start on the other: half of a ping-pong's turn, work excluded."""
     rig.set_tokens(1)
     turns = 100
-    gain = rig.alloc_host(4 * columns)
-    spare = rig.alloc_host(4 * columns)
+    gain, spare = rig.alloc_host(4 * columns), rig.alloc_host(4 * columns)
+    norm = (spare, columns, far, columns, gain, NULL, columns, NormKind.RMS)
     gpu = [instruction(Op.COPY, (far, columns, near, columns, columns, 1), waits=[2 * i] if i else [], record=2 * i + 1) for i in range(turns)]
-    cpu = [instruction(Op.NORM, (spare, columns, far, columns, gain, NULL, columns, NormKind.RMS), (1e-5,), waits=[2 * i + 1], record=2 * i + 2) for i in range(turns)]
+    cpu = [instruction(Op.NORM, norm, (1e-5,), waits=[2 * i + 1], record=2 * i + 2) for i in range(turns)]
 
     def per_handoff() -> float:
         traces = rig.run({"gpu": gpu, "cpu": cpu})
@@ -319,11 +340,10 @@ def _with_contention(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, Co
     return found
 
 
-def _measure_step(rig: Rig, benches: dict[Side, _Bench], has_gpu: bool) -> float:
+def _measure_step(rig: Rig, benches: dict[Side, _Bench]) -> float:
     """The driver's cost of a pass outside the queues' work: submitting, waking and collecting one instruction per queue."""
     rig.set_tokens(1)
-    row: dict[Side, list[tuple[object, ...]]] = {}
+    row: dict[Queue, list[tuple[object, ...]]] = {}
     for side, bench in benches.items():
-        hidden = bench.spec.hidden_size
-        row[side] = [instruction(Op.NORM, (bench.buffers["out"], hidden, bench.buffers["hidden"], hidden, bench.buffers["attn"], NULL, hidden, NormKind.RMS), (1e-5,))]
+        row[side] = [bench.norm()]
     return _median_s(lambda: _timed(lambda: rig.run(dict(row))), 0.05)

@@ -34,13 +34,14 @@ class Curve:
         i = min(bisect_right(self.x, x), len(self.x) - 1)
         slope = (self.y[i] - self.y[i - 1]) / (self.x[i] - self.x[i - 1])
         if x > self.x[-1]:
-            slope = max(slope, 0.0)
+            return self.y[-1] + max(slope, 0.0) * (x - self.x[-1])
         return self.y[i - 1] + slope * (x - self.x[i - 1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeProfile:
-    """One processor. ``linear["fp16/out"]`` maps tokens to seconds per weight element (weights out of cache) for ops split along the output; "/in" along the input.
+    """One processor. ``linear["fp16/out"]`` maps tokens to seconds per weight element (weights out of cache) for ops split along the output,
+    ``"fp16/in"`` along the input.
 
     Attention of one sequence and layer takes max(KV bytes / attention_bytes_per_s, FLOPs / attention_flops_per_s). ``task_s`` is the fixed cost of
     one task. ``read_bytes_per_s`` and ``flops_per_s`` are the peaks of independent micro-benchmarks: only the hardware bound uses them.
@@ -95,10 +96,11 @@ class HardwareProfile:
     gpu: ComputeProfile | None
     link: LinkProfile | None
     host_memory_bytes: int
-    gpu_memory_bytes: int
+    gpu_memory_bytes: int  # what one arena may take
     dram_bytes_per_s: float
     cpu_cores: int
     disk_bytes_per_s: float | None = None
+    gpu_overhead_bytes: int = 0  # what the process takes on the card beside the arena: context, libraries
     emulated: bool = False
     step_overhead_s: float = 0.0  # driver work per pass outside the queues: scheduling, metadata, sampling
     notes: Mapping[str, str] = field(default_factory=dict)

@@ -42,7 +42,7 @@ def profile_path(key: str) -> Path:
 
 
 def save_profile(key: str, profile: HardwareProfile, *, latest_for: str | None = None) -> Path:
-    """Writes the profile atomically; ``latest_for`` (a device name) also makes it the machine's default for `plan`. Raises OSError when the cache cannot be written."""
+    """Writes the profile atomically; ``latest_for`` (a device name) makes it `plan`'s default, too. OSError when the cache cannot be written."""
     path = profile_path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
     for target in [path] + ([_latest_path(latest_for)] if latest_for else []):
@@ -67,7 +67,9 @@ def latest_profile(device: str) -> HardwareProfile:
     """This machine's most recent full profile for a device. Raises ProfileMissingError with the command that makes one."""
     found = _read(_latest_path(device))
     if found is None:
-        raise ProfileMissingError(f"this machine has no stored profile for device {device}: run `twinpilots profile --device {device}`, or name a preset with --hardware")
+        raise ProfileMissingError(
+            f"this machine has no stored profile for device {device}: run `twinpilots profile --device {device}`, or name a preset with --hardware"
+        )
     return found
 
 

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from twinpilots.plan.plan import POLICIES, BucketPlan, Plan, Split
 
 __all__ = ["POLICIES", "Balance", "BucketPlan", "Plan", "Split", "balance", "fractional_makespan"]
-_HOMES = {"Balance": "makespan", "balance": "makespan", "fractional_makespan": "makespan", "POLICIES": "plan", "BucketPlan": "plan", "Plan": "plan", "Split": "plan"}
+_HOMES = {
+    "Balance": "makespan", "balance": "makespan", "fractional_makespan": "makespan",
+    "POLICIES": "plan", "BucketPlan": "plan", "Plan": "plan", "Split": "plan",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """The search behind policy ``auto``: solves the linear program on a grid, rounds its answers to plans, and improves the best by simulated coordinate search.
 
-Owns `rounded_plans`, `improve` and `resolved_buckets`. The program ignores hand-offs' order, units and the ring; the simulator does not: so it has the last word.
+Owns `rounded_plans`, `improve` and `resolved_buckets`. The program ignores order, units and the ring; the simulator does not, so it has the last word.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from twinpilots.plan.memory import plan_memory
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Split
 from twinpilots.plan.pricing import prefill_shape, price_phase
 from twinpilots.plan.problem import Problem, no_cpu
-from twinpilots.plan.program import PhaseTerms, Program, Shares, solve_program
+from twinpilots.plan.program import Machine, PhaseTerms, Program, Shares, solve_program
 from twinpilots.plan.terms import Choice, MeanPass, decode_pass, planned_phases, planned_terms, prefill_pass
 
 HostKv = Literal["none", "cpu", "gpu"]
@@ -46,21 +46,43 @@ class Trial:
 
 
 def rounded_plans(problem: Problem) -> list[Trial]:
-    """The best few answers of the program over the grid, as trials that keep the limits; the best by the program's own estimate first."""
-    solved = []
+    """Trials that keep the limits: the program's best answers over the grid, one for each way of dealing with micro-batches and with KV at first."""
+    ranked: list[tuple[float, int, Draft, Choice]] = []
     for draft, choice in _grid(problem):
-        shares = solve_program(_program(problem, draft, choice))
+        shares = solve_program(_program(problem, draft, choice), relaxed=True)
         if shares is not None:
             waves = -(-problem.workload.num_requests // choice.num_seqs)
-            solved.append((waves * shares.seconds, len(solved), draft, shares))
+            ranked.append((waves * shares.seconds, len(ranked), draft, choice))
     trials: list[Trial] = []
-    for _, _, draft, shares in sorted(solved, key=lambda item: item[:2]):
-        trial = _round(problem, draft, shares)
+    for draft, choice in _varied([(draft, choice) for _, _, draft, choice in sorted(ranked, key=lambda item: item[:2])]):
+        shares = solve_program(_program(problem, draft, choice))
+        trial = _round(problem, draft, shares) if shares is not None else None
         if trial is not None:
             trials.append(trial)
         if len(trials) == ROUNDED_PRICED:
             break
-    return trials
+    return trials + [even for trial in trials[:1] if (even := _even(problem, trial)) is not None]
+
+
+def _varied(ranked: list[tuple[Draft, Choice]]) -> list[tuple[Draft, Choice]]:
+    """Best first, but the best of every number of micro-batches before the second best of any."""
+    rank: dict[int, int] = {}
+    keyed = []
+    for place, (draft, choice) in enumerate(ranked):
+        rank[choice.micro_batches] = rank.get(choice.micro_batches, -1) + 1
+        keyed.append((rank[choice.micro_batches], place, draft, choice))
+    return [(draft, choice) for _, _, draft, choice in sorted(keyed, key=lambda item: item[:2])]
+
+
+def _even(problem: Problem, trial: Trial) -> Trial | None:
+    """The trial with all ops treated alike: the same resident share of each, and the program's mean CPU share."""
+    residency = _filled(problem, trial.draft, dict.fromkeys(problem.ops, 1.0))
+    shares: dict[Phase, Mapping[str, float]] = {}
+    for phase, share in trial.shares.items():
+        total = sum(op.weight_bytes for op in problem.ops.values())
+        shares[phase] = dict.fromkeys(problem.ops, sum(share[name] * op.weight_bytes for name, op in problem.ops.items()) / total)
+    even = replace(trial, residency=residency, shares=shares)
+    return even if problem.fits(even.plan(problem)) else None
 
 
 def _grid(problem: Problem) -> Iterator[tuple[Draft, Choice]]:
@@ -121,20 +143,18 @@ def _program(problem: Problem, draft: Draft, choice: Choice) -> Program:
     on_gpu, on_host = _budgets(problem, draft)
     return Program(
         phases=planned_phases(problem, choice), gpu_budget_bytes=on_gpu, host_budget_bytes=on_host, kv_capacity_bytes=_kv_bytes(problem, draft),
-        gpu_kv=1.0 if choice.decode_kv == "none" else None, **_machine(problem),
+        gpu_kv=1.0 if choice.decode_kv == "none" else None, machine=_machine(problem),
     )  # fmt: skip
 
 
-def _machine(problem: Problem) -> dict[str, object]:
+def _machine(problem: Problem) -> Machine:
     profile, layers = problem.profile, problem.spec.num_layers
     assert profile.gpu is not None and profile.link is not None
-    return {
-        "op_bytes": {name: op.weight_bytes * (layers if op.layer >= 0 else 1) for name, op in problem.ops.items()},
-        "up_bytes_per_s": profile.link.up_bytes_per_s,
-        "down_bytes_per_s": profile.link.down_bytes_per_s,
-        "link_drag": (1 - 1 / profile.cpu.copy_slowdown, 1 - 1 / profile.gpu.copy_slowdown),
-        "host_fixed": ("lm_head",) if problem.spec.tied else (),
-    }
+    return Machine(
+        op_bytes={name: op.weight_bytes * (layers if op.layer >= 0 else 1) for name, op in problem.ops.items()},
+        up_bytes_per_s=profile.link.up_bytes_per_s, down_bytes_per_s=profile.link.down_bytes_per_s,
+        link_drag=(1 - 1 / profile.cpu.copy_slowdown, 1 - 1 / profile.gpu.copy_slowdown), host_fixed=("lm_head",) if problem.spec.tied else (),
+    )  # fmt: skip
 
 
 def _round(problem: Problem, draft: Draft, shares: Shares) -> Trial | None:
@@ -168,11 +188,12 @@ class _Search:
         return waves * (self._phase_s(trial, "prefill") + self._phase_s(trial, "decode"))
 
     def _phase_s(self, trial: Trial, phase: Phase) -> float:
-        draft = replace(trial.draft, micro_batches={phase: trial.draft.micro_batches[phase]})
-        key = (phase, repr(draft), id(trial.residency), tuple(trial.share(phase).items()))
+        p, draft = self.problem, replace(trial.draft, micro_batches={phase: trial.draft.micro_batches[phase]})
+        plan = trial.plan(p)
+        bucket = plan.bucket_for(phase, plan.max_num_seqs if phase == "decode" else plan.max_pass_tokens)
+        key = (phase, repr(draft), id(trial.residency), tuple(bucket.splits[p.spec.num_layers // 2].items()), bucket.splits[-1]["lm_head"])
         if key not in self.known:
-            p = self.problem
-            self.known[key] = sum(each.seconds for each in price_phase(p.spec, p.profile, p.workload, trial.plan(p), phase, quick=True))
+            self.known[key] = sum(each.seconds for each in price_phase(p.spec, p.profile, p.workload, plan, phase, quick=True))
         return self.known[key]
 
 
@@ -182,7 +203,7 @@ def improve(problem: Problem, trials: list[Trial]) -> Plan:
     best = min(trials, key=search.seconds)
     best_s = search.seconds(best)
     for phase in ("decode", "prefill"):
-        for move in _moves(problem, best, phase):
+        for move in _moves(best, phase):
             if problem.fits(move.plan(problem)) and search.seconds(move) * GAIN < best_s:
                 best, best_s = move, search.seconds(move)
         for factor in SCALES:
@@ -191,7 +212,7 @@ def improve(problem: Problem, trials: list[Trial]) -> Plan:
     return _with_small_buckets(problem, best)
 
 
-def _moves(problem: Problem, trial: Trial, phase: Phase) -> Iterator[Trial]:
+def _moves(trial: Trial, phase: Phase) -> Iterator[Trial]:
     """Other numbers of micro-batches, the CPU out of attention's linears or of everything but attention, and first layers resident instead of all a little."""
     draft = trial.draft
     for batches in (1, 2, 4):
@@ -237,7 +258,7 @@ def resolved_buckets(problem: Problem, plan: Plan) -> Plan:
 
 def _resolve(problem: Problem, plan: Plan, bucket: BucketPlan) -> BucketPlan | None:
     """The bucket with the program's CPU shares at its own token count and the plan's residency; None when there is no answer."""
-    shares = solve_program(_frozen_program(problem, plan, bucket))
+    shares = solve_program(_frozen_program(problem, plan, bucket), relaxed=True)
     if shares is None:
         return None
     cpu, made = shares.phases[0].cpu, dict[int, Mapping[str, Split]]()
@@ -260,7 +281,7 @@ def _frozen_program(problem: Problem, plan: Plan, bucket: BucketPlan) -> Program
     kv = on_gpu / max(1, on_gpu + on_host)
     return Program(
         phases=(_bucket_terms(problem, bucket, host_kv=on_host > 0),), gpu_budget_bytes=0.0, host_budget_bytes=0.0, kv_capacity_bytes=1.0,
-        resident=resident, gpu_kv=1.0 if not on_host else kv, **_machine(problem),
+        resident=resident, gpu_kv=1.0 if not on_host else kv, machine=_machine(problem),
     )  # fmt: skip
 
 

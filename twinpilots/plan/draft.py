@@ -21,9 +21,11 @@ PAGE_TOKENS = 16
 MIN_RING_DEPTH = 4  # one packet in use, two loaded, one loading: a late start on either side costs no bubble
 MAX_PACKET_BYTES = 32 << 20
 MIN_PACKET_BYTES = 64 << 10
+TIGHT_RING_DEPTH = 2  # where memory is short: one packet in use, one loading
 RING_SHARE = 32  # at most this fraction of GPU memory goes to the ring: a packet is then still 5 MB on a 640 MB card
 CHUNK_SHARE = 8  # and at most this one to activations
 CHUNK_TOKENS = (2048, 1024, 512, 256, 128, 64, 32, 16)
+TIGHT_CHUNK_TOKENS = (8, 4)  # where even the smallest of these leaves no room
 Attention = Literal["cpu", "gpu"]
 Residency = tuple[Mapping[str, int], ...]  # resident rows by op, per layer, the head last (Split's order)
 CpuShare = Callable[[Phase, int], Mapping[str, float]]  # (phase, tokens of the bucket) -> fraction of each op's rows that the CPU should compute
@@ -68,11 +70,18 @@ class Draft:
 
 def ring_rule(gpu_bytes: int) -> tuple[int, int]:
     """(packet bytes, packets in the ring): a ring of a 32nd of GPU memory, so that the link works on while the GPU waits for the CPU, in packets of tens
-    of MB where that allows, because a link reaches its rate from 10 MB up (FACTS section 6).
+    of MB where that allows, because a link reaches its rate from 10 MB up (FACTS section 6). Under 8 MiB packets keep to `MIN_PACKET_BYTES` as long as the
+    ring takes no more than a 16th.
     """
     ring_bytes = gpu_bytes // RING_SHARE
-    packet_bytes = max(MIN_PACKET_BYTES, min(MAX_PACKET_BYTES, ring_bytes // MIN_RING_DEPTH & -4096))
+    least_bytes = max(1024, min(MIN_PACKET_BYTES, gpu_bytes // (16 * MIN_RING_DEPTH) & -1024))
+    packet_bytes = max(least_bytes, min(MAX_PACKET_BYTES, ring_bytes // MIN_RING_DEPTH & -4096))
     return packet_bytes, max(MIN_RING_DEPTH, ring_bytes // packet_bytes)
+
+
+def tight_ring(spec: ModelSpec, unit_rows: int) -> tuple[int, int]:
+    """(packet bytes, packets in the ring) of the smallest ring: packets of one unit, the least that can move."""
+    return smallest_ring(spec_of_one_layer(spec), unit_rows, 1, 1), TIGHT_RING_DEPTH
 
 
 def max_model_len(spec: ModelSpec, workload: Workload, options: PlanOptions) -> int:

@@ -135,13 +135,21 @@ class _Problem:
     def solve(self) -> list[int]:
         """Device by operation: longer and longer lists until the best answer is proven good enough (the last length is proof for all but freaks)."""
         order = np.argsort(-self.weight, kind="stable")
-        halves = (order[: len(order) // 2], order[len(order) // 2 :])
+        middle = len(order) // 2
+        # large and small operations apart suits lists that the bound empties, alternating ones suit lists that must be joined
+        cuts = ((order[:middle], order[middle:]), (order[0::2], order[1::2]))
         for length in LIST_LENGTHS:
-            left, right = (self._states(half, length) for half in halves)
-            self._join(left, right, halves)
-            if self.best <= self.lower * (1 + TOLERANCE) or _loss(left, right) <= TOLERANCE * self.best:
-                break
+            for halves in cuts:
+                if self._proven(halves, length):
+                    return self.answer
         return self.answer
+
+    def _proven(self, halves: tuple[NDArray[np.intp], NDArray[np.intp]], length: int) -> bool:
+        """Improve the answer with lists of this length; whether nothing can be better by more than the tolerance."""
+        left, right = (self._states(half, length) for half in halves)
+        self._join(left, right, halves)
+        self._polish()
+        return self.best <= self.lower * (1 + TOLERANCE) or _loss(left, right) <= TOLERANCE * self.best
 
     def _states(self, half: NDArray[np.intp], length: int) -> _States:
         """The list of one half: the operations far from the even ratio first, since the bound decides most of those at once."""
@@ -171,6 +179,23 @@ class _Problem:
                 for half, mask in ((halves[0], int(left.mask[i])), (halves[1], int(right.mask[partner[i]]))):
                     for bit, item in enumerate(half):
                         self.answer[item] = mask >> bit & 1
+
+    def _polish(self) -> None:
+        """Move one operation, or exchange two, while that helps: what thinning blurred by a small operation comes right at once."""
+        device = np.array(self.answer, bool)
+        while True:
+            cpu = self.base[0] + self.cpu[device].sum()
+            gpu = self.base[1] + self.gpu[~device].sum()
+            to_cpu, to_gpu = np.where(device, -self.cpu, self.cpu), np.where(device, self.gpu, -self.gpu)
+            moved = np.maximum(cpu + to_cpu[:, None] + to_cpu, gpu + to_gpu[:, None] + to_gpu)
+            np.fill_diagonal(moved, np.maximum(cpu + to_cpu, gpu + to_gpu))
+            first, second = divmod(int(np.argmin(moved)), len(device))
+            if moved[first, second] >= self.best * (1 - 1e-12):
+                return
+            self.best = float(moved[first, second])
+            for i in {first, second}:
+                device[i] = not device[i]
+            self.answer = [int(on_cpu) for on_cpu in device]
 
 
 def _loss(left: _States, right: _States) -> float:

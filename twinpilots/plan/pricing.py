@@ -21,6 +21,7 @@ from twinpilots.plan.workload import Workload
 
 CONTEXTS = (0.25, 0.75)  # where in the output decode is priced: the mid-points of its halves
 QUICK_CONTEXTS = (0.5,)
+SAMPLES, QUICK_SAMPLES = (6, 3), (4, 2)  # layers that the estimator simulates
 PACKETS_PER_LAYER = 6  # more of them change the simulated time by less than a percent
 BUSY_ENOUGH = 0.6  # a queue that works less than this share of a step is not what holds it up
 
@@ -106,7 +107,7 @@ def price_phase(
 ) -> tuple[PricedPass, ...]:  # fmt: skip
     """The passes of one phase of one wave."""
     _, on_gpu, on_host = waves_of(plan, workload)
-    pricer = _Pricer(spec, profile, plan)
+    pricer = _Pricer(spec, profile, plan, QUICK_SAMPLES if quick else SAMPLES)
     if phase == "prefill":
         return (pricer.prefill(workload, on_gpu, on_host),)
     contexts = QUICK_CONTEXTS if quick else CONTEXTS
@@ -130,8 +131,8 @@ def bucket_seconds(spec: ModelSpec, profile: HardwareProfile, workload: Workload
 class _Pricer:
     """Builds an estimator once per bucket and shape, with packets made as coarse as tells no difference: they set the number of tasks to simulate."""
 
-    def __init__(self, spec: ModelSpec, profile: HardwareProfile, plan: Plan) -> None:
-        self.spec, self.profile, self.plan = spec, profile, plan
+    def __init__(self, spec: ModelSpec, profile: HardwareProfile, plan: Plan, samples: tuple[int, int] = SAMPLES) -> None:
+        self.spec, self.profile, self.plan, self.samples = spec, profile, plan, samples
         self.known: dict[tuple[int, PassShape], PassEstimator] = {}
 
     def _priced(self, phase: Phase, bucket: BucketPlan, load: PassLoad, count: float) -> PricedPass:
@@ -141,7 +142,7 @@ class _Pricer:
         key = (id(bucket), load.shape)
         if key not in self.known:
             plan = replace(self.plan, packet_bytes=coarse_packet_bytes(self.spec, self.plan, bucket))
-            self.known[key] = PassEstimator(self.spec, plan, bucket, self.profile, load.shape)
+            self.known[key] = PassEstimator(self.spec, plan, bucket, self.profile, load.shape, self.samples)
         return self.known[key].timing(load)
 
     def decode(self, context: int, on_gpu: int, on_host: int, count: float) -> PricedPass:

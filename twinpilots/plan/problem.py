@@ -5,13 +5,14 @@ Owns op times read off the profile at a token count, and the search over chunk, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
 from twinpilots.plan.draft import (
     CHUNK_SHARE,
+    TIGHT_CHUNK_TOKENS,
     CpuShare,
     Draft,
     PlanOptions,
@@ -24,6 +25,7 @@ from twinpilots.plan.draft import (
     nothing_resident,
     ring_rule,
     shortage,
+    tight_ring,
 )
 from twinpilots.plan.memory import layer_template, plan_memory
 from twinpilots.plan.plan import Phase, Plan
@@ -65,13 +67,20 @@ def no_cpu(_phase: Phase, _tokens: int) -> Mapping[str, float]:
 
 
 def drafts(problem: Problem, base: Draft) -> Iterator[Draft]:
-    """``base`` with the chunk and packet sizes to try, preferred ones first: by the rules of `draft.py`, then with smaller packets."""
+    """``base`` with the chunk and packet sizes to try, preferred ones first: by the rules of `draft.py`, then with the smallest ring."""
     limits = problem.limits
     device_bytes = limits.gpu_bytes if base.uses_gpu else limits.host_bytes * CHUNK_SHARE // CPU_CHUNK_SHARE
-    rings = sorted({ring_rule(limits.gpu_bytes), ring_rule(0)}, reverse=True) if base.uses_gpu and base.streams else [(0, 0)]
+    rings = [ring_rule(limits.gpu_bytes), tight_ring(problem.spec, problem.options.unit_rows)] if base.uses_gpu and base.streams else [(0, 0)]
     for chunk in chunk_choices(problem.spec, problem.workload, problem.workload.concurrency, device_bytes):
         for packet_bytes, depth in rings:
             yield replace(base, pass_tokens=chunk, packet_bytes=packet_bytes, ring_depth=depth)
+
+
+def tight_drafts(problem: Problem, base: Draft) -> Iterator[Draft]:
+    """What to try where no draft fits: chunks of a few tokens and the smallest ring, the last one the least that a plan of this kind can do with."""
+    packet_bytes, depth = tight_ring(problem.spec, problem.options.unit_rows) if base.uses_gpu and base.streams else (0, 0)
+    for chunk in TIGHT_CHUNK_TOKENS:
+        yield replace(base, pass_tokens=chunk, packet_bytes=packet_bytes, ring_depth=depth)
 
 
 def fill(problem: Problem, draft: Draft, target: Mapping[str, float] | None = None) -> Residency:
@@ -84,10 +93,14 @@ def fill(problem: Problem, draft: Draft, target: Mapping[str, float] | None = No
 def best_fit(problem: Problem, base: Draft, place: Place) -> Plan | None:
     """The plan with the most sequences at once over the drafts' chunk and packet sizes (the first of equals), or None when not even one sequence fits.
 
-    ``place(problem, draft, n)`` is the plan for n sequences, or None.
+    ``place(problem, draft, n)`` is the plan for n sequences, or None. The tight drafts are for want of anything better.
     """
+    return _most_at_once(problem, drafts(problem, base), place) or _most_at_once(problem, tight_drafts(problem, base), place)
+
+
+def _most_at_once(problem: Problem, choices: Iterable[Draft], place: Place) -> Plan | None:
     best: Plan | None = None
-    for draft in drafts(problem, base):
+    for draft in choices:
         made: dict[int, Plan] = {}
 
         def works(count: int, draft: Draft = draft, made: dict[int, Plan] = made) -> bool:
@@ -115,7 +128,7 @@ def best_or_error(problem: Problem, base: Draft, place: Place) -> Plan:
 
 def runs_one(problem: Problem, base: Draft, place: Place) -> bool:
     """Whether one sequence fits with the smallest chunk and packet: the least memory that a plan of this kind takes."""
-    *_, smallest = drafts(problem, base)
+    *_, smallest = tight_drafts(problem, base)
     plan = place(problem, smallest, 1)
     return plan is not None and problem.fits(plan)
 

@@ -9,7 +9,8 @@ on the host attended by the CPU, on the host streamed to the GPU:
     link    T_k >= (sum w_i s_ik + KV_k t_k) / B_up            link out  T_k >= newKV_k t_k / B_down
     cpu     T_k >= sum cpu_ik c_ik + attention_cpu_k a_k + fixed_cpu_k + d_cpu * link_k
     gpu     T_k >= sum gpu_ik (1 - c_ik) + attention_gpu_k (g + t_k) + fixed_gpu_k + d_gpu * link_k
-    chain   T_k >= sum of e over stages + sum_b handoff_b y_bk,  e >= the stage's CPU time, e >= its GPU time           (one micro-batch only)
+    chain   T_k >= (sum of e over stages + sum_b handoff_b y_bk) / m + (1 - 1 / m) R,   e >= the stage's CPU time, e >= its GPU time,
+            R >= all CPU time, R >= all GPU time: with m micro-batches, 1 / m of every stage stands alone at its ends
     memory  sum w_i r_i + g KV <= gpu budget,   sum w_i (1 - r_i) + (1 - g) KV <= host budget
     minimise sum_k passes_k T_k
 
@@ -52,22 +53,32 @@ class PhaseTerms:
     handoff_s: Mapping[str, float] | None = None
     cpu_attention: bool = True
     streamed_kv: bool = True
-    chain: bool = False
+    micro_batches: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Bytes of every op over all its layers, and the link. ``link_drag``: seconds that (CPU, GPU) lose per second that the link works.
+
+    ``host_fixed`` names ops whose rows lie on the host even when resident (a tied head).
+    """
+
+    op_bytes: Mapping[str, float]
+    up_bytes_per_s: float
+    down_bytes_per_s: float
+    link_drag: tuple[float, float] = (0.0, 0.0)
+    host_fixed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """``host_fixed`` names ops whose rows lie on the host even when resident (a tied head). ``resident``/``gpu_kv`` freeze r and g."""
+    """``resident`` and ``gpu_kv`` freeze r and g; with a frozen r there are no memory rows."""
 
-    op_bytes: Mapping[str, float]
+    machine: Machine
     phases: tuple[PhaseTerms, ...]
-    up_bytes_per_s: float
-    down_bytes_per_s: float
     gpu_budget_bytes: float
     host_budget_bytes: float
     kv_capacity_bytes: float
-    link_drag: tuple[float, float] = (0.0, 0.0)  # (CPU, GPU): seconds lost per second that the link works
-    host_fixed: tuple[str, ...] = ()
     resident: Mapping[str, float] | None = None
     gpu_kv: float | None = None
 
@@ -94,7 +105,8 @@ class Shares:
 class _Rows:
     """Collects columns (with bounds) and sparse rows ``low <= a x <= high`` and solves."""
 
-    def __init__(self) -> None:
+    def __init__(self, relaxed: bool) -> None:
+        self.relaxed = relaxed
         self.low: list[float] = []
         self.high: list[float] = []
         self.binary: list[int] = []
@@ -105,7 +117,7 @@ class _Rows:
     def column(self, low: float = 0.0, high: float = 1.0, *, binary: bool = False) -> int:
         self.low.append(low)
         self.high.append(high)
-        self.binary.append(int(binary))
+        self.binary.append(int(binary and not self.relaxed))
         return len(self.low) - 1
 
     def row(self, terms: Iterable[tuple[int, float]], low: float, high: float) -> None:
@@ -132,11 +144,11 @@ class _Rows:
         return None if found.x is None else np.asarray(found.x)
 
 
-def solve_program(program: Program) -> Shares | None:
-    """The optimum, or None when memory does not suffice."""
-    rows = _Rows()
+def solve_program(program: Program, *, relaxed: bool = False) -> Shares | None:
+    """The optimum, or None when memory does not suffice. ``relaxed`` lets y be fractional: quicker, enough to rank the grid."""
+    rows = _Rows(relaxed)
     frozen = program.resident
-    resident = {name: rows.column(*((frozen[name],) * 2 if frozen else (0.0, 1.0))) for name in program.op_bytes}
+    resident = {name: rows.column(*((frozen[name],) * 2 if frozen else (0.0, 1.0))) for name in program.machine.op_bytes}
     gpu_kv = rows.column(*((program.gpu_kv,) * 2 if program.gpu_kv is not None else (0.0, 1.0)))
     if frozen is None:
         _memory_rows(program, rows, resident, gpu_kv)
@@ -152,11 +164,11 @@ def solve_program(program: Program) -> Shares | None:
 
 
 def _memory_rows(program: Program, rows: _Rows, resident: Mapping[str, int], gpu_kv: int) -> None:
-    scale = max(program.kv_capacity_bytes, *program.op_bytes.values())  # keeps coefficients near 1 for the solver
-    used = [(resident[name], size / scale) for name, size in program.op_bytes.items()]
+    scale = max(program.kv_capacity_bytes, *program.machine.op_bytes.values())  # keeps coefficients near 1 for the solver
+    used = [(resident[name], size / scale) for name, size in program.machine.op_bytes.items()]
     rows.row([*used, (gpu_kv, program.kv_capacity_bytes / scale)], -INFINITE, program.gpu_budget_bytes / scale)
-    saved = [(resident[name], size / scale) for name, size in program.op_bytes.items() if name not in program.host_fixed]
-    everything = program.kv_capacity_bytes + sum(program.op_bytes.values())
+    saved = [(resident[name], size / scale) for name, size in program.machine.op_bytes.items() if name not in program.machine.host_fixed]
+    everything = program.kv_capacity_bytes + sum(program.machine.op_bytes.values())
     rows.row([*saved, (gpu_kv, program.kv_capacity_bytes / scale)], (everything - program.host_budget_bytes) / scale, INFINITE)
 
 
@@ -166,11 +178,11 @@ class _Phase:
     def __init__(self, program: Program, terms: PhaseTerms, rows: _Rows, resident: Mapping[str, int], gpu_kv: int) -> None:
         self.program, self.terms, self.rows, self.gpu_kv = program, terms, rows, gpu_kv
         self.time = rows.column(0.0, INFINITE)
-        self.streamed = {name: rows.column() for name in program.op_bytes}
-        self.cpu = {name: rows.column() for name in program.op_bytes}
+        self.streamed = {name: rows.column() for name in program.machine.op_bytes}
+        self.cpu = {name: rows.column() for name in program.machine.op_bytes}
         self.host_cpu = rows.column(0.0, float(terms.cpu_attention))
         self.host_streamed = rows.column(0.0, float(terms.streamed_kv))
-        for name in program.op_bytes:
+        for name in program.machine.op_bytes:
             rows.row([(resident[name], 1.0), (self.streamed[name], 1.0), (self.cpu[name], 1.0)], 1.0, 1.0)
         rows.row([(gpu_kv, 1.0), (self.host_cpu, 1.0), (self.host_streamed, 1.0)], 1.0, 1.0)
         for first, second in MLP_PAIRS:
@@ -179,8 +191,7 @@ class _Phase:
         self.in_use = self._switches()
         self._devices()
         self._link_rows()
-        if terms.chain:
-            self._chain()
+        self._chain()
 
     def _switches(self) -> dict[str, int]:
         """Columns y: whether the CPU takes part in a block, where that costs something."""
@@ -195,8 +206,8 @@ class _Phase:
 
     def _link(self) -> list[tuple[int, float]]:
         """Seconds of the link towards the GPU."""
-        up = self.program.up_bytes_per_s
-        weights = [(self.streamed[name], size / up) for name, size in self.program.op_bytes.items()]
+        up = self.program.machine.up_bytes_per_s
+        weights = [(self.streamed[name], size / up) for name, size in self.program.machine.op_bytes.items()]
         return [*weights, (self.host_streamed, self.terms.streamed_kv_bytes / up)]
 
     def _at_least(self, seconds: Iterable[tuple[int, float]], fixed_s: float = 0.0) -> None:
@@ -218,31 +229,44 @@ class _Phase:
         return [(column, (self.terms.handoff_s or {})[block]) for block, column in self.in_use.items()]
 
     def _devices(self) -> None:
-        terms, names = self.terms, self.program.op_bytes
-        drag_cpu, drag_gpu = ([(column, value * drag) for column, value in self._link()] for drag in self.program.link_drag)
+        terms, names = self.terms, self.program.machine.op_bytes
+        drag_cpu, drag_gpu = ([(column, value * drag) for column, value in self._link()] for drag in self.program.machine.link_drag)
         self._at_least(_merged([*self._cpu_s(names), (self.host_cpu, terms.attention_cpu_s), *drag_cpu]), terms.fixed_cpu_s)
         columns, constant = self._gpu_s(names)
-        handoffs = [] if terms.chain else self._handoffs()  # beside other work, hand-offs still take the GPU queue's time
-        self._at_least(_merged([*columns, *self._gpu_attention(), *drag_gpu, *handoffs]), constant + terms.fixed_gpu_s)
+        self._at_least(_merged([*columns, *self._gpu_attention(), *drag_gpu]), constant + terms.fixed_gpu_s)
 
     def _link_rows(self) -> None:
         program, terms = self.program, self.terms
         self._at_least(self._link())
-        self._at_least([(self.host_streamed, terms.new_kv_bytes / program.down_bytes_per_s)])
+        self._at_least([(self.host_streamed, terms.new_kv_bytes / program.machine.down_bytes_per_s)])
 
     def _chain(self) -> None:
+        alone = 1.0 / self.terms.micro_batches
         stages = []
         for stage in STAGES:
             names = [name for name in stage if name in self.cpu]
             if not names and stage != ("attention",):
                 continue
             e = self.rows.column(0.0, INFINITE)
-            stages.append((e, 1.0))
+            stages.append((e, alone))
             on_cpu = self._cpu_s(names) if names else [(self.host_cpu, self.terms.attention_cpu_s)]
             on_gpu, constant = self._gpu_s(names) if names else (self._gpu_attention(), 0.0)
             self.rows.row([(e, 1.0), *((column, -value) for column, value in on_cpu)], 0.0, INFINITE)
             self.rows.row([(e, 1.0), *((column, -value) for column, value in on_gpu)], constant, INFINITE)
-        self._at_least([*stages, *self._handoffs()], self.terms.fixed_gpu_s)
+        handoffs = [(column, alone * seconds) for column, seconds in self._handoffs()]
+        self._at_least([*stages, *handoffs, *self._together(1.0 - alone)], self.terms.fixed_gpu_s)
+
+    def _together(self, part: float) -> list[tuple[int, float]]:
+        """The column R, the busier device's time, with coefficient ``part``."""
+        if not part:
+            return []
+        names = list(self.program.machine.op_bytes)
+        busier = self.rows.column(0.0, INFINITE)
+        columns, constant = self._gpu_s(names)
+        on_cpu = [*self._cpu_s(names), (self.host_cpu, self.terms.attention_cpu_s)]
+        self.rows.row([(busier, 1.0), *((column, -value) for column, value in on_cpu)], 0.0, INFINITE)
+        self.rows.row([(busier, 1.0), *((column, -value) for column, value in [*columns, *self._gpu_attention()])], constant, INFINITE)
+        return [(busier, part)]
 
     def answer(self, point: np.ndarray) -> PhaseShares:
         return PhaseShares(

@@ -209,7 +209,8 @@ class _Expansion:
         self._emit(
             queue=job.device, kind="linear_in" if inward else "linear", layer=op.layer, mb=mb, logit_rows=op.layer < 0, op=op.name, row0=piece.row0,
             row1=piece.row1, source=piece.source, src=f"{space}.{job.src}", src_col=src_lo, dst=f"{space}.{job.dst}", dst_col=dst_lo,
-            accumulate=inward and accumulate, ring_lo=piece.ring_lo, packet=piece.packet, reads=reads, writes=(Access(f"{space}.{job.dst}", dst_lo, dst_hi, mb),),
+            accumulate=inward and accumulate, ring_lo=piece.ring_lo, packet=piece.packet, reads=reads,
+            writes=(Access(f"{space}.{job.dst}", dst_lo, dst_hi, mb),),
         )  # fmt: skip
 
     def _release(self, job: _Job, piece: _Piece) -> None:

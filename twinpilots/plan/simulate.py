@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from twinpilots.hardware.profile import HardwareProfile
-from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec
 from twinpilots.plan.cost import CostModel, TaskCost, attention_s, linear_s, staged_kv_bytes
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import BucketPlan, Plan
@@ -181,43 +181,66 @@ class _Clock:
 class PassEstimator:
     """Prices passes of one bucket and shape from two shortened copies of the model, extrapolated along its layers; exact up to EXACT_LAYERS layers.
 
-    Build it once for many loads of one shape: the schedules are kept, only the costs change.
+    Build it once for many loads of one shape: the schedules are kept, only the costs change. Smaller ``samples`` are quicker and less exact.
     """
 
-    def __init__(self, spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: HardwareProfile, shape: PassShape) -> None:
+    def __init__(
+        self, spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: HardwareProfile, shape: PassShape,
+        samples: tuple[int, int] = (EXACT_LAYERS, SHORT_LAYERS),
+    ) -> None:  # fmt: skip
         self.spec, self.plan, self.bucket, self.profile = spec, plan, bucket, profile
-        sizes = (spec.num_layers,) if spec.num_layers <= EXACT_LAYERS else (EXACT_LAYERS, SHORT_LAYERS)
-        kinds = [_layer_kind(spec, plan, bucket, layer) for layer in range(spec.num_layers)]
-        self.samples = [sample_layers(kinds, size) for size in sizes]
+        sizes = (spec.num_layers,) if spec.num_layers <= samples[0] else samples
+        self.kinds = [_layer_kind(spec, plan, bucket, layer) for layer in range(spec.num_layers)]
+        self.samples = [sample_layers(self.kinds, size) for size in sizes]
         self.models = [_shorten(spec, plan, bucket, layers) for layers in self.samples]
         self.schedules = [expand(short, short_plan, short_bucket, shape) for short, short_plan, short_bucket in self.models]
 
     def timing(self, load: PassLoad) -> PassTiming:
         """The pass's timing, without a timeline."""
+        deep = len(self.samples) > 1
         timings = [
-            simulate(schedule, short, short_plan, self.profile, load)
+            simulate(schedule, short, short_plan, self.profile, load, keep_timeline=deep)
             for schedule, (short, short_plan, _) in zip(self.schedules, self.models, strict=True)
         ]  # fmt: skip
-        return timings[0] if len(timings) == 1 else self._extrapolate(timings[0], timings[1], load)
+        return self._extrapolate(timings[0], timings[1], load) if deep else timings[0]
 
     def _extrapolate(self, longer: PassTiming, shorter: PassTiming, load: PassLoad) -> PassTiming:
-        """Times and bytes grow along the layers' static work, queue by queue; a pass lasts as long as its busiest queue at least."""
-        work = _layer_work(self.spec, self.plan, self.bucket, self.profile, load)
+        """Times and bytes grow along the layers' work, queue by queue; a pass lasts as long as its busiest queue at least."""
+        work = self._work_by_kind(longer, load)
         sets = (range(self.spec.num_layers), *self.samples)
-        by_queue: dict[str, _Line] = {name: _Line(*(sum(work[layer][q] for layer in layers) for layers in sets)) for q, name in enumerate(QUEUES)}
-        by_queue["link"] = by_queue["link_in"]
-        by_layer = _Line(*(sum(max(work[layer]) for layer in layers) for layers in sets))
+        lines = [_Line(*(sum(work[self.kinds[layer]][axis] for layer in layers) for layers in sets)) for axis in range(len(QUEUES) + 1)]
+        by_queue: dict[str, _Line] = {**dict(zip(QUEUES, lines, strict=False)), "link": lines[LINK_IN]}
         by_count = _Line(*(len(layers) for layers in sets))
         busy_s = {name: by_queue[name].at(longer.busy_s[name], shorter.busy_s[name], by_count) for name in longer.busy_s}
         num_bytes = {name: by_count.at(longer.bytes[name], shorter.bytes[name], by_count) for name in longer.bytes}
         num_bytes["link_weights"] = by_queue["link_in"].at(longer.bytes["link_weights"], shorter.bytes["link_weights"], by_count)
         least_s = max(busy_s.values())
         return PassTiming(
-            seconds=max(least_s, by_layer.at(longer.seconds, shorter.seconds, by_count)),
-            fill_s=max(least_s, by_layer.at(longer.fill_s, shorter.fill_s, by_count)),
+            seconds=max(least_s, lines[-1].at(longer.seconds, shorter.seconds, by_count)),
+            fill_s=max(least_s, lines[-1].at(longer.fill_s, shorter.fill_s, by_count)),
             busy_s=busy_s,
             bytes=num_bytes,
         )
+
+    def _work_by_kind(self, timing: PassTiming, load: PassLoad) -> dict[Hashable, list[float]]:
+        """Per kind of layer the seconds on each queue, and what a layer adds to the pass: seen in the longer sample, computed for kinds not in it."""
+        layers, schedule = self.samples[0], self.schedules[0]
+        busy, ends = [[0.0] * len(QUEUES) for _ in layers], [0.0] * len(layers)
+        for entry in timing.timeline:
+            layer = schedule.tasks[entry.task].layer
+            if layer >= 0:
+                busy[layer][QUEUES.index(entry.queue)] += entry.end_s - entry.start_s
+                if entry.queue != "link_in":
+                    ends[layer] = max(ends[layer], entry.end_s)
+        seen: dict[Hashable, list[list[float]]] = {}
+        for i, layer in enumerate(layers):
+            seen.setdefault(self.kinds[layer], []).append([*busy[i], ends[i] - (ends[i - 1] if i else self.profile.step_overhead_s)])
+        work = {kind: [sum(values) / len(found) for values in zip(*found, strict=True)] for kind, found in seen.items()}
+        for layer, kind in enumerate(self.kinds):
+            if kind not in work:
+                static = _layer_work(self.spec, self.plan, self.bucket, self.profile, load, layer)
+                work[kind] = [*static, max(static)]
+        return work
 
 
 def estimate_pass(spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: HardwareProfile, load: PassLoad) -> PassTiming:
@@ -274,23 +297,10 @@ def _shorten(spec: ModelSpec, plan: Plan, bucket: BucketPlan, layers: Sequence[i
     return replace(spec, layers=tuple(spec.layers[layer] for layer in layers)), short_plan, short_bucket
 
 
-def _layer_work(spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: HardwareProfile, load: PassLoad) -> list[list[float]]:
-    """Per layer the static seconds of each queue: linears, attention and weight or KV loads; small tasks are left out."""
+def _layer_work(spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: HardwareProfile, load: PassLoad, layer: int) -> list[float]:
+    """The static seconds of each queue in one layer: linears, attention and weight or KV loads; small tasks are left out."""
     ops = spec.layer_ops(0, plan.unit_rows)
     tokens = [load.tokens(mb) for mb in range(len(load.micro_batches))]
-    known: dict[Hashable, list[float]] = {}
-    result = []
-    for layer in range(spec.num_layers):
-        kind = _layer_kind(spec, plan, bucket, layer)
-        if kind not in known:
-            known[kind] = _one_layer_work(spec, plan, bucket, profile, load, layer, ops, tokens)
-        result.append(known[kind])
-    return result
-
-
-def _one_layer_work(
-    spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: HardwareProfile, load: PassLoad, layer: int, ops: dict[str, OpSpec], tokens: list[int]
-) -> list[float]:  # fmt: skip
     work = [0.0, 0.0, 0.0, 0.0]
     for name, op in ops.items():
         split = bucket.splits[layer][name]

@@ -75,16 +75,16 @@ def planned_phases(problem: Problem, choice: Choice) -> tuple[PhaseTerms, PhaseT
 
 def planned_terms(problem: Problem, each: MeanPass, batches: int, host_kv: str) -> PhaseTerms:
     gpu, link = _gpu(problem.profile), _link(problem.profile)
-    fixed = {processor: _elementwise_s(problem, each.tokens, batches, processor) for processor in (problem.profile.cpu, gpu)}
+    cpu_fixed_s, gpu_fixed_s = (_elementwise_s(problem, each.tokens, batches, processor) for processor in (problem.profile.cpu, gpu))
     crossing = _attention_crossing_s(problem, link, each.tokens, batches) if host_kv == "cpu" else 0.0
     return PhaseTerms(
         passes=each.passes,
         cpu_s=_linears(problem, each, _profiled(problem, problem.profile.cpu, batches)),
         gpu_s=_linears(problem, each, _profiled(problem, gpu, batches)),
         **_attention_terms(problem, each, extra_s=batches * problem.spec.num_layers),
-        fixed_gpu_s=fixed[gpu] + crossing,
-        handoff_s=_handoffs(problem, link, each, batches, fixed[problem.profile.cpu]),
-        cpu_attention=host_kv == "cpu", streamed_kv=host_kv == "gpu", chain=batches == 1,
+        fixed_gpu_s=gpu_fixed_s + crossing,
+        handoff_s=_handoffs(problem, link, each, batches, cpu_fixed_s),
+        cpu_attention=host_kv == "cpu", streamed_kv=host_kv == "gpu", micro_batches=batches,
     )  # fmt: skip
 
 

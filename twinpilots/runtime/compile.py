@@ -10,12 +10,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from twinpilots.model.spec import ModelSpec
+from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.tasks import QUEUES, Queue, Schedule, Task
 from twinpilots.runtime.layout import Layout, page_bytes
 from twinpilots.runtime.program import (
-    ACT_CODES, DTYPE_CODES, EVENT_FIRST_PACKET, EVENT_START, INSN, MAX_WAITS, NORM_CODES, NULL, NUM_ARGS, NUM_FLOATS, Epilogue, Op, Space,
+    ACT_CODES,
+    DTYPE_CODES,
+    EVENT_FIRST_PACKET,
+    EVENT_START,
+    INSN,
+    MAX_WAITS,
+    NORM_CODES,
+    NULL,
+    NUM_ARGS,
+    NUM_FLOATS,
+    Epilogue,
+    Op,
+    Space,
 )  # fmt: skip
 
 _OPS: dict[str, Op] = {
@@ -41,7 +53,7 @@ class Compiler:
 
     def __init__(self, spec: ModelSpec, plan: Plan, host: Layout, gpu: Layout | None) -> None:
         self.spec, self.plan, self.host, self.gpu = spec, plan, host, gpu
-        self.ops = {(op.layer, op.name): op for op in spec.ops(plan.unit_rows)}
+        self.ops: dict[tuple[int, str], OpSpec] = {(op.layer, op.name): op for op in spec.ops(plan.unit_rows)}
 
     def compile(self, schedule: Schedule, bucket: BucketPlan) -> Program:
         """The program of one pass. Raises AssertionError when a task needs something that the layout lacks (a bug, never the user's input)."""
@@ -177,7 +189,15 @@ def _lower_linear(c: Compiler, task: Task) -> tuple[tuple[int, ...], tuple[float
 
 def _lower_linear_in(c: Compiler, task: Task) -> tuple[tuple[int, ...], tuple[float, ...]]:
     dtype = DTYPE_CODES[c.spec.weight_dtype]
-    args = (*c._buffer(task.dst, task.dst_col), *c._buffer(task.src, task.src_col), _weight(c, task), dtype, task.row1 - task.row0, c.spec.hidden_size, int(task.accumulate))
+    args = (
+        *c._buffer(task.dst, task.dst_col),
+        *c._buffer(task.src, task.src_col),
+        _weight(c, task),
+        dtype,
+        task.row1 - task.row0,
+        c.spec.hidden_size,
+        int(task.accumulate),
+    )
     return args, ()
 
 

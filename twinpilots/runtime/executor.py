@@ -9,15 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from twinpilots.device.base import GpuDevice
 from twinpilots.device.cpu import CpuPilot
-from twinpilots.device.memory import GpuArena, HostArena, Ledger
+from twinpilots.device.memory import GpuArena, HostArena, Ledger, Tier
 from twinpilots.errors import DeviceLostError
-from twinpilots.model.spec import ModelSpec
+from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.memory import gpu_layout_bytes, host_layout_bytes
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.schedule import expand
@@ -28,10 +28,11 @@ from twinpilots.runtime.layout import Layout, lay_out, page_bytes
 from twinpilots.runtime.program import ENTRY, EVENT_START, Meta, Op, Space, address
 from twinpilots.runtime.stats import BusySeconds, BytesMoved, PassReport, WeightShares
 from twinpilots.runtime.weights import OFFSET_MASK, TensorSource, load_weights
+from twinpilots.stats.tracker import OpTime
 
 NUM_EVENTS = 1 << 16
 PASS_TIMEOUT_S = 600.0
-GPU_QUEUES: tuple[Queue, ...] = ("gpu", "link_in", "link_out")
+GPU_QUEUES: tuple[Literal["gpu", "link_in", "link_out"], ...] = ("gpu", "link_in", "link_out")
 
 
 @dataclass
@@ -42,6 +43,19 @@ class _Placed:
     insns: dict[Queue, int]
     traces: dict[Queue, tuple[int, int]]
     shares: WeightShares
+    linears: tuple[_Linears, ...]
+
+
+@dataclass(frozen=True)
+class _Linears:
+    """The instructions of one queue that are linears of one kind over the same rows: one history record per pass."""
+
+    queue: Literal["cpu", "gpu"]
+    key: str
+    mb: int
+    logit_rows: bool
+    indices: np.ndarray
+    elements: float
 
 
 class PassRunner(Protocol):
@@ -54,7 +68,7 @@ class Executor:
     """One plan, loaded: ``execute`` runs one `StepBatch` and returns its logits. Close it, or use it as a context manager."""
 
     def __init__(
-        self, spec: ModelSpec, plan: Plan, pilot: CpuPilot, gpu: GpuDevice | None, source: TensorSource, *, limits: Mapping[str, int] | None = None,
+        self, spec: ModelSpec, plan: Plan, pilot: CpuPilot, gpu: GpuDevice | None, source: TensorSource, *, limits: Mapping[Tier, int] | None = None,
         poison: bool = False, runner: PassRunner | None = None, progress: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
         plan.check(spec)
@@ -73,8 +87,9 @@ class Executor:
         load_weights(spec, plan, source, self.host_layout, self.host, self.gpu_layout, write, progress)
         self._compiler = Compiler(spec, plan, self.host_layout, self.gpu_layout)
         self._placed: dict[tuple[int, PassShape], _Placed] = {}
-        self._pass_id = 0
+        self._pass_id = self._stream_began = 0
         self._ahead: tuple[bytes, int] | None = None  # what link_in is already doing for the next pass: (stream, pass id)
+        self._last: _Placed | None = None
         self.last_report: PassReport | None = None
         self.plan_changes = 0
 
@@ -96,6 +111,7 @@ class Executor:
         began = time.perf_counter()
         self._run(placed, more)
         seconds = time.perf_counter() - began
+        self._last = placed
         self.last_report = self._report(placed, batch, seconds)
         num_logits = int(self._meta[Meta.NUM_LOGITS])
         base, stride = self.host_layout.buffers["logits"]
@@ -114,10 +130,12 @@ class Executor:
             if more and len(placed.program.queues["link_in"]):
                 self.gpu.submit("link_in", self._entry(placed, "link_in", self._pass_id + 1, first_pass))
                 self._ahead = (placed.program.stream, self._pass_id + 1)
-        self.pilot.run(self._entry(placed, "cpu", self._pass_id, first_pass), self.host)
-        if self.gpu:
-            self.gpu.wait("gpu", PASS_TIMEOUT_S)
-            self.gpu.wait("link_out", PASS_TIMEOUT_S)
+        try:
+            self.pilot.run(self._entry(placed, "cpu", self._pass_id, first_pass), self.host)
+        finally:  # Ctrl-C arrives when the CPU's part is done: the pass must be whole before anything of it is used again
+            if self.gpu:
+                self.gpu.wait("gpu", PASS_TIMEOUT_S)
+                self.gpu.wait("link_out", PASS_TIMEOUT_S)
 
     def _signal_start(self) -> None:
         native = self.pilot.native
@@ -189,7 +207,38 @@ class Executor:
             placed["a"][loads, 0] = address(Space.HOST, segments) + 24 * placed["a"][loads, 0]
             insns[queue] = self._put(placed)
             traces[queue] = (self._put(np.zeros(3 * len(rows), np.int64)), self._put(np.zeros(3 * len(rows), np.int64)))
-        return _Placed(program, insns, traces, weight_shares(self.spec, self.plan, program.bucket))
+        return _Placed(program, insns, traces, weight_shares(self.spec, self.plan, program.bucket), self._linears(program))
+
+    def _linears(self, program: Program) -> tuple[_Linears, ...]:
+        ops: dict[tuple[int, str], OpSpec] = {(op.layer, op.name): op for op in self.spec.ops(self.plan.unit_rows)}
+        found: dict[tuple[Literal["cpu", "gpu"], str, int, bool], tuple[list[int], list[float]]] = {}
+        queues: tuple[Literal["cpu", "gpu"], ...] = ("cpu", "gpu")
+        for queue in queues:
+            for index, task in enumerate(program.schedule.queue(queue)):
+                if task.kind in ("linear", "linear_in"):
+                    op = ops[task.layer, task.op]
+                    indices, elements = found.setdefault((queue, f"{self.spec.weight_dtype}/{op.split_dim}", max(task.mb, 0), task.logit_rows), ([], []))
+                    indices.append(index)
+                    elements.append((task.row1 - task.row0) * op.row_elements)
+        return tuple(_Linears(*key, np.array(indices), sum(elements)) for key, (indices, elements) in found.items())
+
+    def op_times(self) -> list[OpTime]:
+        """History records of the last pass: what its linears took, by device, kind and rows."""
+        placed, meta = self._last, self._meta
+        if placed is None:
+            return []
+        bounds = meta[Meta.ROWS : Meta.ROWS + 32].reshape(8, 4)
+        records = []
+        for group in placed.linears:
+            times = self._times(placed, group.queue)[group.indices]
+            tokens = int(meta[Meta.NUM_LOGITS] if group.logit_rows else bounds[group.mb, 3] - bounds[group.mb, 0])
+            seconds = float((times[:, 2] - times[:, 1]).sum()) * 1e-9
+            records.append(OpTime(device=group.queue, key=group.key, tokens=tokens, elements=group.elements, num_tasks=len(group.indices), seconds=seconds))
+        return records
+
+    def _times(self, placed: _Placed, queue: Queue) -> np.ndarray:
+        """int64 [count][3] of the last pass: wait began, work began, work ended (ns)."""
+        return self.host.view(placed.traces[queue][self._pass_id % 2], np.int64, (len(placed.program.queues[queue]), 3))
 
     def _put(self, data: np.ndarray) -> int:
         offset = self._program_area + self._program_pos
@@ -205,7 +254,7 @@ class Executor:
         for queue, insns in placed.program.queues.items():
             if not len(insns):
                 continue
-            times = self.host.view(placed.traces[queue][self._pass_id % 2], np.int64, (len(insns), 3))
+            times = self._times(placed, queue)
             work_s = (times[:, 2] - times[:, 1]) * 1e-9
             ops = insns["op"]
             copies = ops == Op.COPY

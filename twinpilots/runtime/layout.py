@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from twinpilots.device.memory import Purpose
 from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
 from twinpilots.plan.packets import ALIGN_BYTES, align
 from twinpilots.plan.plan import Plan
 from twinpilots.runtime.program import NULL, Space, address
 
-Alloc = Callable[[int, str, int], int]  # (num_bytes, purpose, alignment) -> offset
-Take = Callable[[int, str], int]
+Alloc = Callable[[int, Purpose, int], int]  # (num_bytes, purpose, alignment) -> offset
+Take = Callable[[int, Purpose], int]
 
 
 def token_buffers(spec: ModelSpec) -> dict[str, int]:
@@ -111,7 +112,7 @@ def lay_out(spec: ModelSpec, plan: Plan, space: Space, alloc: Alloc) -> Layout:
     layout = Layout(space)
     on_gpu = space == Space.GPU
 
-    def take(num_bytes: int, purpose: str) -> int:
+    def take(num_bytes: int, purpose: Purpose) -> int:
         return address(space, alloc(align(num_bytes), purpose, ALIGN_BYTES)) if num_bytes else NULL
 
     _lay_out_weights(spec, plan, layout, take)

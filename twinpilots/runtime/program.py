@@ -113,7 +113,7 @@ CONTROL = np.dtype(
         ("abi", "<u4"),
         ("abort", "<u4"),
         ("waiters", "<u4"),  # threads asleep on a futex of this arena, in all processes: who changes a word wakes sleepers only when there are any
-        ("reserved", "<u4"),
+        ("polled", "<u4"),  # not 0: a device writes event words without waking sleepers (CUDA), so nobody sleeps for long
         ("gpu", MAILBOX),
         ("link_in", MAILBOX),
         ("link_out", MAILBOX),

@@ -71,7 +71,7 @@ struct Control {
   uint32_t abi;
   uint32_t abort;
   uint32_t waiters;
-  uint32_t reserved;
+  uint32_t polled;
   Mailbox gpu;
   Mailbox link_in;
   Mailbox link_out;

@@ -57,12 +57,12 @@ TP_INLINE void prefetch_token(const KvArgs& kv, const Sequence& s, int64_t head,
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(key + i);
 }
 
-// Keys of tokens [t0, t1) of the block that starts at `base`, converted and transposed to [dim][padded_tokens]; other tokens become 0.
+// Keys of tokens [t0, t1) of the block that starts at `base`, converted and transposed to [dim][padded_tokens]. Other columns keep
+// what they held: a column's score is masked for every row that does not see its token.
 template <int D>
 static void load_keys(const KvArgs& kv, const Sequence& s, int64_t head, int64_t base, int64_t t0, int64_t t1, AttendBlock& b) {
   const int64_t dim = b.dim, ld = b.padded_tokens;
   float* staged = b.gemm;  // 4 rows; free until the product
-  if (t1 - t0 < b.padded_tokens) __builtin_memset(b.keys, 0, dim * ld * sizeof(float));
   for (int64_t t = t0 / 4 * 4; t < t1; t += 4) {
     for (int64_t i = 0; i < 4; i++) {
       float* out = staged + i * dim;

@@ -13,6 +13,7 @@ namespace tp {
 
 static constexpr int64_t SPIN_NS = 60'000;
 static constexpr int64_t SLICE_NS = 50'000'000;
+static constexpr int64_t POLLED_SLICE_NS = 10'000;  // where a device writes event words and cannot wake anybody
 static std::atomic<int64_t> g_timeout_ns{120'000'000'000};
 
 int64_t now_ns() {
@@ -69,7 +70,8 @@ int Waiter::pause(uint32_t seen) {
     return OK;
   }
   // Announce, then sleep only if the word still holds what was seen: a publisher either sees the announcement or changes the word before the kernel looks.
-  const int64_t left = limit_ >= 0 && limit_ - waited < SLICE_NS ? limit_ - waited + 1 : SLICE_NS;
+  const int64_t longest = word(&control(host_)->polled).load(std::memory_order_relaxed) ? POLLED_SLICE_NS : SLICE_NS;
+  const int64_t left = limit_ >= 0 && limit_ - waited < longest ? limit_ - waited + 1 : longest;
   const timespec slice = {0, left};
   word(&control(host_)->waiters).fetch_add(1, std::memory_order_seq_cst);
   futex(address_, FUTEX_WAIT, seen, &slice);

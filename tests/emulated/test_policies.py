@@ -1,0 +1,126 @@
+"""Every policy, through the public interface, on a GPU with room for a third of the model: the tokens of transformers, and a policy is what it says it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import zoo
+from tests.emulated.conftest import ZooModel
+from tests.harness import NUM_TOKENS, PROMPTS, SavedModel, log_softmax, relative_rms
+from twinpilots import LLM, SamplingParams
+from twinpilots.errors import LimitError
+from twinpilots.plan.memory import plan_memory
+from twinpilots.plan.plan import POLICIES, Plan
+from twinpilots.session import Session
+
+pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("balanced_machine")]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=-1)
+UNIT_ROWS = 8
+
+
+def open_llm(model: SavedModel, policy: str, gpu_memory: int | str | None = None, **options: Any) -> LLM:
+    given = {"device": "emulated:demo", "unit_rows": UNIT_ROWS, "max_num_seqs": 3} | options
+    return LLM(str(model.path), policy=policy, gpu_memory=model.third_bytes if gpu_memory is None else gpu_memory, **given)
+
+
+def generate(llm: LLM) -> tuple[list[tuple[int, ...]], list[np.ndarray]]:
+    """(token ids, logprobs [tokens, vocab]) of every prompt."""
+    outputs = [request.outputs[0] for request in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+    rows = [np.array([[named[token].logprob for token in range(llm.spec.vocab_size)] for named in output.logprobs or ()]) for output in outputs]
+    return [output.token_ids for output in outputs], rows
+
+
+def assert_as_reference(model: SavedModel, llm: LLM, tolerance: float = 1e-4) -> None:
+    tokens, logprobs = generate(llm)
+    if tolerance <= 1e-4:
+        model.assert_tokens(tokens)
+    for found, (_, reference) in zip(logprobs, model.references, strict=True):
+        assert relative_rms(found[0], log_softmax(reference[0])) < tolerance
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Plan]]:
+    """The plan of every pass that ran."""
+    seen: list[Plan] = []
+    execute = Session.execute
+
+    def counted(self: Session, batch: Any, *, more: bool) -> np.ndarray:
+        seen.append(self.plan)
+        return execute(self, batch, more=more)
+
+    monkeypatch.setattr(Session, "execute", counted)
+    yield seen
+
+
+def not_resident_bytes(model: SavedModel, plan: Plan) -> int:
+    splits = plan.buckets[0].splits
+    return sum((op.rows - splits[op.layer][op.name].resident) * op.row_bytes for op in model.spec.ops(plan.unit_rows))
+
+
+def assert_is_what_it_says(policy: str, model: SavedModel, llm: LLM, passes: list[Plan]) -> None:
+    stats, plan = llm.stats(), llm.plan
+    frac, busy, moved = stats["weights_frac"], stats["busy_s"], stats["bytes"]
+    splits = [split for bucket in plan.buckets for layer in bucket.splits for split in layer.values()]
+    assert sum(frac.values()) == pytest.approx(1.0)
+    assert (stats["policy"], stats["emulated"]) == (policy, True)
+    if policy == "stream":
+        assert frac["cpu"] == busy["cpu"] == 0
+        assert moved["link_weights"] == sum(not_resident_bytes(model, each) for each in passes) > 0
+    if policy == "cpu":
+        assert frac["cpu"] == 1
+        assert busy["gpu"] == busy["link"] == sum(moved.values()) == stats["peak_bytes"]["gpu"] == 0
+    if policy == "layer-split":
+        assert moved["link_weights"] == frac["streamed"] == 0
+        for bucket in plan.buckets:
+            for layer in bucket.splits:
+                assert len({(split.resident == split.rows, split.cpu == split.rows) for split in layer.values()}) == 1, "whole layers"
+    if policy == "twinpilots":
+        assert all(split.rows in (split.resident, split.streamed, split.cpu) for split in splits), "whole ops"
+    if policy == "flexgen":
+        assert frac["cpu"] == 0
+    if policy == "hetegen":
+        assert min(frac["streamed"], frac["cpu"], busy["cpu"], busy["gpu"]) > 0
+    if policy == "resident":
+        assert (frac["resident"], moved["link_weights"], busy["cpu"]) == (1.0, 0, 0.0)
+
+
+def assert_memory_as_planned(model: SavedModel, llm: LLM, limit_bytes: int) -> None:
+    use, peak = plan_memory(model.spec, llm.plan), llm.stats()["peak_bytes"]
+    assert peak["gpu"] <= limit_bytes
+    if llm.stats()["plan_changes"] == 0:
+        assert peak == {"gpu": use.gpu.total, "host": use.host.total}
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "resident"])
+@pytest.mark.parametrize("family", sorted(zoo.FAMILIES))
+def test_tokens_and_nature_of_every_policy(family: str, policy: str, zoo_model: ZooModel, passes: list[Plan]) -> None:
+    model = zoo_model(family, seed=0)
+    with open_llm(model, policy) as llm:
+        assert_as_reference(model, llm)
+        assert_is_what_it_says(policy, model, llm, passes)
+        assert_memory_as_planned(model, llm, model.third_bytes)
+
+
+@pytest.mark.parametrize("family", sorted(zoo.FAMILIES))
+def test_resident_refuses_what_does_not_fit_and_names_what_would(family: str, zoo_model: ZooModel, passes: list[Plan]) -> None:
+    model = zoo_model(family, seed=0)
+    with pytest.raises(LimitError, match="policy resident needs at least") as refused:
+        open_llm(model, "resident").close()
+    enough = named_limit(refused.value)
+    with open_llm(model, "resident", enough) as llm:
+        assert_as_reference(model, llm)
+        assert_is_what_it_says("resident", model, llm, passes)
+
+
+def named_limit(error: LimitError) -> str:
+    """The size that the message says would do."""
+    message = str(error)
+    assert "\n" not in message
+    found = re.search(r"--gpu-memory to (\d+[KMG]iB)", message)
+    assert found, message
+    return found.group(1)

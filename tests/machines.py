@@ -1,0 +1,32 @@
+"""Round-numbered machines for tests of the planner's arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from twinpilots.hardware.profile import ComputeProfile, HardwareProfile, LinkProfile, roofline_curve
+
+LINK = LinkProfile(up_bytes_per_s=1e6, down_bytes_per_s=5e5, packet_s=1e-3, copy_s=2e-3, handoff_s=0.0)
+
+
+def processor(read: float, flops: float, **changes: Any) -> ComputeProfile:
+    curves = {f"{dtype}/{dim}": roofline_curve(size, read, flops) for dtype, size in (("fp32", 4), ("bf16", 2), ("fp16", 2)) for dim in ("out", "in")}
+    plain = ComputeProfile(
+        name="test", linear=curves, attention_bytes_per_s=read, attention_flops_per_s=flops, elementwise_bytes_per_s=read, task_s=1e-3, read_bytes_per_s=read,
+        flops_per_s=flops,
+    )  # fmt: skip
+    return replace(plain, **changes)
+
+
+def machine(cpu: ComputeProfile | None = None, gpu: ComputeProfile | None = None, link: LinkProfile = LINK, **changes: Any) -> HardwareProfile:
+    """A CPU of 2 MB/s and 8 MFLOP/s beside a GPU ten times as fast, unless given."""
+    plain = HardwareProfile(
+        name="test", source="made up", cpu=cpu or processor(2e6, 8e6), gpu=gpu or processor(2e7, 8e7), link=link, host_memory_bytes=1 << 30,
+        gpu_memory_bytes=1 << 24, dram_bytes_per_s=4e6, cpu_cores=2,
+    )  # fmt: skip
+    return replace(plain, **changes)
+
+
+def without_gpu(profile: HardwareProfile) -> HardwareProfile:
+    return replace(profile, gpu=None, link=None, gpu_memory_bytes=0)
