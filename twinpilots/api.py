@@ -61,6 +61,7 @@ class LLM:
         with Progress("converting", unit="tensors") as bar:  # shown only for a GGUF file's first time
             self._checkpoint = open_checkpoint(located, dtype=dtype, strict=strict, progress=bar.show)
         self._session: Session | None = None
+        self._earlier_peak_bytes: dict[Literal["gpu", "host"], int] = {"gpu": 0, "host": 0}
         try:
             self.spec = self._checkpoint.spec
             self.tokenizer = load_tokenizer(located, self._checkpoint, override=tokenizer)
@@ -89,10 +90,12 @@ class LLM:
         """Sums over all passes since this LLM was made, loading excluded (design section 6)."""
         session = self._open_session
         plan_bound, hardware_bound = self._planner.bounds(self._workload)
-        ledger = session.executor.ledger
-        return session.stats.as_dict(
-            peak_gpu_bytes=ledger.peak("gpu"), peak_host_bytes=ledger.peak("host"), plan_bound=plan_bound, hardware_bound=hardware_bound
-        )
+        peaks = self._peak_bytes()
+        return session.stats.as_dict(peak_gpu_bytes=peaks["gpu"], peak_host_bytes=peaks["host"], plan_bound=plan_bound, hardware_bound=hardware_bound)
+
+    def _peak_bytes(self) -> dict[Literal["gpu", "host"], int]:
+        """The most that any plan's session has held, this one's included."""
+        return {tier: max(before, self._open_session.executor.ledger.peak(tier)) for tier, before in self._earlier_peak_bytes.items()}
 
     # -- generating ----------------------------------------------------------------------------------------------------------------------
 
@@ -241,7 +244,7 @@ class LLM:
     def _load(self, plan: Plan) -> None:
         stats = None
         if self._session is not None:
-            stats = self._session.stats
+            stats, self._earlier_peak_bytes = self._session.stats, self._peak_bytes()
             stats.plan_changes += 1
             self._session.close()
             self._session = None

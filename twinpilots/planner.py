@@ -41,7 +41,7 @@ class Planner:
     def __init__(self, config: EngineConfig, spec: ModelSpec, profile: HardwareProfile, fingerprint: str) -> None:
         self.config, self.spec, self.profile, self.fingerprint = config, spec, profile, fingerprint
         self.limits = limits_of(config, profile)
-        self._solved: dict[Workload, Solution] = {}
+        self._solved: dict[tuple[Workload, bool], Solution] = {}  # by workload, and whether all policies were compared
         self._estimators: dict[tuple[int, PassShape], tuple[BucketPlan, PassEstimator]] = {}
         self._predicted: dict[tuple[int, PassLoad], float] = {}
         self._tracker = Tracker(profile)
@@ -60,16 +60,16 @@ class Planner:
             return self._frozen_plan(workload)
         return self.solve(workload).plan
 
-    def solve(self, workload: Workload) -> Solution:
-        """The solution for a workload, remembered."""
-        if workload not in self._solved:
+    def solve(self, workload: Workload, *, compare: bool = False) -> Solution:
+        """The solution for a workload, remembered. ``compare`` prices all other policies too (``auto`` always does): bounds over all their choices need it."""
+        key = workload, compare or self.config.policy == "auto"
+        if key not in self._solved:
             config = self.config
-            self._solved[workload] = solve(
+            self._solved[key] = solve(
                 self.spec, self.profile, workload, self.limits, policy=cast(Policy, config.policy), unit_rows=config.unit_rows,
-                kv_dtype=cast(Any, config.kv_dtype),
-                max_model_len=config.max_model_len,
+                kv_dtype=cast(Any, config.kv_dtype), max_model_len=config.max_model_len, compare=key[1],
             )  # fmt: skip
-        return self._solved[workload]
+        return self._solved[key]
 
     def better_plan(self, current: Plan, workload: Workload, load_s: float, gain: float) -> Plan | None:
         """Another plan that does ``workload`` in at most ``gain`` of the current one's time, its loading included; or, when the current one cannot
@@ -85,7 +85,7 @@ class Planner:
     def bounds(self, workload: Workload) -> tuple[float | None, float | None]:
         """(plan bound, hardware bound) in tokens/s for a workload under these limits; None where it cannot run at all."""
         try:
-            prediction = self.solve(workload).prediction
+            prediction = self.solve(workload, compare=True).prediction
         except LimitError:
             return None, None
         return prediction.plan_bound, prediction.hardware_bound

@@ -21,6 +21,7 @@ from twinpilots.session import Session
 pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("balanced_machine")]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=-1)
 UNIT_ROWS = 8
+ROUNDING_BYTES = 128  # of the host arena, left at its end
 
 
 def open_llm(model: SavedModel, policy: str, gpu_memory: int | str | None = None, **options: Any) -> LLM:
@@ -90,10 +91,12 @@ def assert_is_what_it_says(policy: str, model: SavedModel, llm: LLM, passes: lis
 
 
 def assert_memory_as_planned(model: SavedModel, llm: LLM, limit_bytes: int) -> None:
-    use, peak = plan_memory(model.spec, llm.plan), llm.stats()["peak_bytes"]
-    assert peak["gpu"] <= limit_bytes
-    if llm.stats()["plan_changes"] == 0:
-        assert peak == {"gpu": use.gpu.total, "host": use.host.total}
+    stats = llm.stats()
+    use, peak = plan_memory(model.spec, llm.plan), stats["peak_bytes"]
+    assert use.gpu.total <= peak["gpu"] <= limit_bytes
+    if stats["plan_changes"] == 0:
+        assert peak["gpu"] == use.gpu.total
+        assert 0 <= use.host.total - peak["host"] <= ROUNDING_BYTES
 
 
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "resident"])

@@ -24,7 +24,9 @@ LEVELS = {
     "commands": 5, "benchmarks": 5, "demo": 5, "cli": 5, "__main__": 5,
 }  # fmt: skip
 # How plans are found and reported: the running half takes a finished Plan, and a `replan` callable from above.
-FINDS_PLANS = ("plan.solver", "plan.policies", "plan.program", "plan.report", "plan.draft", "plan.bounds", "plan.pricing", "plan.problem", "plan.terms")
+FINDS_PLANS = (
+    "plan.solver", "plan.auto", "plan.policies", "plan.program", "plan.report", "plan.draft", "plan.bounds", "plan.pricing", "plan.problem", "plan.terms",
+)  # fmt: skip
 PURE = ("model.spec", "model.families", "model.config_reader", "model.rope", "hardware.profile", "plan", "stats")
 IMPURE = {"torch", "transformers", "time", "datetime", "subprocess", "threading", "multiprocessing", "socket"}
 # Heavy packages may be imported inside functions only, so that starting is quick; torch at the top of the modules that are torch.

@@ -1,6 +1,6 @@
 """The offline profiler: measures on the real devices what the planner needs, through the executor's own queues.
 
-Owns the experiments and their arithmetic. Every rate is the median of repeated runs with weights that cycle through more memory than the caches
+Owns the experiments and their arithmetic. Every rate is the lower quartile of repeated runs, with weights that cycle through more memory than the caches
 hold. Knows nothing of plans; `store.py` keeps the result.
 """
 
@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import cache
 from typing import Literal
 
 import numpy as np
 
 from twinpilots.device.base import GpuDevice
-from twinpilots.device.cpu import CpuPilot
+from twinpilots.device.cpu import CpuPilot, choose_cores
 from twinpilots.device.memory import host_memory_available_bytes
 from twinpilots.hardware.profile import ComputeProfile, Curve, HardwareProfile, LinkProfile
 from twinpilots.hardware.rig import Rig, instruction, work_s
@@ -28,6 +29,9 @@ Side = Literal["cpu", "gpu"]
 FULL_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUICK_GRID = (1, 4, 16, 64, 256)
 MIN_RUNS = 3
+PEAK_MS = 8  # short, so that some of the runs are not interrupted by a neighbour
+PEAK_RUNS = 12
+SLOWDOWN_RUNS = 5
 CACHE_BYTES = 40 << 20  # more than the L3 of a desktop processor: weights must come from DRAM, as in a real pass
 FILL = {"fp32": 0x3C, "bf16": 0x3C, "fp16": 0x2C}  # bytes that make ordinary small numbers in each format
 
@@ -96,9 +100,11 @@ class _Bench:
                 count -= cycle
             count = max(min(cycle, len(rows)), count)
             self.rig.set_tokens(tokens)
-            seconds = _median_s(lambda count=count: float(work_s(self.run(rows[:count])).sum()), runs_s)  # type: ignore[misc]
+            seconds = _typical_s(lambda count=count: float(work_s(self.run(rows[:count])).sum()), runs_s)  # type: ignore[misc]
             per_weight.append(seconds / sum(elements[:count]))
-        return Curve(x=tuple(float(t) for t in grid), y=tuple(per_weight))
+        # More tokens never take less time: where they seem to, a neighbour was busy at the smaller count.
+        monotone = np.minimum.accumulate(per_weight[::-1])[::-1]
+        return Curve(x=tuple(float(t) for t in grid), y=tuple(float(y) for y in monotone))
 
     def norm(self) -> tuple[object, ...]:
         """A small instruction that every interpreter runs alike."""
@@ -110,7 +116,7 @@ class _Bench:
         tokens, hidden = self.tokens, self.spec.hidden_size
         self.rig.set_tokens(tokens)
         row = self.norm()
-        return 8.0 * tokens * hidden / _median_s(lambda: float(np.median(work_s(self.run([row] * 5)))), 0.02)
+        return 8.0 * tokens * hidden / _typical_s(lambda: float(np.median(work_s(self.run([row] * 5)))), 0.02)
 
     def task_s(self) -> float:
         """Fixed cost of a task: the time of a one-row norm, dispatch between instructions included."""
@@ -121,7 +127,7 @@ class _Bench:
             trace = self.run([row] * 100)
             return float(trace[-1, 2] - trace[0, 0]) * 1e-9 / 100
 
-        return _median_s(per_task, 0.02)
+        return _typical_s(per_task, 0.02)
 
     def attention(self, kv_dtype: str) -> tuple[float, float]:
         """(KV bytes per second of decode attention, FLOPs per second of prefill attention), through pages in the weight region."""
@@ -133,10 +139,10 @@ class _Bench:
         layers = max(1, min(32, self.weight_bytes // layer_bytes))
         self.rig.set_sequences([(1, context)] * num_seqs, page)
         rows = [self._attend(self.weights + layer * layer_bytes, token_bytes * page, page, kv_dtype) for layer in range(layers)]
-        decode_s = _median_s(lambda: float(work_s(self.run(rows)).sum()), 0.1)
+        decode_s = _typical_s(lambda: float(work_s(self.run(rows)).sum()), 0.1)
         query = min(256, self.tokens, context)
         self.rig.set_sequences([(query, query)], page)
-        prefill_s = _median_s(lambda: float(work_s(self.run(rows[:1])).sum()), 0.1)
+        prefill_s = _typical_s(lambda: float(work_s(self.run(rows[:1])).sum()), 0.1)
         return layers * layer_bytes / decode_s, spec.attention_flops(1, query * (query + 1) / 2) / prefill_s
 
     def _attend(self, kv: int, page_stride: int, page: int, kv_dtype: str) -> tuple[object, ...]:
@@ -154,13 +160,16 @@ def _gpu_budget(gpu: GpuDevice | None) -> int:
     return 0 if gpu is None else min(gpu.memory_bytes, 1 << 30)
 
 
-def _median_s(experiment: Callable[[], float], budget_s: float) -> float:
-    """The median of at least MIN_RUNS and at most 9 runs of an experiment that returns seconds, within a time budget after those."""
+def _typical_s(experiment: Callable[[], float], budget_s: float) -> float:
+    """The lower quartile of at least MIN_RUNS and at most 9 runs of an experiment that returns seconds, within a time budget after those.
+
+    Neighbours on a shared box only ever add time, so the lower part of the runs says more about the machine than their middle.
+    """
     began = time.perf_counter()
     found: list[float] = []
     while len(found) < MIN_RUNS or (len(found) < 9 and time.perf_counter() - began < budget_s):
         found.append(experiment())
-    return float(np.median(found))
+    return float(np.quantile(found, 0.25, method="lower"))
 
 
 def measure(
@@ -192,13 +201,16 @@ def measure(
             link = _measure_link(rig, spec)
             sides = _with_contention(rig, benches, sides)
         step_s = _measure_step(rig, benches)
-    dram = sides["cpu"].read_bytes_per_s
+    # What DRAM gives is at least what all cores read, and what the pilot reads beside a busy link together with what the link takes.
+    dram = cpu_peaks(len(choose_cores(gpu=False, emulated=False).pilot))[0]
+    if link is not None:
+        dram = max(dram, sides["cpu"].read_bytes_per_s / sides["cpu"].copy_slowdown + link.up_bytes_per_s)
     return HardwareProfile(
         name=f"this machine ({gpu.name})" if gpu else "this machine",
         source=f"measured {date.today().isoformat()}, {'quick' if quick else 'full'} profile, model widths of {spec.name}",
         cpu=sides["cpu"], gpu=sides.get("gpu"), link=link, host_memory_bytes=host_memory_available_bytes(),
         gpu_memory_bytes=gpu.memory_bytes if gpu else 0, gpu_overhead_bytes=gpu.overhead_bytes if gpu else 0,
-        dram_bytes_per_s=dram * (1.0 if not gpu else 1.3), cpu_cores=pilot.threads, emulated=bool(gpu and gpu.emulated), step_overhead_s=step_s,
+        dram_bytes_per_s=dram, cpu_cores=pilot.threads, emulated=bool(gpu and gpu.emulated), step_overhead_s=step_s,
     )  # fmt: skip
 
 
@@ -214,6 +226,7 @@ def _measure_compute(bench: _Bench, grid: Sequence[int], budget_s: float, kv_dty
     )  # fmt: skip
 
 
+@cache
 def cpu_peaks(threads: int) -> tuple[float, float]:
     """(DRAM read bytes/s, FMA FLOP/s) of ``threads`` cores, by routines that share nothing with our kernels."""
     native = load_native()
@@ -222,7 +235,8 @@ def cpu_peaks(threads: int) -> tuple[float, float]:
     data = np.ones(CACHE_BYTES * 2, np.uint8)
     pool = native.pool_create(threads)
     try:
-        return native.read_rate(data, pool=pool), native.fma_rate(pool=pool)
+        read_rates = [native.read_rate(data, pool=pool, duration_ms=PEAK_MS) for _ in range(PEAK_RUNS)]
+        return max(read_rates), max(native.fma_rate(pool=pool, duration_ms=PEAK_MS) for _ in range(PEAK_RUNS))
     finally:
         native.pool_destroy(pool)
 
@@ -232,8 +246,8 @@ def _torch_cpu_peaks(threads: int) -> tuple[float, float]:
 
     torch.set_num_threads(threads)
     big, square = torch.ones(16 << 20), torch.ones(512, 512)
-    read_s = _median_s(lambda: _timed(lambda: big.sum()), 0.1)
-    gemm_s = _median_s(lambda: _timed(lambda: square @ square), 0.1)
+    read_s = _typical_s(lambda: _timed(lambda: big.sum()), 0.1)
+    gemm_s = _typical_s(lambda: _timed(lambda: square @ square), 0.1)
     return big.numel() * 4 / read_s, 2 * 512**3 / gemm_s
 
 
@@ -253,7 +267,7 @@ def _cuda_peaks(dtype: str) -> tuple[float, float]:
 
         return _timed(finish)
 
-    return big.numel() * 4 / _median_s(lambda: on_gpu(big.sum), 0.2), 2 * 4096**3 / _median_s(lambda: on_gpu(lambda: square @ square), 0.2)
+    return big.numel() * 4 / _typical_s(lambda: on_gpu(big.sum), 0.2), 2 * 4096**3 / _typical_s(lambda: on_gpu(lambda: square @ square), 0.2)
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -279,10 +293,9 @@ def _measure_link(rig: Rig, spec: ModelSpec) -> LinkProfile:
             trace = rig.run({"link_in": rows})["link_in"]
             return float(trace[-1, 2] - trace[3, 2]) * 1e-9 / (len(rows) - 4)  # steady state: the link carries its deadline over from packet to packet
 
-        return _median_s(per_load, 0.05)
+        return _typical_s(per_load, 0.05)
 
-    small_s, big_s = load_s(small), load_s(big)
-    rate = (big - small) / max(big_s - small_s, 1e-9)
+    rate = big / load_s(big)
     columns, rows = spec.hidden_size, 64
     near, far = rig.alloc_gpu(4 * columns * rows), rig.alloc_host(4 * columns * rows)
 
@@ -290,12 +303,12 @@ def _measure_link(rig: Rig, spec: ModelSpec) -> LinkProfile:
         rig.set_tokens(tokens)
         ends = (far, columns, near, columns) if down else (near, columns, far, columns)
         row = instruction(Op.COPY, (*ends, columns, int(down)))
-        return _median_s(lambda: float(np.median(work_s(rig.run({"gpu": [row] * 20})["gpu"]))), 0.02)
+        return _typical_s(lambda: float(np.median(work_s(rig.run({"gpu": [row] * 20})["gpu"]))), 0.02)
 
     down_s = copy_s(rows, True)
     copy_fixed_s = max(copy_s(1, True) - 4 * columns / rate, 1e-7)
     return LinkProfile(
-        up_bytes_per_s=rate, down_bytes_per_s=4 * columns * (rows - 1) / max(down_s - copy_s(1, True), 1e-9), packet_s=max(small_s - small / rate, 0.0),
+        up_bytes_per_s=rate, down_bytes_per_s=4 * columns * (rows - 1) / max(down_s - copy_s(1, True), 1e-9), packet_s=max(load_s(small) - small / rate, 0.0),
         copy_s=copy_fixed_s, handoff_s=_handoff_s(rig, near, far, columns),
     )  # fmt: skip
 
@@ -314,7 +327,7 @@ def _handoff_s(rig: Rig, near: int, far: int, columns: int) -> float:
         total_s = float(traces["cpu"][-1, 2] - traces["gpu"][0, 1]) * 1e-9
         return max(0.0, total_s - float(work_s(traces["gpu"]).sum() + work_s(traces["cpu"]).sum())) / (2 * turns)
 
-    return _median_s(per_handoff, 0.1)
+    return _typical_s(per_handoff, 0.1)
 
 
 def _with_contention(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, ComputeProfile]) -> dict[Side, ComputeProfile]:
@@ -325,7 +338,7 @@ def _with_contention(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, Co
     for side, bench in benches.items():
         rig.set_tokens(4)
         rows, _ = bench.linears("out")
-        alone_s = _median_s(lambda rows=rows, side=side: float(work_s(rig.run({side: rows})[side]).sum()), 0.05)  # type: ignore[misc]
+        alone_s = _typical_s(lambda rows=rows, side=side: float(work_s(rig.run({side: rows})[side]).sum()), 0.05)  # type: ignore[misc]
         per_load_s = big / 2e9
         loads = _loads(rig, big, max(4, int(1.5 * alone_s / per_load_s)), target, source)
 
@@ -336,7 +349,7 @@ def _with_contention(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, Co
             together = work_s(traces[side])
             return float(together[busy].sum() / alone[busy].sum()) if busy.any() else 1.0
 
-        found[side] = replace(sides[side], copy_slowdown=max(1.0, _median_s(beside, 0.1)))
+        found[side] = replace(sides[side], copy_slowdown=max(1.0, float(np.median([beside() for _ in range(SLOWDOWN_RUNS)]))))
     return found
 
 
@@ -346,4 +359,4 @@ def _measure_step(rig: Rig, benches: dict[Side, _Bench]) -> float:
     row: dict[Queue, list[tuple[object, ...]]] = {}
     for side, bench in benches.items():
         row[side] = [bench.norm()]
-    return _median_s(lambda: _timed(lambda: rig.run(dict(row))), 0.05)
+    return _typical_s(lambda: _timed(lambda: rig.run(dict(row))), 0.05)

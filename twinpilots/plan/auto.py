@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from twinpilots.plan.draft import Draft, Residency, chunk_choices, fill_resident, most_sequences, nothing_resident, pages_of, ring_rule, split_of
+from twinpilots.plan.draft import Draft, Residency, chunk_choices, most_sequences, nothing_resident, pages_of, ring_rule, split_of
 from twinpilots.plan.memory import plan_memory
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Split
 from twinpilots.plan.pricing import prefill_shape, price_phase
-from twinpilots.plan.problem import Problem, no_cpu
+from twinpilots.plan.problem import Place, Problem, fill, no_cpu, sized
 from twinpilots.plan.program import Machine, PhaseTerms, Program, Shares, solve_program
 from twinpilots.plan.terms import Choice, MeanPass, decode_pass, planned_phases, planned_terms, prefill_pass
 
@@ -76,7 +76,7 @@ def _varied(ranked: list[tuple[Draft, Choice]]) -> list[tuple[Draft, Choice]]:
 
 def _even(problem: Problem, trial: Trial) -> Trial | None:
     """The trial with all ops treated alike: the same resident share of each, and the program's mean CPU share."""
-    residency = _filled(problem, trial.draft, dict.fromkeys(problem.ops, 1.0))
+    residency = fill(problem, trial.draft)
     shares: dict[Phase, Mapping[str, float]] = {}
     for phase, share in trial.shares.items():
         total = sum(op.weight_bytes for op in problem.ops.values())
@@ -161,16 +161,25 @@ def _round(problem: Problem, draft: Draft, shares: Shares) -> Trial | None:
     """Whole sequences on the GPU, whole units resident; None when the rounding breaks a limit."""
     draft = replace(draft, gpu_seqs=draft.num_seqs if draft.gpu_seqs else int(draft.num_seqs * shares.gpu_kv + 1e-6))
     trial = Trial(
-        draft=draft, residency=_filled(problem, draft, shares.resident),
+        draft=draft, residency=fill(problem, draft, shares.resident),
         shares={"prefill": shares.phases[0].cpu, "decode": shares.phases[1].cpu}, scale={"prefill": 1.0, "decode": 1.0},
     )  # fmt: skip
     return trial if problem.fits(trial.plan(problem)) else None
 
 
-def _filled(problem: Problem, draft: Draft, target: Mapping[str, float]) -> Residency:
-    empty = problem.plan(draft, nothing_resident(problem.spec, problem.ops), no_cpu)
-    budget = problem.limits.gpu_bytes - plan_memory(problem.spec, empty).gpu.total
-    return fill_resident(problem.spec, problem.ops, max(0, budget), target) if budget > 0 else nothing_resident(problem.spec, problem.ops)
+def least_memory(problem: Problem) -> tuple[tuple[Draft, Place], ...]:
+    """The plans that need least: KV wholly on the host or on the GPU, rows resident that then need no host memory (a tied head's do) first, the rest streamed."""
+    wanted = {name: 0.0 if problem.spec.tied and op.layer < 0 else 1.0 for name, op in problem.ops.items()}
+
+    def place(problem: Problem, draft: Draft, count: int) -> Plan:
+        draft = sized(draft, count, count if draft.gpu_seqs else 0)
+        return problem.plan(draft, fill(problem, draft, wanted), no_cpu)
+
+    bases = [
+        Draft(policy="auto", num_seqs=1, gpu_seqs=gpu_seqs, pass_tokens=1, micro_batches={"prefill": 1, "decode": 1}, uses_cpu=not gpu_seqs)
+        for gpu_seqs in (0, 1)
+    ]  # fmt: skip
+    return tuple((base, place) for base in bases)
 
 
 # -- coordinate search -----------------------------------------------------------------------------------------------------------------------

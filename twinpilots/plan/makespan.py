@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 MAX_OPERATIONS = 64
 TOLERANCE = 5e-7  # relative; half of what is promised, the rest is for rounding
 LIST_LENGTHS = (1 << 9, 1 << 13, 1 << 17, 1 << 20)
+FEW = 16  # a list this many times shorter than allowed is worth continuing
 Floats = NDArray[np.float64]
 Masks = NDArray[np.uint64]
 
@@ -146,20 +147,25 @@ class _Problem:
 
     def _proven(self, halves: tuple[NDArray[np.intp], NDArray[np.intp]], length: int) -> bool:
         """Improve the answer with lists of this length; whether nothing can be better by more than the tolerance."""
-        left, right = (self._states(half, length) for half in halves)
+        left = self._states(halves[0], length)
+        if len(left.cpu) * FEW <= length:  # few states go on through the other half: the bound then knows them, a list of its own would not
+            left, right = self._states(halves[1], length, left, halves[0]), _States()
+            halves = (np.concatenate(halves), halves[1][:0])
+        else:
+            right = self._states(halves[1], length)
         self._join(left, right, halves)
         self._polish()
         return self.best <= self.lower * (1 + TOLERANCE) or _loss(left, right) <= TOLERANCE * self.best
 
-    def _states(self, half: NDArray[np.intp], length: int) -> _States:
-        """The list of one half: the operations far from the even ratio first, since the bound decides most of those at once."""
-        states = _States()
-        by_size = sorted(range(len(half)), key=lambda i: -self.weight[half[i]])
+    def _states(self, half: NDArray[np.intp], length: int, states: _States | None = None, before: NDArray[np.intp] | None = None) -> _States:
+        """The list of one half, large operations first; or ``states`` of the operations ``before``, continued through it."""
+        states, before = states or _States(), half[:0] if before is None else before
         rest = np.ones(len(self.cpu), bool)
-        for i in by_size:
+        rest[before] = False
+        for i in sorted(range(len(half)), key=lambda i: -self.weight[half[i]]):
             item = half[i]
             rest[item] = False
-            _extend(states, float(self.cpu[item]), float(self.gpu[item]), np.uint64(1 << i))
+            _extend(states, float(self.cpu[item]), float(self.gpu[item]), np.uint64(1 << (len(before) + i)))
             bound = _Frontier(self.cpu[rest], self.gpu[rest]).bound(states.cpu + self.base[0], states.gpu + self.base[1])
             states.keep(bound < self.best * (1 - TOLERANCE / 4))
             _thin(states, length)

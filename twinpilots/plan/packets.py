@@ -56,5 +56,5 @@ def _streamed_pieces(spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> Iterato
 
 def smallest_ring(spec: ModelSpec, unit_rows: int, packet_bytes: int, depth: int) -> int:
     """Bytes of a ring that holds ``depth`` packets of any bucket."""
-    largest_unit = max(op.unit_rows * op.row_bytes for op in spec.ops(unit_rows))
+    largest_unit = max(min(op.unit_rows, op.rows) * op.row_bytes for op in spec.ops(unit_rows))
     return depth * align(max(packet_bytes, align(largest_unit)))

@@ -12,14 +12,14 @@ from typing import Literal
 from twinpilots.errors import LimitError, UserError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
-from twinpilots.plan.auto import improve, resolved_buckets, rounded_plans
+from twinpilots.plan.auto import improve, least_memory, resolved_buckets, rounded_plans
 from twinpilots.plan.bounds import BoundKind, pass_bound
 from twinpilots.plan.draft import PlanOptions, shortage
 from twinpilots.plan.memory import MemoryUse, plan_memory
 from twinpilots.plan.plan import POLICIES, Plan, Policy
 from twinpilots.plan.policies import RULES, build_policy, can_run
 from twinpilots.plan.pricing import Price, price_plan, waves_of
-from twinpilots.plan.problem import Problem
+from twinpilots.plan.problem import Problem, best_fit, runs_one
 from twinpilots.plan.terms import decode_pass, prefill_pass
 from twinpilots.plan.workload import Limits, Workload
 
@@ -127,17 +127,32 @@ def _named(problem: Problem, policy: Policy) -> Plan | UserError:
 def _auto(problem: Problem, named: Mapping[Policy, tuple[Plan, Price]]) -> tuple[Plan, Price] | None:
     """The best of the program's improved roundings and the named plans; None when there is neither."""
     best = max(named.values(), key=lambda pair: pair[1].tokens_per_s, default=None)
-    rounded = rounded_plans(problem) if problem.profile.gpu is not None and problem.profile.link is not None else []
-    if rounded:
-        plan = improve(problem, rounded)
+    plan = _programmed(problem)
+    if plan is not None:
         price = price_plan(problem.spec, problem.profile, problem.workload, plan)
         if best is None or price.tokens_per_s > best[1].tokens_per_s:
             best = plan, price
     return None if best is None else (best[0].with_policy("auto"), best[1])
 
 
+def _programmed(problem: Problem) -> Plan | None:
+    """The program's improved rounding; where memory is too short for its buffers, whatever fits with the least; None without a GPU, or when nothing fits."""
+    if problem.profile.gpu is None or problem.profile.link is None:
+        return None
+    rounded = rounded_plans(problem)
+    if rounded:
+        return improve(problem, rounded)
+    return next((plan for rule in least_memory(problem) if (plan := best_fit(problem, *rule)) is not None), None)
+
+
 def _nothing_fits(problem: Problem) -> LimitError:
-    return shortage(lambda limits: any(can_run(problem.within(limits), policy) for policy in RULES), problem.limits, "auto")
+    least = least_memory(problem) if problem.profile.gpu is not None else ()
+
+    def possible(limits: Limits) -> bool:
+        within = problem.within(limits)
+        return any(can_run(within, policy) for policy in RULES) or any(runs_one(within, *rule) for rule in least)
+
+    return shortage(possible, problem.limits, "auto")
 
 
 def _candidate(name: Policy, priced: Mapping[Policy, tuple[Plan, Price]], found: Mapping[Policy, Plan | UserError]) -> Candidate:

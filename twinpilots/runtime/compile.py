@@ -109,7 +109,8 @@ class Compiler:
         floats: tuple[float, ...]
         if task.kind == "load":
             packet = schedule.packets[task.packet]
-            args, floats = (int(first_segment[task.packet]), len(packet.segments), packet.num_bytes), ()
+            moved = sum(segment.num_bytes for segment in packet.segments)  # without the padding between them
+            args, floats = (int(first_segment[task.packet]), len(packet.segments), moved), ()
         else:
             args, floats = _LOWER[task.kind](self, task)
         padding = (0,) * (MAX_WAITS - len(waits))

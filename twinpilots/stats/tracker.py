@@ -54,7 +54,7 @@ class Tracker:
         """Take in the records of a pass. Records of nothing (no work, no time) are passed over."""
         for record in records:
             processor = self.offline.cpu if record.device == "cpu" else self.offline.gpu
-            if processor is None or record.seconds <= 0.0 or record.elements <= 0.0 or record.key not in processor.linear:
+            if processor is None or min(record.tokens, record.seconds, record.elements) <= 0 or record.key not in processor.linear:
                 continue
             expected_s = record.elements * processor.linear[record.key](record.tokens) + record.num_tasks * processor.task_s
             bins = self._evidence.setdefault((record.device, record.key), {})
