@@ -168,7 +168,7 @@ def _round(problem: Problem, draft: Draft, shares: Shares) -> Trial | None:
 
 
 def least_memory(problem: Problem) -> tuple[tuple[Draft, Place], ...]:
-    """The plans that need least: KV wholly on the host or on the GPU, rows resident that then need no host memory (a tied head's do) first, the rest streamed."""
+    """The plans that need least: KV all on the host or all on the GPU, resident first what then needs no host memory (a tied head does), the rest streamed."""
     wanted = {name: 0.0 if problem.spec.tied and op.layer < 0 else 1.0 for name, op in problem.ops.items()}
 
     def place(problem: Problem, draft: Draft, count: int) -> Plan:

@@ -97,7 +97,8 @@ def build_stream(problem: Problem, draft: Draft, count: int) -> Plan | None:
 def build_layer_split(problem: Problem, draft: Draft, count: int) -> Plan | None:
     """llama.cpp's ``--n-gpu-layers``: whole layers in GPU memory, the others wholly on the CPU, KV with its layer; the devices take turns.
 
-    As many as fit, counted from the end, lm_head first (llama.cpp's ``load_tensors``: ``i_gpu_start = n_layer + 1 - n_gpu_layers``, the output is layer n_layer).
+    As many as fit, counted from the end, lm_head first (llama.cpp's ``load_tensors``: ``i_gpu_start = n_layer + 1 - n_gpu_layers``;
+    the output is layer n_layer).
     """
 
     def with_layers(on_gpu: int) -> Plan:

@@ -127,10 +127,11 @@ def best_or_error(problem: Problem, base: Draft, place: Place) -> Plan:
 
 
 def runs_one(problem: Problem, base: Draft, place: Place) -> bool:
-    """Whether one sequence fits with the smallest chunk and packet: the least memory that a plan of this kind takes."""
-    *_, smallest = tight_drafts(problem, base)
-    plan = place(problem, smallest, 1)
-    return plan is not None and problem.fits(plan)
+    """Whether one sequence fits at all: with the smallest chunks, and a ring by the rule or the smallest (which takes less of the GPU, but, by its many packets'
+    instructions, more of the host)."""
+    smallest = [*list(drafts(problem, base))[-2:], *list(tight_drafts(problem, base))[-1:]]
+    plans = (place(problem, draft, 1) for draft in smallest)
+    return any(plan is not None and problem.fits(plan) for plan in plans)
 
 
 def sized(draft: Draft, count: int, gpu_seqs: int) -> Draft:
