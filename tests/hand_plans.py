@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from twinpilots.model.spec import ModelSpec
@@ -55,3 +56,20 @@ def random_plan(spec: ModelSpec, seed: int, *, unit_rows: int = 8, gpu: bool = T
         "max_pass_tokens": max_tokens, "max_model_len": spec.max_model_len, "kv_staging_pages": pages * 2 if gpu else 0,
     }  # fmt: skip
     return Plan(**(values | overrides))
+
+
+def plan_family(spec: ModelSpec, seed: int, count: int, *, unit_rows: int = 8, **overrides: Any) -> list[Plan]:
+    """Plans between which a running engine may switch: one residency and one set of sizes; splits, buckets, packets and where host KV is attended differ."""
+    rng = random.Random(seed)
+    first = random_plan(spec, seed, unit_rows=unit_rows, **overrides)
+    resident = [{name: split.resident for name, split in layer.items()} for layer in first.buckets[0].splits]
+
+    def bucket(like: BucketPlan) -> BucketPlan:
+        return replace(
+            like, splits=random_splits(spec, unit_rows, rng, resident, gpu=first.uses_gpu, cpu=first.uses_cpu), micro_batches=rng.choice([1, 1, 2, 3]),
+            host_attention=rng.choice(["cpu", "gpu"]), host_prefill_attention=rng.choice(["cpu", "gpu"]),
+        )  # fmt: skip
+
+    packets = [size for size in (600, 1000, 3000, 8000) if smallest_ring(spec, unit_rows, size, 2) <= first.ring_bytes]
+    others = [replace(first, buckets=tuple(bucket(like) for like in first.buckets), packet_bytes=rng.choice(packets)) for _ in range(count - 1)]
+    return [first, *others]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tests import zoo
+from twinpilots.device.base import GpuDevice
 from twinpilots.device.cpu import CpuPilot, choose_cores
 from twinpilots.device.emulated import EMULATED, EmulatedGpu
 from twinpilots.model.checkpoint import open_checkpoint
@@ -20,7 +21,7 @@ from twinpilots.request import SamplingParams
 from twinpilots.runtime.engine import Engine
 from twinpilots.runtime.executor import Executor
 from twinpilots.runtime.kv_cache import KvCache
-from twinpilots.runtime.scheduler import Scheduler
+from twinpilots.runtime.scheduler import GROWTH_TOKENS, Scheduler
 from twinpilots.session import longrope_switch
 
 PROMPTS = [[5, 17, 99, 3, 8, 120, 44, 7, 11, 13, 90, 21, 33], [64], [12, 12, 57, 101, 4]]
@@ -51,7 +52,13 @@ def save_with_references(family: str, seed: int, dtype: str, path: Path) -> Save
     zoo.save(family, seed, path, dtype=dtype)
     with closing(open_checkpoint(path)) as checkpoint:
         spec = checkpoint.spec
-    return SavedModel(path=path, spec=spec, references=[zoo.reference_generate(path, prompt, NUM_TOKENS) for prompt in PROMPTS])
+    return SavedModel(path=path, spec=spec, references=greedy_references(path, PROMPTS, NUM_TOKENS))
+
+
+def greedy_references(path: Path, prompts: Sequence[list[int]], n: int) -> list[tuple[list[int], np.ndarray]]:
+    """`zoo.reference_generate` of every prompt."""
+    model = zoo.load_reference(path)
+    return [zoo.greedy(model, prompt, n) for prompt in prompts]
 
 
 class Weights:
@@ -65,20 +72,23 @@ class Weights:
 
 
 class Rig:
-    """An engine on a plan; ``logits[request]`` are the rows that its tokens were chosen from."""
+    """An engine on a plan; ``logits[request]`` are the rows that its tokens were chosen from. ``device``: another GPU than the emulated one (gpu_check)."""
 
-    def __init__(self, path: Path, plan: Plan, *, adversarial_seed: int = 0, poison: bool = True, runner: Any = None) -> None:
+    def __init__(
+        self, path: Path, plan: Plan, *, adversarial_seed: int = 0, poison: bool = True, runner: Any = None, device: GpuDevice | None = None,
+        growth_tokens: int = GROWTH_TOKENS,
+    ) -> None:  # fmt: skip
         with ExitStack() as stack:
             self.checkpoint = open_checkpoint(path)
             stack.callback(self.checkpoint.close)
-            cores = choose_cores(gpu=plan.uses_gpu, emulated=plan.uses_gpu)
+            cores = choose_cores(gpu=plan.uses_gpu, emulated=plan.uses_gpu and (device is None or device.emulated))
             pilot = CpuPilot(cores=cores.pilot)
             stack.callback(pilot.close)
-            gpu = EmulatedGpu(EMULATED["demo"], cores.device, adversarial_seed=adversarial_seed) if plan.uses_gpu else None
+            gpu = (device or EmulatedGpu(EMULATED["demo"], cores.device, adversarial_seed=adversarial_seed)) if plan.uses_gpu else None
             spec = self.checkpoint.spec
             self.executor = stack.enter_context(Executor(spec, plan, pilot, gpu, Weights(self.checkpoint), poison=poison, runner=runner))
             self.kv = KvCache(plan)
-            self.scheduler = Scheduler(plan, self.kv, recompute_beyond=longrope_switch(spec))
+            self.scheduler = Scheduler(plan, self.kv, growth_tokens=growth_tokens, recompute_beyond=longrope_switch(spec))
             self.engine = Engine(self, self.scheduler, self.kv, vocab_size=spec.vocab_size)
             self.logits: dict[str, list[np.ndarray]] = {}
             self._stack = stack.pop_all()

@@ -93,9 +93,13 @@ def reference_generate(path: str | Path, prompt_ids: list[int], n: int) -> tuple
 
     The whole sequence is recomputed for every token: no cache, so longrope's change of tables applies to all of it.
     """
+    return greedy(load_reference(path), prompt_ids, n)
+
+
+def greedy(model: Any, prompt_ids: list[int], n: int) -> tuple[list[int], np.ndarray]:
+    """`reference_generate` with a model that is loaded already."""
     import torch
 
-    model = load_reference(path)
     tokens = list(prompt_ids)
     rows = []
     with torch.no_grad():

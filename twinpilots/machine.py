@@ -57,7 +57,7 @@ def open_machine(device: str, threads: int | None = None) -> Iterator[Machine]:
 
     name = resolve_device(device)
     emulated = name.startswith("emulated:")
-    gpu = _open_gpu(name)
+    gpu = open_gpu(name)
     pilot = None
     try:
         pilot = CpuPilot(threads, choose_cores(gpu=gpu is not None, emulated=emulated).pilot)
@@ -69,7 +69,8 @@ def open_machine(device: str, threads: int | None = None) -> Iterator[Machine]:
             pilot.close()
 
 
-def _open_gpu(device: str) -> GpuDevice | None:
+def open_gpu(device: str) -> GpuDevice | None:
+    """The GPU of a resolved device name, None for "cpu". DeviceUnavailableError when it is not here or torch cannot drive it."""
     if device == "cpu":
         return None
     kind, _, which = device.partition(":")

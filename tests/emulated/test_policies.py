@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from twinpilots.errors import LimitError
 from twinpilots.plan.memory import plan_memory
 from twinpilots.plan.plan import POLICIES, Plan
 from twinpilots.session import Session
+from twinpilots.units import parse_bytes
 
 pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("balanced_machine")]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=-1)
@@ -45,7 +47,7 @@ def assert_as_reference(model: SavedModel, llm: LLM, tolerance: float = 1e-4) ->
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Plan]]:
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """The plan of every pass that ran."""
     seen: list[Plan] = []
     execute = Session.execute
@@ -55,7 +57,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Plan]]:
         return execute(self, batch, more=more)
 
     monkeypatch.setattr(Session, "execute", counted)
-    yield seen
+    return seen
 
 
 def not_resident_bytes(model: SavedModel, plan: Plan) -> int:
@@ -99,6 +101,15 @@ def assert_memory_as_planned(model: SavedModel, llm: LLM, limit_bytes: int) -> N
         assert 0 <= use.host.total - peak["host"] <= ROUNDING_BYTES
 
 
+def named_limit(error: LimitError, memory: str = "gpu_memory") -> str:
+    """The size that the message says would do."""
+    message = str(error)
+    assert "\n" not in message
+    found = re.search(rf"--{memory.replace('_', '-')} to (\d+[KMG]iB)", message)
+    assert found, message
+    return found.group(1)
+
+
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "resident"])
 @pytest.mark.parametrize("family", sorted(zoo.FAMILIES))
 def test_tokens_and_nature_of_every_policy(family: str, policy: str, zoo_model: ZooModel, passes: list[Plan]) -> None:
@@ -120,10 +131,64 @@ def test_resident_refuses_what_does_not_fit_and_names_what_would(family: str, zo
         assert_is_what_it_says("resident", model, llm, passes)
 
 
-def named_limit(error: LimitError) -> str:
-    """The size that the message says would do."""
-    message = str(error)
-    assert "\n" not in message
-    found = re.search(r"--gpu-memory to (\d+[KMG]iB)", message)
-    assert found, message
-    return found.group(1)
+@pytest.mark.parametrize("policy", ["auto", "stream", "hetegen"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+def test_other_weights_of_the_same_family(family: str, policy: str, zoo_model: ZooModel) -> None:
+    model = zoo_model(family, seed=1)
+    with open_llm(model, policy) as llm:
+        assert_as_reference(model, llm)
+
+
+# The reference computes in fp32 with the same stored weights. With fp32 pages only the order of sums differs; 16-bit pages round every key and value
+# once, by 2^-9 (bf16) or 2^-12 (fp16) relative.
+@pytest.mark.parametrize(
+    ("dtype", "pages", "tolerance"), [("bfloat16", "fp32", 1e-4), ("float16", "fp32", 1e-4), ("bfloat16", "auto", 2e-2), ("float16", "auto", 3e-3)]
+)
+@pytest.mark.parametrize("family", ["llama-yarn", "gemma2", "opt"])
+def test_sixteen_bit_weights_compute_in_fp32(family: str, dtype: str, pages: str, tolerance: float, zoo_model: ZooModel) -> None:
+    model = zoo_model(family, seed=0, dtype=dtype)
+    for policy in ("hetegen", "cpu"):
+        with open_llm(model, policy, model.third_bytes * 2, kv_cache_dtype=pages) as llm:
+            assert llm.spec.weight_dtype == {"bfloat16": "bf16", "float16": "fp16"}[dtype]
+            assert_as_reference(model, llm, tolerance)
+
+
+def test_without_a_profile_the_machine_is_measured_first(zoo_model: ZooModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.undo()  # the real measurement
+    model = zoo_model("llama", seed=0)
+    with caplog.at_level("WARNING"), open_llm(model, "auto") as llm:
+        assert_as_reference(model, llm)
+    assert "twinpilots profile" in caplog.text
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_plan_can_be_taken_from_one_llm_edited_and_given_to_another(as_file: bool, zoo_model: ZooModel, tmp_path: Path) -> None:
+    model = zoo_model("qwen3", seed=0)
+    with open_llm(model, "hetegen") as llm:
+        generate(llm)
+        plan = llm.plan
+    plan = replace(plan, policy="auto", buckets=tuple(replace(bucket, micro_batches=2) for bucket in plan.buckets))
+    file = tmp_path / "plan.json"
+    file.write_text(plan.to_json())
+    with open_llm(model, "auto", plan=file if as_file else plan) as llm:
+        assert llm.plan == plan
+        assert_as_reference(model, llm)
+        assert llm.plan == plan, "a plan set by hand stays"
+
+
+@pytest.mark.parametrize("memory", ["gpu_memory", "host_memory"])
+@pytest.mark.parametrize("policy", ["auto", "stream", "flexgen", "hetegen", "layer-split", "twinpilots", "resident"])
+def test_a_limit_too_small_names_one_that_works(policy: str, memory: str, zoo_model: ZooModel) -> None:
+    """Refused in one line before anything runs; with exactly the size that the line names, it runs and keeps to it."""
+    model = zoo_model("llama", seed=0)
+    limits: dict[str, Any] = {"gpu_memory": "8MiB", "host_memory": None} | {memory: 4096}
+    if policy == "auto" and memory == "gpu_memory":
+        with open_llm(model, policy, **limits) as llm:  # the CPU alone can always do it
+            assert_as_reference(model, llm)
+            return
+    with pytest.raises(LimitError, match=rf"policy {policy} needs at least") as refused:
+        open_llm(model, policy, **limits).close()
+    limits[memory] = named_limit(refused.value, memory)
+    with open_llm(model, policy, **limits) as llm:
+        assert_as_reference(model, llm)
+        assert llm.stats()["peak_bytes"]["gpu" if memory == "gpu_memory" else "host"] <= parse_bytes(limits[memory])

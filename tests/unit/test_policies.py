@@ -178,7 +178,7 @@ def test_rules_of_ring_chunk_and_rounding() -> None:
     assert ring_rule(24 << 30) == (32 << 20, 24)  # packets of tens of MB, a ring of 1/32
     packet, depth = ring_rule(84 << 20)
     assert packet == 688128 and depth == 4  # 84 MiB / 128, in whole 4 KiB
-    assert ring_rule(0) == (64 << 10, 4)
+    assert ring_rule(4 << 20) == (64 << 10, 4) and ring_rule(0) == (1024, 4)  # a small device: packets of 64 KiB while the ring is at most a 16th
     assert chunk_choices(llama_70b(), workload(64, 512, 128), 64, 24 << 30)[0] == 2048
     assert chunk_choices(llama_70b(), workload(64, 512, 128), 64, 1 << 30)[0] == 256  # 320 KB a token in an eighth of 1 GiB
     op = layer_template(llama(vocab=130), 64)["lm_head"]  # units at 0, 64, 128 and the tail's end 130

@@ -15,6 +15,7 @@ of this runs on a stand-in without a GPU (tests/cpu/test_cuda_standin.py).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import subprocess
@@ -82,28 +83,42 @@ class CudaRuntime:
         self._pinned = False
 
     def allocate(self, num_bytes: int) -> Tensor:
-        # Before the arena: torch must not take more than arena and temporaries, whatever an instruction asks for.
-        total = torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (num_bytes + TEMPORARY_BYTES) / total), self.device)
-        return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+        # Before the arena: torch must not take more than arena and temporaries, whatever an instruction asks for. What it holds already (the libraries'
+        # workspaces, another engine's arena) stays allowed.
+        torch.cuda.empty_cache()
+        self._cap(torch.cuda.memory_reserved(self.device) + num_bytes + TEMPORARY_BYTES)
+        arena = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+        torch.cuda.synchronize(self.device)  # zeroed on this thread's stream, which the queues' streams do not wait for
+        return arena
 
     def pin(self, host: HostArena) -> Tensor | None:
-        status = int(torch.cuda.cudart().cudaHostRegister(host.base, host.num_bytes, REGISTER_FLAGS))
-        if status != 0:
-            _LOG.warning("cannot pin %s of host memory (CUDA error %d): copies will be slow and block", format_bytes(host.num_bytes), status)
-            return None
-        self._pinned = True
-        address = _device_pointer(host.base)
-        if address is None:
-            _LOG.warning("pinned host memory cannot be mapped: activation copies will go through the copy engine, behind the weights")
-            return None
-        return torch.as_tensor(_CudaBytes(address, host.num_bytes), device=self.device)
+        with torch.cuda.device(self.device):  # memory is registered with the current device, whose address the alias gets
+            status = int(torch.cuda.cudart().cudaHostRegister(host.base, host.num_bytes, REGISTER_FLAGS))
+            if status != 0:
+                _forget_error(self.device)
+                _LOG.warning("cannot pin %s of host memory (CUDA error %d): copies will be slow and block", format_bytes(host.num_bytes), status)
+                return None
+            self._pinned = True
+            address = _device_pointer(host.base)
+            if address is None:
+                _LOG.warning("pinned host memory cannot be mapped: activation copies will go through the copy engine, behind the weights")
+                return None
+            return torch.as_tensor(_CudaBytes(address, host.num_bytes), device=self.device)
 
     def release(self, host: HostArena) -> None:
-        if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(host.base)
-            self._pinned = False
-        torch.cuda.empty_cache()
+        try:
+            if self._pinned:
+                self._pinned = False
+                torch.cuda.synchronize(self.device)
+                torch.cuda.cudart().cudaHostUnregister(host.base)
+            torch.cuda.empty_cache()
+            self._cap(torch.cuda.get_device_properties(self.device).total_memory)
+        except RuntimeError as error:  # after a CUDA error every call fails until the process ends; the error itself was reported by its queue
+            _LOG.warning("%s could not be released in order: %s", self.device, str(error).splitlines()[0])
+
+    def _cap(self, num_bytes: int) -> None:
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / total), self.device)
 
     def stream(self) -> Any:
         return torch.cuda.Stream(self.device)
@@ -123,15 +138,19 @@ class _CudaBytes:
 
 
 def _device_pointer(host_address: int) -> int | None:
-    """Where the device sees registered host memory. torch does not export this call; the library is the one that it has loaded."""
-    version = (torch.version.cuda or "").partition(".")[0]
+    """Where the current device sees registered host memory, asked of the driver: torch does not export the call, and may carry its run time inside."""
     pointer = ctypes.c_void_p()
     try:
-        library = ctypes.CDLL(f"libcudart.so.{version}")
-        status = library.cudaHostGetDevicePointer(ctypes.byref(pointer), ctypes.c_void_p(host_address), 0)
+        status = ctypes.CDLL("libcuda.so.1").cuMemHostGetDevicePointer_v2(ctypes.byref(pointer), ctypes.c_void_p(host_address), 0)
     except (OSError, AttributeError):
         return None
     return pointer.value if status == 0 else None
+
+
+def _forget_error(device: torch.device) -> None:
+    """A failed call of the CUDA run time is reported once more, by the next kernel launch: let that be this one."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device)
 
 
 class StreamSync:
@@ -143,6 +162,7 @@ class StreamSync:
         self._targets = (torch.from_numpy(host.bytes) if alias is None else alias)[start : start + host.events.nbytes].view(torch.int32)
         self._marks: list[tuple[NDArray[np.int64], int, Event]] = []
         self._base: tuple[Event, int] | None = None
+        self._spare: list[Event] = []  # timed events, used again: three per instruction are too many to make anew each time
 
     def wait(self, event: int, value: int, stopped: Callable[[], int]) -> int:
         deadline = time.monotonic() + WAIT_TIMEOUT_S
@@ -180,7 +200,7 @@ class StreamSync:
         self._marks.append((times, which, self._timed_event()))
 
     def _timed_event(self) -> Event:
-        event = self._runtime.event(timed=True)
+        event = self._spare.pop() if self._spare else self._runtime.event(timed=True)
         event.record(self._stream)
         return event
 
@@ -190,6 +210,7 @@ class StreamSync:
             start, start_ns = self._base
             for times, which, event in self._marks:
                 times[which] = start_ns + round(start.elapsed_time(event) * 1e6)
+            self._spare += [start, *(event for _, _, event in self._marks)]
         self._marks.clear()
         self._base = None
 
@@ -312,7 +333,7 @@ def _measure_memory(index: int) -> tuple[int, int]:
         raise DeviceUnavailableError(f"cuda:{index} is not here: torch {torch.__version__} finds no CUDA device; use --device cpu or --device emulated:demo")
     if index >= torch.cuda.device_count():
         raise DeviceUnavailableError(f"cuda:{index} is not here: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-    before = _used_by_all(index)
+    before = card_used_bytes(index)
     if torch.backends.cuda.matmul.allow_tf32:
         _LOG.warning("TF32 was switched on in this process; fp32 weights need it off, so it is off now")
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -326,7 +347,7 @@ def _measure_memory(index: int) -> tuple[int, int]:
     return max(0, free - TEMPORARY_BYTES), context + TEMPORARY_BYTES
 
 
-def _used_by_all(index: int) -> int | None:
+def card_used_bytes(index: int) -> int | None:
     """Bytes in use on the card, by whoever, asked without a CUDA context of our own; None without nvidia-smi."""
     name = str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))
     uuid = name if name.startswith("GPU-") else f"GPU-{name}"

@@ -31,7 +31,9 @@ QUICK_GRID = (1, 4, 16, 64, 256)
 MIN_RUNS = 3
 PEAK_MS = 8  # short, so that some of the runs are not interrupted by a neighbour
 PEAK_RUNS = 12
-SLOWDOWN_RUNS = 5
+SLOWDOWN_RUNS = 7
+L3_GUESS_PER_CORE_BYTES = 8 << 20
+PEAK_REPEATS = 10
 CACHE_BYTES = 40 << 20  # more than the L3 of a desktop processor: weights must come from DRAM, as in a real pass
 FILL = {"fp32": 0x3C, "bf16": 0x3C, "fp16": 0x2C}  # bytes that make ordinary small numbers in each format
 
@@ -153,7 +155,27 @@ class _Bench:
 
 def weight_region_bytes(on_gpu: bool, gpu_budget_bytes: int) -> int:
     """How much weight memory an experiment cycles through: beyond the caches, but at most half of the GPU's memory."""
-    return min(CACHE_BYTES, gpu_budget_bytes // 2) if on_gpu else CACHE_BYTES
+    if not on_gpu:
+        return host_region_bytes()
+    return min(max(CACHE_BYTES, gpu_budget_bytes // 4), gpu_budget_bytes // 2)  # a quarter of a GiB is more than any card's L2
+
+
+def host_region_bytes() -> int:
+    """As `weight_region_bytes` for the CPU: a quarter more than all the last-level caches that this process's cores share; servers have hundreds of MB."""
+    found: dict[str, int] = {}
+    cores = allowed_cpus()
+    for core in cores:
+        try:
+            shared, size = ((SYSFS_CPUS / f"cpu{core}/cache/index3" / name).read_text().strip() for name in ("shared_cpu_list", "size"))
+            found[shared] = int(size.removesuffix("K")) << 10
+        except (OSError, ValueError):  # a container that does not say
+            continue
+    return max(CACHE_BYTES, (sum(found.values()) or L3_GUESS_PER_CORE_BYTES * len(cores)) * 5 // 4)
+
+
+def packet_bytes(gpu: GpuDevice | None) -> int:
+    """Size of the packets that the link is measured with: a CUDA queue takes tens of microseconds to launch one, so small ones would measure that."""
+    return 2 << 20 if gpu is None or gpu.emulated else 32 << 20
 
 
 def _gpu_budget(gpu: GpuDevice | None) -> int:
@@ -184,7 +206,7 @@ def measure(
     """Measures this machine for models of ``spec``'s dtype and widths. ``quick`` takes about 2 s with fewer points, otherwise under 60 s."""
     grid: tuple[int, ...] = QUICK_GRID if quick else FULL_GRID
     budget_s = 0.3 if quick else 4.0
-    rig_bytes = CACHE_BYTES * 3 + 16 * max(grid) * (spec.intermediate_size + spec.hidden_size * 4 + spec.q_size * 4)
+    rig_bytes = host_region_bytes() * 2 + CACHE_BYTES + 2 * packet_bytes(gpu) + 16 * max(grid) * (spec.intermediate_size + spec.hidden_size * 4 + spec.q_size * 4)
     gpu_budget = _gpu_budget(gpu)
     if gpu and gpu_budget < (64 << 20):
         grid = grid[:-2]
@@ -199,7 +221,7 @@ def measure(
         if gpu:
             progress("link: packets, small copies, hand-off, contention")
             link = _measure_link(rig, spec)
-            sides = _with_contention(rig, benches, sides)
+            sides = _with_contention(rig, benches, sides, link)
         step_s = _measure_step(rig, benches)
     # What DRAM gives is at least what all cores read, and what the pilot reads beside a busy link together with what the link takes.
     dram = cpu_peaks(len(choose_cores(gpu=False, emulated=False).pilot))[0]
@@ -218,7 +240,7 @@ def _measure_compute(bench: _Bench, grid: Sequence[int], budget_s: float, kv_dty
     dtype = bench.spec.weight_dtype
     linear = {f"{dtype}/{dim}": bench.curve(dim, grid, budget_s) for dim in ("out", "in")}
     # An emulated GPU computes on one core of the CPU's kind, so its peaks are one core's.
-    read_rate, flop_rate = _cuda_peaks(dtype) if bench.side == "gpu" and gpu and not gpu.emulated else cpu_peaks(threads)
+    read_rate, flop_rate = _cuda_peaks(dtype, gpu.name) if bench.side == "gpu" and gpu and not gpu.emulated else cpu_peaks(threads)
     attention_bytes, attention_flops = bench.attention(kv_dtype)
     return ComputeProfile(
         name=bench.side, linear=linear, attention_bytes_per_s=attention_bytes, attention_flops_per_s=attention_flops,
@@ -232,7 +254,7 @@ def cpu_peaks(threads: int) -> tuple[float, float]:
     native = load_native()
     if native is None:
         return _torch_cpu_peaks(threads)
-    data = np.ones(CACHE_BYTES * 2, np.uint8)
+    data = np.ones(host_region_bytes() * 2, np.uint8)
     pool = native.pool_create(threads)
     try:
         read_rates = [native.read_rate(data, pool=pool, duration_ms=PEAK_MS) for _ in range(PEAK_RUNS)]
@@ -251,23 +273,30 @@ def _torch_cpu_peaks(threads: int) -> tuple[float, float]:
     return big.numel() * 4 / read_s, 2 * 512**3 / gemm_s
 
 
-def _cuda_peaks(dtype: str) -> tuple[float, float]:
+def _cuda_peaks(dtype: str, device: str) -> tuple[float, float]:
+    """(read bytes/s, GEMM FLOP/s) of the card, by torch's own kernels, between events on the device: launching and waiting are not the card's work."""
     import torch
 
-    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    big = torch.ones(64 << 20, dtype=torch.float32, device="cuda")
-    square = torch.ones(4096, 4096, dtype=torch_dtype, device="cuda")
+    torch_dtype, size = {"fp32": (torch.float32, 4096), "bf16": (torch.bfloat16, 8192), "fp16": (torch.float16, 8192)}[dtype]
 
-    def on_gpu(work: Callable[[], object]) -> float:
-        torch.cuda.synchronize()
-
-        def finish() -> None:
+    def seconds(work: Callable[[], object]) -> float:
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(device):
             work()
-            torch.cuda.synchronize()
+            began.record()
+            for _ in range(PEAK_REPEATS):
+                work()
+            ended.record()
+            ended.synchronize()
+        return float(began.elapsed_time(ended)) * 1e-3 / PEAK_REPEATS
 
-        return _timed(finish)
-
-    return big.numel() * 4 / _typical_s(lambda: on_gpu(big.sum), 0.2), 2 * 4096**3 / _typical_s(lambda: on_gpu(lambda: square @ square), 0.2)
+    big = torch.ones(64 << 20, dtype=torch.float32, device=device)
+    read_s, num_bytes = _typical_s(lambda: seconds(big.sum), 0.2), 4 * big.numel()
+    del big  # both at once are more than a process may take beside its arena
+    square = torch.randn(size, size, device=device, dtype=torch_dtype)  # all ones would draw less power, and run faster, than real numbers
+    result = torch.empty_like(square)
+    gemm_s = _typical_s(lambda: seconds(lambda: torch.mm(square, square, out=result)), 0.2)
+    return num_bytes / read_s, 2 * size**3 / gemm_s
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -283,7 +312,7 @@ def _loads(rig: Rig, size: int, count: int, target: int, source: int) -> list[tu
 
 
 def _measure_link(rig: Rig, spec: ModelSpec) -> LinkProfile:
-    small, big = 64 << 10, 2 << 20
+    small, big = 64 << 10, packet_bytes(rig.gpu)
     source, target = rig.alloc_host(big), rig.alloc_gpu(big)
 
     def load_s(size: int) -> float:
@@ -330,27 +359,28 @@ def _handoff_s(rig: Rig, near: int, far: int, columns: int) -> float:
     return _typical_s(per_handoff, 0.1)
 
 
-def _with_contention(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, ComputeProfile]) -> dict[Side, ComputeProfile]:
+def _with_contention(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, ComputeProfile], link: LinkProfile) -> dict[Side, ComputeProfile]:
     """Each side's slow-down while the link runs at its full rate."""
-    big = 2 << 20
+    big = packet_bytes(rig.gpu)
     source, target = rig.alloc_host(big), rig.alloc_gpu(big)
     found = {}
     for side, bench in benches.items():
         rig.set_tokens(4)
         rows, _ = bench.linears("out")
         alone_s = _typical_s(lambda rows=rows, side=side: float(work_s(rig.run({side: rows})[side]).sum()), 0.05)  # type: ignore[misc]
-        per_load_s = big / 2e9
-        loads = _loads(rig, big, max(4, int(1.5 * alone_s / per_load_s)), target, source)
-
-        def beside(rows: list[tuple[object, ...]] = rows, side: Side = side, loads: list[tuple[object, ...]] = loads) -> float:
-            traces = rig.run({side: rows, "link_in": loads})
-            busy = (traces[side][:, 1] >= traces["link_in"][0, 1]) & (traces[side][:, 2] <= traces["link_in"][-1, 2])
-            alone = work_s(rig.run({side: rows})[side])
-            together = work_s(traces[side])
-            return float(together[busy].sum() / alone[busy].sum()) if busy.any() else 1.0
-
-        found[side] = replace(sides[side], copy_slowdown=max(1.0, float(np.median([beside() for _ in range(SLOWDOWN_RUNS)]))))
+        loads = _loads(rig, big, 4 + int(3 * alone_s * link.up_bytes_per_s / big), target, source)
+        ratios = [ratio for _ in range(SLOWDOWN_RUNS) if (ratio := _slowdown(rig, side, rows, loads)) is not None]
+        found[side] = replace(sides[side], copy_slowdown=max(1.0, float(np.median(ratios))) if ratios else 1.0)
     return found
+
+
+def _slowdown(rig: Rig, side: Side, rows: list[tuple[object, ...]], loads: list[tuple[object, ...]]) -> float | None:
+    """Time of the instructions that ran while the link was busy, against the same ones alone; None when hardly any did."""
+    beside = rig.run({"link_in": loads, side: rows})
+    alone = work_s(rig.run({side: rows})[side])
+    link, trace = beside["link_in"], beside[side]
+    busy = (trace[:, 1] >= link[0, 1]) & (trace[:, 2] <= link[-1, 2])
+    return float(work_s(trace)[busy].sum() / alone[busy].sum()) if busy.mean() > 0.5 else None
 
 
 def _measure_step(rig: Rig, benches: dict[Side, _Bench]) -> float:

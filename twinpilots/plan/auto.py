@@ -1,25 +1,27 @@
 """The search behind policy ``auto``: solves the linear program on a grid, rounds its answers to plans, and improves the best by simulated coordinate search.
 
-Owns `rounded_plans`, `improve` and `resolved_buckets`. The program ignores order, units and the ring; the simulator does not, so it has the last word.
+Owns `rounded_plans`, `improve`, `first_layers` and `resolved_buckets`. The program ignores order, units and the ring; the simulator does not, so it has
+the last word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from twinpilots.plan.draft import Draft, Residency, chunk_choices, most_sequences, nothing_resident, pages_of, ring_rule, split_of
+from twinpilots.plan.draft import PAGE_TOKENS, Draft, Residency, chunk_choices, most_sequences, nothing_resident, pages_of, ring_rule, split_of
 from twinpilots.plan.memory import plan_memory
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Split
-from twinpilots.plan.pricing import prefill_shape, price_phase
-from twinpilots.plan.problem import Place, Problem, fill, no_cpu, sized
-from twinpilots.plan.program import Machine, PhaseTerms, Program, Shares, solve_program
+from twinpilots.plan.pricing import bucket_seconds, prefill_shape, price_phase
+from twinpilots.plan.problem import Place, Problem, fill, kv_element_bytes, no_cpu, sized
+from twinpilots.plan.program import BLOCKS, Machine, PhaseTerms, Program, Shares, solve_program
 from twinpilots.plan.terms import Choice, MeanPass, decode_pass, planned_phases, planned_terms, prefill_pass
 
 HostKv = Literal["none", "cpu", "gpu"]
 KV_MODES: tuple[tuple[HostKv, HostKv], ...] = (("none", "none"), ("cpu", "cpu"), ("cpu", "gpu"), ("gpu", "gpu"))  # (decode, prefill)
-MICRO_BATCHES = (1, 2)
+MICRO_BATCHES = (1, 2)  # of the grid; the search goes on to MOST_MICRO_BATCHES
+MOST_MICRO_BATCHES = 4
 CHUNKS_TRIED = 2
 ROUNDED_PRICED = 3  # answers of the program that the simulator prices
 SCALES = (0.85, 1.15, 0.94, 1.06)  # factors tried on the CPU's shares, coarse then fine
@@ -28,18 +30,14 @@ GAIN = 1.002  # an improvement worth keeping
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A plan in the making: the draft, the program's shares, and what the search changed since: factors on the CPU's shares and blocks taken from it."""
+    """A plan in the making. ``shares``: the CPU's share of every op in the two phases, the program's at first, then the search's."""
 
     draft: Draft
     residency: Residency
     shares: Mapping[Phase, Mapping[str, float]]
-    scale: Mapping[Phase, float]
-
-    def share(self, phase: Phase) -> Mapping[str, float]:
-        return {name: min(1.0, share * self.scale[phase]) for name, share in self.shares[phase].items()}
 
     def plan(self, problem: Problem) -> Plan:
-        return problem.plan(self.draft, self.residency, lambda phase, _tokens: self.share(phase))
+        return problem.plan(self.draft, self.residency, lambda phase, _tokens: self.shares[phase])
 
 
 # -- the program -----------------------------------------------------------------------------------------------------------------------------
@@ -113,13 +111,8 @@ def _draft(problem: Problem, base: Draft, count: int, batches: int, decode_kv: H
 
 
 def _kv_bytes(problem: Problem, draft: Draft) -> int:
-    """KV of all sequences of a draft, in pages."""
-    plan = problem.plan(draft, nothing_resident(problem.spec, problem.ops), no_cpu)
-    return plan.page_size * draft.num_seqs * pages_of(problem.workload.seq_len) * problem.spec.kv_bytes_per_token(_kv_element(plan))
-
-
-def _kv_element(plan: Plan) -> int:
-    return {"fp32": 4, "bf16": 2, "fp16": 2}[plan.kv_dtype]
+    """KV of all sequences of a draft, in whole pages."""
+    return PAGE_TOKENS * draft.num_seqs * pages_of(problem.workload.seq_len) * problem.spec.kv_bytes_per_token(kv_element_bytes(problem))
 
 
 def _budgets(problem: Problem, draft: Draft) -> tuple[float, float]:
@@ -162,7 +155,7 @@ def _round(problem: Problem, draft: Draft, shares: Shares) -> Trial | None:
     draft = replace(draft, gpu_seqs=draft.num_seqs if draft.gpu_seqs else int(draft.num_seqs * shares.gpu_kv + 1e-6))
     trial = Trial(
         draft=draft, residency=fill(problem, draft, shares.resident),
-        shares={"prefill": shares.phases[0].cpu, "decode": shares.phases[1].cpu}, scale={"prefill": 1.0, "decode": 1.0},
+        shares={"prefill": shares.phases[0].cpu, "decode": shares.phases[1].cpu},
     )  # fmt: skip
     return trial if problem.fits(trial.plan(problem)) else None
 
@@ -180,6 +173,19 @@ def least_memory(problem: Problem) -> tuple[tuple[Draft, Place], ...]:
         for gpu_seqs in (0, 1)
     ]  # fmt: skip
     return tuple((base, place) for base in bases)
+
+
+def first_layers(problem: Problem, trial: Trial) -> Trial | None:
+    """The trial with its resident rows gathered in the first layers; the CPU's share of all rows is then its share of the rest.
+
+    Layers of two kinds are too much for the search's quick estimates: to be priced in full.
+    """
+    residency = fill(problem, trial.draft, dict.fromkeys(problem.ops, 0.0))
+    rows = {name: sum(layer.get(name, 0) for layer in residency) for name in problem.ops}
+    rest = {name: 1.0 - rows[name] / (op.rows * (problem.spec.num_layers if op.layer >= 0 else 1)) for name, op in problem.ops.items()}
+    shares = {phase: {name: min(1.0, value / rest[name]) if rest[name] > 0 else 0.0 for name, value in share.items()} for phase, share in trial.shares.items()}
+    gathered = replace(trial, residency=residency, shares=shares, draft=replace(trial.draft, share_of_rest=True))
+    return gathered if problem.fits(gathered.plan(problem)) else None
 
 
 # -- coordinate search -----------------------------------------------------------------------------------------------------------------------
@@ -212,33 +218,44 @@ def improve(problem: Problem, trials: list[Trial]) -> Plan:
     best = min(trials, key=search.seconds)
     best_s = search.seconds(best)
     for phase in ("decode", "prefill"):
-        for move in _moves(best, phase):
-            if problem.fits(move.plan(problem)) and search.seconds(move) * GAIN < best_s:
-                best, best_s = move, search.seconds(move)
+        for move in MOVES:
+            moved = move(best, phase)
+            if moved is not None and problem.fits(moved.plan(problem)) and search.seconds(moved) * GAIN < best_s:
+                best, best_s = moved, search.seconds(moved)
         for factor in SCALES:
             while (scaled := _scaled(best, phase, factor)) is not None and search.seconds(scaled) * GAIN < best_s:
                 best, best_s = scaled, search.seconds(scaled)
     return _with_small_buckets(problem, best)
 
 
-def _moves(trial: Trial, phase: Phase) -> Iterator[Trial]:
-    """Other numbers of micro-batches, the CPU out of attention's linears or of everything but attention, and first layers resident instead of all a little."""
-    draft = trial.draft
-    for batches in (1, 2, 4):
-        if batches != draft.micro_batches[phase] and batches <= draft.num_seqs:
-            yield replace(trial, draft=replace(draft, micro_batches={**draft.micro_batches, phase: batches}))
-    for kept in (("gate_up_proj", "down_proj", "fc1", "fc2", "lm_head"), ("gate_up_proj", "down_proj", "fc1", "fc2"), ()):
-        share = {name: value if name in kept else 0.0 for name, value in trial.shares[phase].items()}
-        if share != trial.shares[phase]:
-            yield replace(trial, shares={**trial.shares, phase: share})
+def _dealt(trial: Trial, phase: Phase, factor: float) -> Trial | None:
+    """The trial with another number of micro-batches."""
+    batches = int(trial.draft.micro_batches[phase] * factor)
+    if not 1 <= batches <= min(MOST_MICRO_BATCHES, trial.draft.num_seqs):
+        return None
+    return replace(trial, draft=replace(trial.draft, micro_batches={**trial.draft.micro_batches, phase: batches}))
+
+
+def _only(trial: Trial, phase: Phase, kept: tuple[str, ...]) -> Trial | None:
+    """The trial with the CPU out of every linear but these."""
+    share = {name: value if name in kept else 0.0 for name, value in trial.shares[phase].items()}
+    return replace(trial, shares={**trial.shares, phase: share}) if share != trial.shares[phase] else None
 
 
 def _scaled(trial: Trial, phase: Phase, factor: float) -> Trial | None:
-    share = trial.share(phase)
-    if not any(0 < value * factor < 1 or 0 < value < 1 for value in share.values()):
-        return None
-    scaled = {name: min(1.0, value * factor) for name, value in share.items()}
-    return replace(trial, shares={**trial.shares, phase: scaled}, scale={**trial.scale, phase: 1.0}) if scaled != share else None
+    """The trial with the CPU's shares of one phase multiplied; None when that changes nothing."""
+    scaled = {name: min(1.0, value * factor) for name, value in trial.shares[phase].items()}
+    return replace(trial, shares={**trial.shares, phase: scaled}) if scaled != trial.shares[phase] else None
+
+
+Move = Callable[[Trial, Phase], Trial | None]
+MOVES: tuple[Move, ...] = (
+    lambda trial, phase: _dealt(trial, phase, 2.0),
+    lambda trial, phase: _dealt(trial, phase, 0.5),
+    lambda trial, phase: _only(trial, phase, (*BLOCKS["mlp"], *BLOCKS["head"])),
+    lambda trial, phase: _only(trial, phase, BLOCKS["mlp"]),
+    lambda trial, phase: _only(trial, phase, ()),
+)
 
 
 # -- smaller buckets -------------------------------------------------------------------------------------------------------------------------
@@ -254,8 +271,6 @@ def _with_small_buckets(problem: Problem, trial: Trial) -> Plan:
 
 def resolved_buckets(problem: Problem, plan: Plan) -> Plan:
     """Every bucket anew; a new one is kept where the simulator finds it faster."""
-    from twinpilots.plan.pricing import bucket_seconds
-
     buckets = []
     for bucket in plan.buckets:
         found = _resolve(problem, plan, bucket)

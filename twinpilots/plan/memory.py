@@ -106,15 +106,16 @@ def activation_bytes(spec: ModelSpec, plan: Plan, device: Device) -> int:
     return sum(align(rows * columns * FP32_BYTES) for rows, columns in activation_buffers(spec, plan, device).values())
 
 
-def tasks_allowance(spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> int:
+def tasks_allowance(spec: ModelSpec, plan: Plan, bucket: BucketPlan, ops: Mapping[str, OpSpec] | None = None) -> int:
     """An upper estimate of the instructions of one pass: a fixed number per layer and micro-batch, and each packet's load and the linears that read it."""
-    packets = 0 if plan.packet_bytes == 0 else 2 * -(-streamed_bytes(spec, plan, bucket) // plan.packet_bytes)
+    packets = 0 if plan.packet_bytes == 0 else 2 * -(-streamed_bytes(spec, plan, bucket, ops) // plan.packet_bytes)
     return (spec.num_layers + 1) * TASKS_PER_LAYER * bucket.micro_batches + packets * (1 + bucket.micro_batches)
 
 
 def control_bytes(spec: ModelSpec, plan: Plan) -> int:
     """Host bytes of control block, events, compiled programs and pass metadata: an allowance, not a measurement."""
-    programs = sum(tasks_allowance(spec, plan, bucket) for bucket in plan.buckets) * PROGRAMS_PER_BUCKET * INSTRUCTION_BYTES
+    ops = layer_template(spec, plan.unit_rows)
+    programs = sum(tasks_allowance(spec, plan, bucket, ops) for bucket in plan.buckets) * PROGRAMS_PER_BUCKET * INSTRUCTION_BYTES
     words = META_HEADER_WORDS + META_WORDS_PER_TOKEN * plan.max_pass_tokens + META_WORDS_PER_SEQ * plan.max_num_seqs
     words += 2 * (plan.gpu_pages + plan.host_pages) + plan.kv_staging_pages
     return CONTROL_BYTES + align(programs) + align(META_BUFFERS * FP32_BYTES * words)
@@ -128,9 +129,9 @@ def resident_bytes(spec: ModelSpec, plan: Plan) -> int:
     return sum(align(split.resident * op.row_bytes) * count for op, split, count in _counted_splits(spec, plan, plan.buckets[0]))
 
 
-def streamed_bytes(spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> int:
-    """Bytes of weights that a pass of ``bucket`` moves to the GPU."""
-    return sum(split.streamed * op.row_bytes * count for op, split, count in _counted_splits(spec, plan, bucket))
+def streamed_bytes(spec: ModelSpec, plan: Plan, bucket: BucketPlan, ops: Mapping[str, OpSpec] | None = None) -> int:
+    """Bytes of weights that a pass of ``bucket`` moves to the GPU. ``ops``: `layer_template`, where it is at hand."""
+    return sum(split.streamed * op.row_bytes * count for op, split, count in _counted_splits(spec, plan, bucket, ops))
 
 
 def host_weight_bytes(spec: ModelSpec, plan: Plan) -> int:
@@ -211,9 +212,9 @@ def layer_template(spec: ModelSpec, unit_rows: int) -> dict[str, OpSpec]:
     return {op.name: op for op in replace(spec, layers=spec.layers[:1]).ops(unit_rows)}
 
 
-def _counted_splits(spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> list[tuple[OpSpec, Split, int]]:
+def _counted_splits(spec: ModelSpec, plan: Plan, bucket: BucketPlan, ops: Mapping[str, OpSpec] | None = None) -> list[tuple[OpSpec, Split, int]]:
     """(op, split, number of layers that share the split): layers with one and the same mapping are counted, not visited."""
-    ops = layer_template(spec, plan.unit_rows)
+    ops = ops or layer_template(spec, plan.unit_rows)
     layers: dict[int, Mapping[str, Split]] = {id(layer): layer for layer in bucket.splits}
     counts = Counter(id(layer) for layer in bucket.splits)
     return [(ops[name], split, counts[key]) for key, layer in layers.items() for name, split in layer.items()]

@@ -35,7 +35,7 @@ from twinpilots.plan.problem import (
 from twinpilots.plan.workload import Limits, Workload
 
 Builder = Callable[..., Plan]  # (spec, profile, workload, limits, options=None)
-FLEXGEN_KV_ON_GPU = (1.0, 0.75, 0.5, 0.25, 0.0)
+FLEXGEN_KV_ON_GPU = (1.0, 0.5, 0.0)
 FLEXGEN_BATCHES = (1, 2, 4)
 
 

@@ -21,7 +21,7 @@ from twinpilots.plan.workload import Workload
 
 CONTEXTS = (0.25, 0.75)  # where in the output decode is priced: the mid-points of its halves
 QUICK_CONTEXTS = (0.5,)
-SAMPLES, QUICK_SAMPLES = (6, 3), (4, 2)  # layers that the estimator simulates
+SAMPLES, QUICK_SAMPLES = (6, 3), (3, 2)  # layers that the estimator simulates
 PACKETS_PER_LAYER = 6  # more of them change the simulated time by less than a percent
 BUSY_ENOUGH = 0.6  # a queue that works less than this share of a step is not what holds it up
 

@@ -110,6 +110,8 @@ def _most_at_once(problem: Problem, choices: Iterable[Draft], place: Place) -> P
             made[count] = plan
             return True
 
+        if best is not None and not works(best.max_num_seqs + 1):  # most drafts hold no more than the first: one try tells
+            continue
         count = most_sequences(problem.workload.concurrency, works)
         if count and (best is None or count > best.max_num_seqs):
             best = made[count]
@@ -127,8 +129,10 @@ def best_or_error(problem: Problem, base: Draft, place: Place) -> Plan:
 
 
 def runs_one(problem: Problem, base: Draft, place: Place) -> bool:
-    """Whether one sequence fits at all: with the smallest chunks, and a ring by the rule or the smallest (which takes less of the GPU, but, by its many packets'
-    instructions, more of the host)."""
+    """Whether one sequence fits at all: in the smallest chunks, with a ring by the rule or the smallest one.
+
+    The smallest ring takes less of the GPU, but more of the host: it has more packets, and so more instructions.
+    """
     smallest = [*list(drafts(problem, base))[-2:], *list(tight_drafts(problem, base))[-1:]]
     plans = (place(problem, draft, 1) for draft in smallest)
     return any(plan is not None and problem.fits(plan) for plan in plans)

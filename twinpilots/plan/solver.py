@@ -12,7 +12,7 @@ from typing import Literal
 from twinpilots.errors import LimitError, UserError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
-from twinpilots.plan.auto import improve, least_memory, resolved_buckets, rounded_plans
+from twinpilots.plan.auto import first_layers, improve, least_memory, resolved_buckets, rounded_plans
 from twinpilots.plan.bounds import BoundKind, pass_bound
 from twinpilots.plan.draft import PlanOptions, shortage
 from twinpilots.plan.memory import MemoryUse, plan_memory
@@ -127,22 +127,22 @@ def _named(problem: Problem, policy: Policy) -> Plan | UserError:
 def _auto(problem: Problem, named: Mapping[Policy, tuple[Plan, Price]]) -> tuple[Plan, Price] | None:
     """The best of the program's improved roundings and the named plans; None when there is neither."""
     best = max(named.values(), key=lambda pair: pair[1].tokens_per_s, default=None)
-    plan = _programmed(problem)
-    if plan is not None:
+    for plan in _programmed(problem):
         price = price_plan(problem.spec, problem.profile, problem.workload, plan)
         if best is None or price.tokens_per_s > best[1].tokens_per_s:
             best = plan, price
     return None if best is None else (best[0].with_policy("auto"), best[1])
 
 
-def _programmed(problem: Problem) -> Plan | None:
-    """The program's improved rounding; where memory is too short for its buffers, whatever fits with the least; None without a GPU, or when nothing fits."""
+def _programmed(problem: Problem) -> list[Plan]:
+    """The program's improved rounding, with resident rows in all layers and in the first; where memory is too short for its buffers, whatever fits at all."""
     if problem.profile.gpu is None or problem.profile.link is None:
-        return None
+        return []
     rounded = rounded_plans(problem)
     if rounded:
-        return improve(problem, rounded)
-    return next((plan for rule in least_memory(problem) if (plan := best_fit(problem, *rule)) is not None), None)
+        gathered = first_layers(problem, rounded[0])
+        return [improve(problem, rounded), *([gathered.plan(problem)] if gathered is not None else [])]
+    return [plan for rule in least_memory(problem) if (plan := best_fit(problem, *rule)) is not None]
 
 
 def _nothing_fits(problem: Problem) -> LimitError:

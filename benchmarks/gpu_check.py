@@ -1,0 +1,399 @@
+"""`make gpu-check`: does TwinPilots work on this GPU, and how close to the hardware does it come? One command, under nine minutes, one verdict.
+
+Owns the order of the steps, the time budget, the verdicts, the table and the result file. Every step runs in a process of its own
+(`benchmarks/gpu_steps.py`), so that a crash or a hang costs one case and hides nothing. ``--device emulated:demo`` rehearses the same steps without a GPU.
+What a passed check proves, and what it does not, is in docs/gpu-check.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import queue
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_steps import PointTask, RatesTask, TokenTask, token_cases
+from tests.zoo import FAMILIES
+from twinpilots.doctor import cuda_devices, torch_cuda_version
+from twinpilots.errors import UserError
+from twinpilots.model.dummy import dummy_spec
+from twinpilots.plan.plan import POLICIES
+
+ROOT = Path(__file__).resolve().parents[1]
+SCHEMA = 1
+BUDGET_S = 510.0  # of the nine minutes; starting and ending take the rest
+STALL_S = 60.0  # a token case takes a second or two; the first of a worker also starts torch, CUDA and transformers
+MAX_DEATHS = 4  # workers that die or hang before the remaining token cases are given up
+TOKENS_S = 200.0  # the most that token cases may take, so that rates and points get their turn
+POINT_S = 120.0
+HALF_FAMILIES = ("llama", "gemma2", "opt", "qwen3")
+HALF_POLICIES = ("auto", "stream")
+POINT_POLICIES = ("auto", "stream", "cpu")
+SOFTWARE = ("torch", "transformers", "numpy", "scipy", "triton")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """``ok`` None: nothing was asked of it here."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+@dataclass(kw_only=True)
+class Check:
+    """One run: what was asked for, when it must end, what was found."""
+
+    device: str
+    commit: str
+    model: str
+    num_seqs: tuple[int, ...]
+    families: tuple[str, ...]
+    budget_s: float
+    began: float = field(default_factory=time.monotonic)
+    verdicts: list[Verdict] = field(default_factory=list)
+    cases: list[dict[str, Any]] = field(default_factory=list)
+    rates: dict[str, Any] = field(default_factory=dict)
+    points: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def left_s(self) -> float:
+        return self.began + self.budget_s - time.monotonic()
+
+    @property
+    def passed(self) -> bool:
+        return all(verdict.ok is not False for verdict in self.verdicts)
+
+    def judge(self, name: str, ok: bool | None, detail: str) -> None:
+        self.verdicts.append(Verdict(name=name, ok=ok, detail=detail))
+        say(f"{mark(ok)}  {name}: {detail}")
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def mark(ok: bool | None) -> str:
+    return {True: "pass", False: "FAIL", None: "-   "}[ok]
+
+
+# -- worker processes ------------------------------------------------------------------------------------------------------------------------
+
+
+def events_of(kind: str, task: Any, *, limit_s: float, stall_s: float) -> Iterator[dict[str, Any]]:
+    """The events of a worker, as they come. The last one is ``end``, with the reason when the worker died, hung or ran out of time, else None."""
+    command = [sys.executable, "-m", "benchmarks.gpu_steps", json.dumps({kind: asdict(task)})]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=worker_environment())
+    lines: queue.Queue[str | None] = queue.Queue()
+    assert child.stdout is not None
+    reader = threading.Thread(target=_read_lines, args=(child.stdout, lines), daemon=True)
+    reader.start()
+    deadline, reason = time.monotonic() + limit_s, None
+    try:
+        while True:
+            patience_s = min(stall_s, deadline - time.monotonic())
+            try:
+                line = lines.get(timeout=max(patience_s, 0.0))
+            except queue.Empty:
+                reason = f"no answer for {stall_s:.0f} s" if patience_s == stall_s else f"its {limit_s:.0f} s were up"
+                break
+            if line is None:
+                code = child.wait()
+                reason = f"its process ended with exit code {code}" if code else None
+                break
+            yield json.loads(line)
+    finally:
+        child.kill()
+        child.wait()
+        reader.join()
+        child.stdout.close()
+    yield {"event": "end", "reason": reason}
+
+
+def _read_lines(stream: Any, lines: queue.Queue[str | None]) -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
+
+
+def worker_environment() -> dict[str, str]:
+    """One thread for libraries (the pilots count their own), and our packages in reach."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def build_native(check: Check) -> None:
+    """The CPU pilot's library, with this box's own compiler. Without it everything still runs, on torch: said, and judged a failure, for it cannot be fast."""
+    done = subprocess.run(
+        [sys.executable, "-m", "twinpilots.kernels.build"], cwd=ROOT, env=worker_environment(), capture_output=True, text=True, check=False, timeout=120.0
+    )  # fmt: skip
+    last = (done.stderr.strip().splitlines() or ["built with this box's compiler"])[-1]
+    check.judge("native library", done.returncode == 0, last if done.returncode else "built with this box's compiler")
+
+
+def device_tests(check: Check) -> None:
+    """tests/gpu, where pytest is: events across streams, pinning, footprint, each instruction against the CPU's."""
+    if check.device != "cuda:0" or find_spec("pytest") is None:
+        check.judge("device tests", None, "not run: tests/gpu needs cuda:0 and pytest")
+        return
+    # Not our configuration file: it names options of plug-ins that a bare box lacks.
+    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider", str(ROOT / "tests" / "gpu")]
+    done = subprocess.run(command, cwd=ROOT, env=worker_environment(), capture_output=True, text=True, check=False, timeout=min(90.0, check.left_s))
+    failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    for line in failures:
+        say(f"      {line[:200]}")
+    check.judge("device tests", done.returncode == 0, (done.stdout.strip().splitlines() or [f"pytest ended with exit code {done.returncode}"])[-1])
+
+
+def token_tests(check: Check) -> None:
+    """Every case of `gpu_steps.token_cases`. A worker that dies or hangs fails its case; another one goes on behind it."""
+    cases = token_cases(check.families, POLICIES, ("float32",))
+    half = tuple(family for family in HALF_FAMILIES if family in check.families)
+    cases += token_cases(half, HALF_POLICIES, ("bfloat16", "float16"))
+    deadline, deaths, todo = time.monotonic() + min(TOKENS_S, check.left_s), 0, list(cases)
+    while todo and deaths < MAX_DEATHS and time.monotonic() < deadline:
+        deaths += not run_token_worker(check, todo, deadline)
+    for dtype in ("float32", "bfloat16", "float16"):
+        judge_tokens(check, dtype, [case for case in todo if dtype in case])
+
+
+def run_token_worker(check: Check, todo: list[str], deadline: float) -> bool:
+    """Run the cases of ``todo``, taking the finished ones out. False when the worker did not come to its end."""
+    current, task = None, TokenTask(device=check.device, cases=tuple(todo))
+    for event in events_of("tokens", task, limit_s=max(0.0, deadline - time.monotonic()), stall_s=STALL_S):
+        if event["event"] == "begin":
+            current = event["case"]
+        elif event["event"] == "case":
+            record_case(check, event)
+            todo.remove(event["case"])
+            current = None
+        elif event["event"] == "end" and event["reason"] is not None:
+            if current is None and todo:
+                current = todo[0]  # it died between two cases, or before the first: never try the same thing for ever
+            if current is not None:
+                record_case(check, {"case": current, "ok": False, "detail": event["reason"], "seconds": 0.0})
+                todo.remove(current)
+            return False
+    return True
+
+
+def record_case(check: Check, event: Mapping[str, Any]) -> None:
+    check.cases.append({name: event[name] for name in ("case", "ok", "detail", "seconds")})
+    if event["ok"] is False:
+        say(f"      {event['case']}: {event['detail']}")
+
+
+def judge_tokens(check: Check, dtype: str, left: Sequence[str]) -> None:
+    """All cases of a dtype must have run, and none may have failed. A policy that does not fit in a third of the model is no failure (`resident` must not)."""
+    of_dtype = [case for case in check.cases if f"/{dtype}/" in case["case"]]
+    counts = {ok: sum(case["ok"] is ok for case in of_dtype) for ok in (True, False, None)}
+    text = f"{counts[True]} cases agree with transformers, {counts[False]} do not, {counts[None]} do not fit, {len(left)} not run"
+    check.judge(f"tokens {dtype}", bool(of_dtype or left) and counts[True] > 0 and not counts[False] and not left if of_dtype or left else None, text)
+
+
+def measure_rates(check: Check) -> None:
+    """What no plan can beat: link, DRAM, and each processor alone; and the profile that the points plan with."""
+    result = only_case("rates", RatesTask(device=check.device, model=check.model), min(POINT_S, check.left_s))
+    check.rates = {"limits": result.get("rates"), "profile": result.get("profile")}
+    rates = result.get("rates") or {}
+    bad = [name for name, value in rates.items() if not (isinstance(value, float | int) and 0 < value < 1e18)]
+    shown = ", ".join(f"{name.replace('_per_s', '').replace('_', ' ')} {value / 1e9:.3g}G/s" for name, value in rates.items() if value)
+    check.judge("rates", bool(result["ok"]) and not bad, shown if result["ok"] and not bad else result["detail"] or f"impossible: {', '.join(bad)}")
+
+
+def only_case(kind: str, task: Any, limit_s: float) -> dict[str, Any]:
+    """The result of a worker with one case; a failed one when the worker did not come to its end."""
+    found: dict[str, Any] = {}
+    for event in events_of(kind, task, limit_s=limit_s, stall_s=limit_s):
+        if event["event"] == "case":
+            found = event
+        elif event["event"] == "end" and not found:
+            found = {"ok": False, "detail": event["reason"] or "it ended without a result"}
+    return found
+
+
+def measure_points(check: Check) -> None:
+    """Each policy at each number of sequences while time lasts, longest so far reserved; the first number's policies are always tried."""
+    longest_s, skipped, failed = 0.0, 0, []
+    for num_seqs in check.num_seqs:
+        for policy in POINT_POLICIES:
+            if check.left_s < max(1.3 * longest_s, 10.0):
+                skipped += 1
+                continue
+            began = time.monotonic()
+            result = only_case("point", point_task(check, policy, num_seqs), min(POINT_S, check.left_s))
+            longest_s = max(longest_s, time.monotonic() - began)
+            if result["ok"]:
+                check.points.append(result["point"])
+                say(f"      {point_text(result['point'])}")
+            else:
+                say(f"      {policy} x {num_seqs}: {result['detail']}")
+                failed += [f"{policy} x {num_seqs}"] if result["ok"] is False else []
+    text = f"{len(check.points)} measured, {len(failed)} failed, {skipped} skipped for want of time"
+    check.judge("throughput", bool(check.points) and not failed, text)
+    over = [f"{point['policy']} x {point['num_seqs']}: {point['footprint_bytes'] / 2**20:.0f} MiB" for point in check.points if breaks_promise(point)]
+    check.judge("memory promise", not over if check.points else None, "; ".join(over) or "no footprint above --gpu-memory")
+
+
+def breaks_promise(point: Mapping[str, Any]) -> bool:
+    """Whether the process took more of the card than it was allowed, by more than nvidia-smi's unit."""
+    return bool(point["footprint_bytes"] > point["gpu_memory"] + 2**20)
+
+
+def point_task(check: Check, policy: str, num_seqs: int) -> PointTask:
+    """GPU memory for about a third of the weights, and what the process takes beside its arena."""
+    profile = check.rates.get("profile") or {}
+    third = dummy_spec(check.model).linear_bytes // 3
+    room = int(profile.get("gpu_memory_bytes") or third)
+    llm = {
+        "model": check.model, "device": check.device, "policy": policy, "max_num_seqs": num_seqs,
+        "gpu_memory": min(third, room) + int(profile.get("gpu_overhead_bytes") or 0),
+    }  # fmt: skip
+    return PointTask(llm=llm, num_seqs=num_seqs, input_len=64, output_len=32)
+
+
+# -- reports ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def point_text(point: Mapping[str, Any]) -> str:
+    busy = ", ".join(f"{name} {100 * seconds / point['seconds']:.0f} %" for name, seconds in point["busy_s"].items())
+    bound, efficiency, predicted = (point[name] for name in ("hardware_bound", "efficiency", "predicted"))
+    text = f"{point['policy']:>8} x {point['num_seqs']:<3} {point['tokens_per_s']:9.2f} tokens/s"
+    text += f", predicted {predicted:.2f}" if predicted else ""
+    text += f", hardware bound {bound:.2f}, efficiency {efficiency:.2f}" if bound else ""
+    return f"{text}; busy: {busy}"
+
+
+def table(check: Check) -> str:
+    """The verdicts, one per line, and the last word."""
+    lines = [f"{mark(verdict.ok)}  {verdict.name:<16}  {verdict.detail}" for verdict in check.verdicts]
+    emulated = " (an emulated GPU: a rehearsal, no proof)" if check.device.startswith("emulated:") else ""
+    word = "passed" if check.passed else "FAILED"
+    return "\n".join(["", f"gpu-check of {check.commit} on {device_name(check.device)}{emulated}", *lines, f"gpu-check {word}"])
+
+
+def device_name(device: str) -> str:
+    if device.startswith("emulated:"):
+        return device
+    return cuda_devices()[int(device.removeprefix("cuda:"))].name
+
+
+def document(check: Check) -> dict[str, Any]:
+    """The result file. Times in seconds, sizes in bytes; ``efficiency`` is achieved / hardware bound."""
+    return {
+        "schema": SCHEMA, "check": "gpu", "commit": check.commit, "date": date.today().isoformat(), "device": check.device, "gpu": device_name(check.device),
+        "emulated": check.device.startswith("emulated:"), "processor": f"{platform.machine()}, {os.cpu_count()} logical CPUs", "software": software(),
+        "model": check.model, "passed": check.passed, "seconds": time.monotonic() - check.began, "verdicts": [asdict(verdict) for verdict in check.verdicts],
+        "rates": check.rates.get("limits"), "profile": check.rates.get("profile"), "points": check.points, "cases": check.cases,
+    }  # fmt: skip
+
+
+def software() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch_cuda_version()}
+    for name in SOFTWARE:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def write_result(check: Check, folder: Path) -> Path:
+    """``<gpu>-<date>.json`` in ``folder``, which is made when it is not there."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(check.device).lower()).strip("-")
+    path = folder / f"{slug}-{date.today().isoformat()}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document(check), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+# -- the command -----------------------------------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(prog="gpu_check", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    result.add_argument("--device", default="cuda:0", help="cuda:N, or emulated:PRESET for a rehearsal (default: cuda:0)")
+    result.add_argument("--commit", default="unknown", help="what is tested, for the report: such a box may have no .git")
+    result.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR", help="where the result goes (default: benchmarks/results)")
+    result.add_argument("--model", default="", metavar="NAME", help="dummy:NAME of the throughput points (default: llama-3.2-1b; emulated: smollm2-135m)")
+    result.add_argument("--num-seqs", default="8,1,32", metavar="N,N", help="sequences of the points, most wanted first (default: 8,1,32)")
+    result.add_argument("--families", default=",".join(FAMILIES), metavar="A,B", help="zoo models of the token tests (default: all)")
+    result.add_argument("--budget-s", type=float, default=BUDGET_S, metavar="S", help=f"seconds for all steps (default: {BUDGET_S:.0f})")
+    return result
+
+
+def checked(args: argparse.Namespace) -> Check:
+    """The run that the arguments describe. UserError for what is not here or not known."""
+    families, num_seqs = tuple(args.families.split(",")), args.num_seqs.split(",")
+    if unknown := [family for family in families if family not in FAMILIES]:
+        raise UserError(f"unknown family {unknown[0]!r}; known: {', '.join(FAMILIES)}")
+    if not all(text.isdecimal() and int(text) for text in num_seqs):
+        raise UserError(f"--num-seqs {args.num_seqs!r} must be whole numbers of at least 1, separated by commas")
+    if re.fullmatch(r"cuda:\d+", args.device):
+        cards = cuda_devices()
+        if int(args.device.removeprefix("cuda:")) >= len(cards) or torch_cuda_version() is None:
+            here = f"the driver shows {len(cards)} CUDA devices, torch is built for CUDA {torch_cuda_version()}"
+            raise UserError(f"no usable {args.device}: {here}; rehearse with --device emulated:demo")
+    elif not args.device.startswith("emulated:"):
+        raise UserError(f"unknown device {args.device!r}; give cuda:N or emulated:PRESET")
+    model = args.model or ("dummy:smollm2-135m" if args.device.startswith("emulated:") else "dummy:llama-3.2-1b")
+    dummy_spec(model)
+    return Check(
+        device=args.device, commit=args.commit, model=model, num_seqs=tuple(map(int, num_seqs)), families=families, budget_s=args.budget_s,
+    )  # fmt: skip
+
+
+STEPS = (build_native, device_tests, token_tests, measure_rates, measure_points)
+
+
+def run_steps(check: Check) -> None:
+    """Every step is guarded: what goes wrong inside is its verdict, and the next one has its turn while time is left."""
+    for step in STEPS:
+        name = step.__name__.replace("_", " ")
+        if check.left_s <= 0:
+            check.judge(name, False, f"not run: the {check.budget_s:.0f} s were up")
+            continue
+        say(f"{name}, {check.left_s:.0f} s left")
+        try:
+            step(check)
+        except (OSError, subprocess.SubprocessError, ValueError, KeyError, UserError) as error:
+            check.judge(name, False, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when every verdict passed, 1 when one failed, 2 for bad arguments or no GPU."""
+    args = parser().parse_args(argv)
+    try:
+        check = checked(args)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    with tempfile.TemporaryDirectory(prefix="twinpilots-cache-") as cache:
+        os.environ["XDG_CACHE_HOME"] = cache  # rates are measured anew: no profile of an earlier run, nor one left behind
+        run_steps(check)
+    say(table(check))
+    say(f"written to {write_result(check, args.out)}")
+    return 0 if check.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""What the worker processes of `gpu_check` do: token cases, the machine's rates, one throughput point.
+
+Owns the cases and what each must show. ``python -m benchmarks.gpu_steps TASK`` (JSON) prints one JSON line per event: ``begin`` names a case, ``case``
+ends it. A process of its own each, because a CUDA error leaves its process useless. Knows nothing of budgets, reports or other workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twinpilots.device.base import GpuDevice
+from twinpilots.errors import LimitError
+from twinpilots.machine import measure_machine, open_gpu
+
+Emit = Callable[[Mapping[str, Any]], None]
+UNIT_ROWS = 8  # the zoo's models are small: larger units would leave nothing to split
+HAND_PLANS = 2
+NUM_SEQS = 3
+# Relative RMS of a prompt's first logits against transformers in fp32 with the same weights. On CUDA, 16-bit weights multiply activations rounded to
+# 8 (bf16) or 11 (fp16) bits of mantissa and the KV cache is rounded likewise, in every one of up to seven layers; tests/unit/test_gpu_check.py runs
+# that arithmetic.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTask:
+    """``cases`` of one zoo model each: "family/dtype/variant", where a variant is a policy or "hand-N"."""
+
+    device: str
+    cases: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatesTask:
+    device: str
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointTask:
+    """One policy at one number of sequences. ``llm`` are `LLM`'s arguments."""
+
+    llm: Mapping[str, Any]
+    num_seqs: int
+    input_len: int
+    output_len: int
+
+
+TASKS = {"tokens": TokenTask, "rates": RatesTask, "point": PointTask}
+
+
+def token_cases(families: tuple[str, ...], variants: tuple[str, ...], dtypes: tuple[str, ...]) -> tuple[str, ...]:
+    """Every combination, models outermost: a worker makes each model once."""
+    hand = tuple(f"hand-{number}" for number in range(HAND_PLANS))
+    return tuple(f"{family}/{dtype}/{variant}" for family in families for dtype in dtypes for variant in variants + hand)
+
+
+# -- tokens --------------------------------------------------------------------------------------------------------------------------------
+
+
+def run_tokens(task: TokenTask, emit: Emit, gpu: GpuDevice | None = None) -> None:
+    """Each case on ``gpu`` (default: opened from the task's device). An assertion that fails, or an error, is that case's; the next one runs on."""
+    from tests.harness import SavedModel, save_with_references
+
+    gpu = gpu or open_gpu(task.device)
+    models: dict[tuple[str, str], SavedModel] = {}
+    with tempfile.TemporaryDirectory(prefix="twinpilots-gpu-check-") as root:
+        for case in task.cases:
+            family, dtype, variant = case.split("/")
+            emit({"event": "begin", "case": case})
+            began = time.monotonic()
+
+            def run(family: str = family, dtype: str = dtype, variant: str = variant) -> str | None:
+                if (family, dtype) not in models:
+                    models[family, dtype] = save_with_references(family, 0, dtype, Path(root) / f"{family}-{dtype}")
+                return run_variant(models[family, dtype], dtype, variant, gpu)
+
+            emit({"event": "case", "case": case, **outcome(run), "seconds": time.monotonic() - began})
+            gpu.close()  # whatever a failed case left open
+
+
+def outcome(run: Callable[[], str | None]) -> dict[str, Any]:
+    """``ok`` True with what was found, None (infeasible) with the reason, or False with the error. The traceback of an error goes to stderr."""
+    try:
+        return {"ok": True, "detail": run() or ""}
+    except LimitError as error:
+        return {"ok": None, "detail": str(error)}
+    except Exception as error:  # noqa: BLE001  one failure must not hide the rest
+        import traceback
+
+        traceback.print_exc()
+        return {"ok": False, "detail": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+
+
+def run_variant(model: Any, dtype: str, variant: str, gpu: GpuDevice) -> str:
+    """Generates with one plan and compares: the fp32 rule for fp32 weights, logits within the tolerance for all. Returns the largest logit error."""
+    from tests.harness import NUM_TOKENS, PROMPTS, Rig, relative_rms
+
+    with Rig(model.path, plan_of(model, variant), device=gpu) as rig:
+        found = rig.generate(PROMPTS, NUM_TOKENS)
+        first = [rig.logits[str(number)][0] for number in range(len(PROMPTS))]
+    if dtype == "float32":
+        model.assert_tokens(found)
+    worst = float(np.max([relative_rms(row, reference[0]) for row, (_, reference) in zip(first, model.references, strict=True)]))
+    if not worst < TOLERANCE[dtype]:
+        raise AssertionError(f"first logits are {worst:.2e} off transformers' (relative RMS), {TOLERANCE[dtype]:.0e} allowed")
+    return f"logits {worst:.1e}"
+
+
+def plan_of(model: Any, variant: str) -> Any:
+    """A policy's plan on GPU memory for a third of the model, for a made-up machine on which neither pilot can be spared; or a random hand-set plan."""
+    from tests.hand_plans import random_plan
+    from tests.machines import machine, processor
+    from twinpilots.plan.solver import solve
+    from twinpilots.plan.workload import Limits, Workload
+
+    if variant.startswith("hand-"):
+        return random_plan(model.spec, 200 + int(variant.removeprefix("hand-")))
+    even = machine(cpu=processor(2e6, 8e6, task_s=0.0), gpu=processor(2e7, 8e7, task_s=0.0))
+    workload = Workload(num_requests=NUM_SEQS, input_len=16, output_len=16, max_num_seqs=NUM_SEQS)
+    limits = Limits(gpu_bytes=model.third_bytes, host_bytes=1 << 30)
+    return solve(model.spec, even, workload, limits, policy=variant, unit_rows=UNIT_ROWS, compare=False).plan  # type: ignore[arg-type]
+
+
+# -- rates and points ----------------------------------------------------------------------------------------------------------------------
+
+
+def run_rates(task: RatesTask, emit: Emit) -> None:
+    """The full profile of the device in the model's shapes; it is stored, so that the points plan with it."""
+    from twinpilots.benchmarks.throughput import limits
+    from twinpilots.model.dummy import dummy_spec
+
+    emit({"event": "begin", "case": "rates"})
+    began = time.monotonic()
+    found: dict[str, Any] = {}
+
+    def run() -> None:
+        profile = measure_machine(task.device, dummy_spec(task.model), progress=lambda note: emit({"event": "note", "note": note}))
+        found.update(rates=limits(profile), profile=asdict(profile))
+
+    emit({"event": "case", "case": "rates", **outcome(run), **found, "seconds": time.monotonic() - began})
+
+
+def run_point(task: PointTask, emit: Emit) -> None:
+    """Generates twice for the same prompts, the first time to warm up, and reports the second."""
+    case = f"{task.llm['policy']} x {task.num_seqs}"
+    emit({"event": "begin", "case": case})
+    began = time.monotonic()
+    found: dict[str, Any] = {}
+    result = outcome(lambda: found.update(point=measure_point(task)))
+    emit({"event": "case", "case": case, **result, **found, "seconds": time.monotonic() - began})
+
+
+def measure_point(task: PointTask) -> dict[str, Any]:
+    """Measured tokens/s beside prediction and bounds, who was busy, what was moved, and the process's footprint on the card."""
+    from twinpilots.api import LLM
+    from twinpilots.benchmarks.throughput import prompts
+    from twinpilots.request import SamplingParams
+
+    token_ids = prompts(task.num_seqs, task.input_len)
+    params = SamplingParams(temperature=0.0, max_tokens=task.output_len, ignore_eos=True)
+    free_before = card_used_bytes(task.llm["device"])
+    began = time.monotonic()
+    with LLM(**task.llm) as llm:
+        load_s = time.monotonic() - began
+        llm.generate(token_ids, params, use_tqdm=False)
+        warm = llm.stats()
+        began = time.monotonic()
+        outputs = llm.generate(token_ids, params, use_tqdm=False)
+        seconds = time.monotonic() - began
+        stats, used = llm.stats(), card_used_bytes(task.llm["device"])
+    generated = sum(len(output.outputs[0].token_ids) for output in outputs)
+    if generated != task.num_seqs * task.output_len:
+        raise AssertionError(f"{generated} tokens came back, {task.num_seqs * task.output_len} were asked for")
+    footprint = stats["peak_bytes"]["gpu"] if used is None or free_before is None else used - free_before
+    rates, bound = stats["tokens_per_s"], stats["tokens_per_s"]["hardware_bound"]
+    return {
+        "policy": task.llm["policy"], "num_seqs": task.num_seqs, "input_len": task.input_len, "output_len": task.output_len,
+        "load_s": load_s, "seconds": seconds,
+        "tokens_per_s": generated / seconds, "predicted": rates["predicted"], "plan_bound": rates["plan_bound"], "hardware_bound": bound,
+        "efficiency": generated / seconds / bound if bound else None, "gpu_memory": task.llm["gpu_memory"], "footprint_bytes": footprint,
+        "busy_s": since(warm["busy_s"], stats["busy_s"]), "bytes": since(warm["bytes"], stats["bytes"]), "weights_frac": stats["weights_frac"],
+        "peak_bytes": stats["peak_bytes"], "plan_changes": stats["plan_changes"],
+    }  # fmt: skip
+
+
+def since(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """What a second run added to sums."""
+    return {name: after[name] - before[name] for name in after}
+
+
+def card_used_bytes(device: str) -> int | None:
+    """Bytes in use on the card by whoever (the box is ours); None on an emulated one, whose ledger knows."""
+    if not device.startswith("cuda:"):
+        return None
+    from twinpilots.device.cuda import card_used_bytes as used
+
+    return used(int(device.removeprefix("cuda:")))
+
+
+# -- the process ---------------------------------------------------------------------------------------------------------------------------
+
+RUN: Mapping[str, Callable[[Any, Emit], None]] = {"tokens": run_tokens, "rates": run_rates, "point": run_point}
+
+
+def main(argv: list[str]) -> None:
+    """Keep stdout for the events alone: whatever else prints goes to stderr."""
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def emit(event: Mapping[str, Any]) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    for kind, task in parsed(json.loads(argv[0])):
+        RUN[kind](task, emit)
+
+
+def parsed(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(kind, task) of ``{kind: fields}``."""
+    for kind, fields in document.items():
+        yield kind, TASKS[kind](**fields)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
