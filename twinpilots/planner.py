@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,9 @@ from twinpilots.units import format_bytes
 logger = logging.getLogger(__name__)
 HOST_SHARE = 0.9  # of the free host memory, when no limit is given: the rest is for the process itself and its neighbours
 RENEW_PASSES = 16
+DRIVER_DECAY = 0.2  # weight of the newest pass in the mean of the driver's time
+DRIVER_MOST_S = 0.02  # a pause of the process is not the driver's work
+MOST_GAIN = 0.5  # another plan for the same policy hardly ever saves more than this fraction of the time
 KV_STEP = 32  # predictions are remembered per this many tokens of context: a pass's time changes by less than a percent between them
 
 
@@ -46,6 +50,8 @@ class Planner:
         self._predicted: dict[tuple[int, PassLoad], float] = {}
         self._tracker = Tracker(profile)
         self._observed_passes = 0
+        self._driver_s = 0.0  # scheduling and sampling of a pass, as measured lately
+        self._solve_s = 0.0  # what the last solve took
 
     @property
     def is_fixed(self) -> bool:
@@ -64,11 +70,12 @@ class Planner:
         """The solution for a workload, remembered. ``compare`` prices all other policies too (``auto`` always does): bounds over all their choices need it."""
         key = workload, compare or self.config.policy == "auto"
         if key not in self._solved:
-            config = self.config
+            config, began = self.config, time.perf_counter()
             self._solved[key] = solve(
                 self.spec, self.profile, workload, self.limits, policy=cast(Policy, config.policy), unit_rows=config.unit_rows,
                 kv_dtype=cast(Any, config.kv_dtype), max_model_len=config.max_model_len, compare=key[1],
             )  # fmt: skip
+            self._solve_s = time.perf_counter() - began
         return self._solved[key]
 
     def better_plan(self, current: Plan, workload: Workload, load_s: float, gain: float) -> Plan | None:
@@ -76,11 +83,17 @@ class Planner:
         hold one of its sequences, any that can (LimitError when none does). None: stay."""
         if self.is_fixed:
             return None
-        found = self.solve(workload).plan
         if not holds(current, workload):
-            return found
-        now, then = (price_plan(self.spec, self.profile, workload, plan) for plan in (current, found))
-        return found if then.prefill_s + then.decode_s + load_s < gain * (now.prefill_s + now.decode_s) else None
+            return self.solve(workload).plan
+        now_s = self._seconds(current, workload)
+        if now_s * MOST_GAIN < load_s + self._solve_s:
+            return None  # not worth the search
+        found = self.solve(workload).plan
+        return found if self._seconds(found, workload) + load_s < gain * now_s else None
+
+    def _seconds(self, plan: Plan, workload: Workload) -> float:
+        price = price_plan(self.spec, self.profile, workload, plan)
+        return price.prefill_s + price.decode_s
 
     def bounds(self, workload: Workload) -> tuple[float | None, float | None]:
         """(plan bound, hardware bound) in tokens/s for a workload under these limits; None where it cannot run at all."""
@@ -98,11 +111,13 @@ class Planner:
         key = (id(batch.bucket), load)
         if key not in self._predicted:
             self._predicted[key] = self._estimator(plan, batch.bucket, load.shape).timing(load).seconds
-        return self._predicted[key]
+        return self._predicted[key] + self._driver_s
 
-    def observe(self, records: list[OpTime]) -> None:
-        """Take in a pass's op times. Predictions follow the corrected profile, renewed every `RENEW_PASSES` passes: simulating is not free."""
+    def observe(self, records: list[OpTime], driver_s: float) -> None:
+        """Take in a pass's op times, and what the driver took beside it. Predictions follow the corrected profile, renewed every `RENEW_PASSES` passes:
+        simulating is not free."""
         self._tracker.observe(records)
+        self._driver_s += DRIVER_DECAY * (min(driver_s, DRIVER_MOST_S) - self._driver_s)
         self._observed_passes += 1
         if self._observed_passes % RENEW_PASSES == 0:
             self.profile = self._tracker.profile()

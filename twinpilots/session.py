@@ -29,6 +29,8 @@ from twinpilots.runtime.kv_cache import KvCache
 from twinpilots.runtime.scheduler import Scheduler
 from twinpilots.runtime.stats import EngineStats, WeightShares
 
+PREPARE_S = 0.5  # what loading may spend on compiling programs ahead
+
 
 class _CheckpointWeights:
     """A checkpoint's tensors as plain arrays."""
@@ -56,6 +58,7 @@ class Session:
                 self.executor = stack.enter_context(
                     Executor(spec, plan, machine.pilot, machine.gpu, _CheckpointWeights(checkpoint), limits=limits, progress=bar.update)
                 )
+            self.executor.prepare(PREPARE_S)
             self._stack = stack.pop_all()
         self.load_s = time.perf_counter() - began
         kv = KvCache(plan)
@@ -81,7 +84,7 @@ class Session:
         seconds = time.perf_counter() - began
         if self._batch is not None and self.executor.last_report is not None:
             predicted_s = self._planner.predict(self.plan, self._batch)  # before this pass's own times become known to the planner
-            self._planner.observe(self.executor.op_times())
+            self._planner.observe(self.executor.op_times(), seconds - self.executor.last_report.seconds)
             self.stats.add(replace(self.executor.last_report, seconds=seconds, predicted_s=predicted_s))
             self._batch = None
         return outputs

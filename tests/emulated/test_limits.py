@@ -87,7 +87,7 @@ def test_a_refused_model_leaves_nothing_either(zoo_model: ZooModel) -> None:
     model = zoo_model("llama")
     before = holdings()
     for options in ({"gpu_memory": 1000, "policy": "stream"}, {"host_memory": 1000}, {"max_model_len": 10_000}):
-        with pytest.raises(Exception, match="memory|max_model_len"):
+        with pytest.raises(Exception, match=r"memory|max_model_len"):
             LLM(str(model.path), device="emulated:demo", **options)
         assert holdings() == before
 
@@ -101,7 +101,7 @@ def test_a_killed_device_ends_the_request_at_once_and_closes_cleanly(zoo_model: 
     (child,) = holdings()[1] - before[1]
     began = time.monotonic()
     threading.Timer(0.02, os.kill, (child, signal.SIGKILL)).start()
-    with pytest.raises(DeviceLostError, match="SIGKILL|abort"):
+    with pytest.raises(DeviceLostError, match=r"SIGKILL|abort"):
         for _ in range(10_000):
             list(llm.stream(PROMPTS[1], LONG))
     assert time.monotonic() - began < LOST_WITHIN_S
@@ -118,7 +118,8 @@ def test_what_is_allocated_is_what_the_plan_says(seed: int, zoo_model: ZooModel)
     path = zoo_model(rng.choice(sorted(zoo.FAMILIES))).path
     with closing(open_checkpoint(path)) as checkpoint:
         spec = checkpoint.spec
-    plan = random_plan(spec, seed, gpu_pages=rng.randint(24, 60), host_pages=rng.randint(24, 60), max_pass_tokens=rng.randint(9, 70), unit_rows=rng.choice([8, 16, 64]))
+    pages = {"gpu_pages": rng.randint(24, 60), "host_pages": rng.randint(24, 60)}
+    plan = random_plan(spec, seed, max_pass_tokens=rng.randint(9, 70), unit_rows=rng.choice([8, 16, 64]), **pages)
     use = plan_memory(spec, plan)
     with Rig(path, plan) as rig:
         ledger = rig.executor.ledger

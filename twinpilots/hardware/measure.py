@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from twinpilots.device.base import GpuDevice
-from twinpilots.device.cpu import CpuPilot, choose_cores
+from twinpilots.device.cpu import SYSFS_CPUS, CpuPilot, allowed_cpus, choose_cores
 from twinpilots.device.memory import host_memory_available_bytes
 from twinpilots.hardware.profile import ComputeProfile, Curve, HardwareProfile, LinkProfile
 from twinpilots.hardware.rig import Rig, instruction, work_s
@@ -26,6 +26,7 @@ from twinpilots.plan.tasks import Queue
 from twinpilots.runtime.program import ACT_CODES, DTYPE_CODES, NULL, Epilogue, NormKind, Op
 
 Side = Literal["cpu", "gpu"]
+PEERS: tuple[tuple[Side, Side], ...] = (("cpu", "gpu"), ("gpu", "cpu"))
 FULL_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUICK_GRID = (1, 4, 16, 64, 256)
 MIN_RUNS = 3
@@ -206,7 +207,8 @@ def measure(
     """Measures this machine for models of ``spec``'s dtype and widths. ``quick`` takes about 2 s with fewer points, otherwise under 60 s."""
     grid: tuple[int, ...] = QUICK_GRID if quick else FULL_GRID
     budget_s = 0.3 if quick else 4.0
-    rig_bytes = host_region_bytes() * 2 + CACHE_BYTES + 2 * packet_bytes(gpu) + 16 * max(grid) * (spec.intermediate_size + spec.hidden_size * 4 + spec.q_size * 4)
+    rig_bytes = host_region_bytes() * 2 + CACHE_BYTES + 2 * packet_bytes(gpu)
+    rig_bytes += 16 * max(grid) * (spec.intermediate_size + spec.hidden_size * 4 + spec.q_size * 4)
     gpu_budget = _gpu_budget(gpu)
     if gpu and gpu_budget < (64 << 20):
         grid = grid[:-2]
@@ -221,7 +223,7 @@ def measure(
         if gpu:
             progress("link: packets, small copies, hand-off, contention")
             link = _measure_link(rig, spec)
-            sides = _with_contention(rig, benches, sides, link)
+            sides = _with_peers(rig, benches, _with_contention(rig, benches, sides, link))
         step_s = _measure_step(rig, benches)
     # What DRAM gives is at least what all cores read, and what the pilot reads beside a busy link together with what the link takes.
     dram = cpu_peaks(len(choose_cores(gpu=False, emulated=False).pilot))[0]
@@ -274,29 +276,35 @@ def _torch_cpu_peaks(threads: int) -> tuple[float, float]:
 
 
 def _cuda_peaks(dtype: str, device: str) -> tuple[float, float]:
-    """(read bytes/s, GEMM FLOP/s) of the card, by torch's own kernels, between events on the device: launching and waiting are not the card's work."""
+    """(read bytes/s, GEMM FLOP/s) of the card, by torch's own kernels; one after the other, for both at once do not fit beside the arena."""
     import torch
 
-    torch_dtype, size = {"fp32": (torch.float32, 4096), "bf16": (torch.bfloat16, 8192), "fp16": (torch.float16, 8192)}[dtype]
+    def read_rate() -> float:
+        data = torch.ones(64 << 20, dtype=torch.float32, device=device)
+        return 4 * data.numel() / _typical_s(lambda: _cuda_s(data.sum, device), 0.2)
 
-    def seconds(work: Callable[[], object]) -> float:
+    def gemm_rate() -> float:
+        kind, size = {"fp32": (torch.float32, 4096), "bf16": (torch.bfloat16, 8192), "fp16": (torch.float16, 8192)}[dtype]
+        square = torch.randn(size, size, device=device, dtype=kind)  # all ones would draw less power, and run faster, than real numbers
+        result = torch.empty_like(square)
+        return 2 * size**3 / _typical_s(lambda: _cuda_s(lambda: torch.mm(square, square, out=result), device), 0.2)
+
+    return read_rate(), gemm_rate()
+
+
+def _cuda_s(work: Callable[[], object], device: str) -> float:
+    """Seconds of ``work`` between events on the device: launching and waiting are not the card's work."""
+    import torch
+
+    with torch.cuda.device(device):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.device(device):
+        work()
+        began.record()
+        for _ in range(PEAK_REPEATS):
             work()
-            began.record()
-            for _ in range(PEAK_REPEATS):
-                work()
-            ended.record()
-            ended.synchronize()
-        return float(began.elapsed_time(ended)) * 1e-3 / PEAK_REPEATS
-
-    big = torch.ones(64 << 20, dtype=torch.float32, device=device)
-    read_s, num_bytes = _typical_s(lambda: seconds(big.sum), 0.2), 4 * big.numel()
-    del big  # both at once are more than a process may take beside its arena
-    square = torch.randn(size, size, device=device, dtype=torch_dtype)  # all ones would draw less power, and run faster, than real numbers
-    result = torch.empty_like(square)
-    gemm_s = _typical_s(lambda: seconds(lambda: torch.mm(square, square, out=result)), 0.2)
-    return num_bytes / read_s, 2 * size**3 / gemm_s
+        ended.record()
+        ended.synchronize()
+    return float(began.elapsed_time(ended)) * 1e-3 / PEAK_REPEATS
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -325,7 +333,7 @@ def _measure_link(rig: Rig, spec: ModelSpec) -> LinkProfile:
         return _typical_s(per_load, 0.05)
 
     rate = big / load_s(big)
-    columns, rows = spec.hidden_size, 64
+    columns, rows = spec.hidden_size, 64 if rig.gpu is None or rig.gpu.emulated else 512  # a real link takes 64 rows in a few microseconds
     near, far = rig.alloc_gpu(4 * columns * rows), rig.alloc_host(4 * columns * rows)
 
     def copy_s(tokens: int, down: bool) -> float:
@@ -376,11 +384,27 @@ def _with_contention(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, Co
 
 def _slowdown(rig: Rig, side: Side, rows: list[tuple[object, ...]], loads: list[tuple[object, ...]]) -> float | None:
     """Time of the instructions that ran while the link was busy, against the same ones alone; None when hardly any did."""
-    beside = rig.run({"link_in": loads, side: rows})
-    alone = work_s(rig.run({side: rows})[side])
-    link, trace = beside["link_in"], beside[side]
-    busy = (trace[:, 1] >= link[0, 1]) & (trace[:, 2] <= link[-1, 2])
-    return float(work_s(trace)[busy].sum() / alone[busy].sum()) if busy.mean() > 0.5 else None
+    return _beside(rig.run({"link_in": loads, side: rows}), rig.run({side: rows}), side, "link_in")
+
+
+def _beside(together: dict[Queue, np.ndarray], alone: dict[Queue, np.ndarray], side: Side, other: Queue) -> float | None:
+    trace = together[side]
+    busy = (trace[:, 1] >= together[other][0, 1]) & (trace[:, 2] <= together[other][-1, 2])
+    return float(work_s(trace)[busy].sum() / work_s(alone[side])[busy].sum()) if busy.mean() > 0.5 else None
+
+
+def _with_peers(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, ComputeProfile]) -> dict[Side, ComputeProfile]:
+    """Each side's slow-down while the other one reads its weights, too: they may share one memory."""
+    rig.set_tokens(1)
+    rows = {side: bench.linears("out")[0] for side, bench in benches.items()}
+    ratios: dict[Side, list[float]] = {"cpu": [], "gpu": []}
+    for _ in range(SLOWDOWN_RUNS):
+        together = rig.run({"gpu": rows["gpu"], "cpu": rows["cpu"]})
+        for side, other in PEERS:
+            ratio = _beside(together, rig.run({side: rows[side]}), side, other)
+            if ratio is not None:
+                ratios[side].append(ratio)
+    return {side: replace(found, peer_slowdown=max(1.0, float(np.median(ratios[side] or [1.0])))) for side, found in sides.items()}
 
 
 def _measure_step(rig: Rig, benches: dict[Side, _Bench]) -> float:

@@ -56,11 +56,12 @@ class ComputeProfile:
     read_bytes_per_s: float
     flops_per_s: float
     copy_slowdown: float = 1.0  # factor on this processor's times while the link runs at full rate
+    peer_slowdown: float = 1.0  # factor on its memory-bound times while the other processor reads the same memory (1 where memories are apart)
 
     def __post_init__(self) -> None:
         _check_numbers(self, "attention_bytes_per_s attention_flops_per_s elementwise_bytes_per_s read_bytes_per_s flops_per_s", above=0)
         _check_numbers(self, "task_s", least=0)
-        _check_numbers(self, "copy_slowdown", least=1)
+        _check_numbers(self, "copy_slowdown peer_slowdown", least=1)
 
     def linear_s(self, dtype: str, split_dim: str, elements: float, tokens: float) -> float:
         """Seconds of a linear of ``elements`` weights at ``tokens`` tokens, without the fixed cost."""

@@ -16,6 +16,7 @@ from twinpilots.plan.plan import Plan
 from twinpilots.plan.tasks import Kind, Task
 
 Traffic = Literal["", "weights", "kv", "activations"]
+MEMORY_BOUND = 1.5  # a linear that takes less than this times its one-token time mostly waits for its weights
 ACTIVATION_BYTES = 4  # activations are fp32 everywhere
 
 
@@ -27,6 +28,7 @@ class TaskCost:
     dram_bytes: float = 0.0
     link_bytes: float = 0.0
     traffic: Traffic = ""
+    memory_bound: bool = False  # reading, not computing, takes the time: another reader of the same memory slows it down
 
 
 class CostModel:
@@ -110,7 +112,9 @@ def _linear(model: CostModel, task: Task) -> TaskCost:
     op, processor = model.ops[task.layer, task.op], model.compute(task)
     rows = task.row1 - task.row0
     seconds = processor.task_s + linear_s(op, rows, model.spec.weight_dtype, model.tokens(task), processor)
-    return TaskCost(seconds, dram_bytes=rows * op.row_bytes if task.queue == "cpu" else 0)
+    curve = processor.linear[f"{model.spec.weight_dtype}/{op.split_dim}"]
+    memory_bound = curve(model.tokens(task) * op.active_frac) < MEMORY_BOUND * curve(1)
+    return TaskCost(seconds, dram_bytes=rows * op.row_bytes if task.queue == "cpu" else 0, memory_bound=memory_bound)
 
 
 def _attend(model: CostModel, task: Task) -> TaskCost:
@@ -118,7 +122,7 @@ def _attend(model: CostModel, task: Task) -> TaskCost:
     classes = [c for group in model.groups(task) for c in group.classes]
     seconds = processor.task_s + sum(attention_s(model.spec, c, window, model.kv_bytes, processor) for c in classes)
     kv_bytes = sum(c.num_seqs * attention_kv_bytes(model.spec, c, window, model.kv_bytes) for c in classes)
-    return TaskCost(seconds, dram_bytes=kv_bytes if task.queue == "cpu" else 0)
+    return TaskCost(seconds, dram_bytes=kv_bytes if task.queue == "cpu" else 0, memory_bound=all(c.query_tokens == 1 for c in classes))
 
 
 def _elementwise(model: CostModel, task: Task, num_bytes: float) -> TaskCost:

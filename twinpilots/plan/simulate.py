@@ -56,7 +56,7 @@ def simulate(
         raise ValueError(f"load has shape {load.shape}, the schedule was made for {schedule.shape}")
     model = CostModel(spec, plan, profile, load)
     costs = [model.cost(task) for task in schedule.tasks]
-    clock = _Clock(schedule.tasks, [cost.seconds for cost in costs], profile, _settled_pass(schedule, plan))
+    clock = _Clock(schedule.tasks, [cost.seconds for cost in costs], [cost.memory_bound for cost in costs], profile, _settled_pass(schedule, plan))
     clock.run()
     begin_s, end_s = clock.pass_end[clock.reported - 1 : clock.reported + 1]
     base = clock.reported * len(schedule.tasks)
@@ -88,15 +88,21 @@ def _link_bytes(costs: Sequence[TaskCost]) -> dict[str, float]:
 class _Clock:
     """The event loop. Task i of pass p is number ``p * count + i``; a queue is blocked (next event at infinity), about to start, or running."""
 
-    def __init__(self, tasks: Sequence[Task], seconds: Sequence[float], profile: HardwareProfile, reported: int) -> None:
+    def __init__(
+        self, tasks: Sequence[Task], seconds: Sequence[float], memory_bound: Sequence[bool], profile: HardwareProfile, reported: int
+    ) -> None:  # fmt: skip
         self.count = len(tasks)
         self.reported = reported  # pass 0 fills the pipeline; the pass after this one is only prefetched
         self.num_passes = reported + 2
         self.seconds = seconds
         self.overhead_s = profile.step_overhead_s
-        self.slowdown = (profile.cpu.copy_slowdown, profile.gpu.copy_slowdown if profile.gpu else 1.0)
-        self.order: list[list[int]] = [[], [], [], []]
         numbers = {name: number for number, name in enumerate(QUEUES)}
+        self.copy_slowdown = (profile.cpu.copy_slowdown, profile.gpu.copy_slowdown if profile.gpu else 1.0)
+        peer = (profile.cpu.peer_slowdown, profile.gpu.peer_slowdown if profile.gpu else 1.0)
+        self.peer_slowdown = [
+            peer[numbers[task.queue]] if bound and task.queue in ("cpu", "gpu") else 1.0 for task, bound in zip(tasks, memory_bound, strict=True)
+        ]
+        self.order: list[list[int]] = [[], [], [], []]
         self.fenced = [task.kind != "load" for task in tasks]
         queue_of = [numbers[task.queue] for task in tasks]
         for task in tasks:
@@ -119,6 +125,7 @@ class _Clock:
         at = [0, 0, 0, 0]  # the place of each queue's current task, counted over all passes
         event = [inf] * 4  # when the current task starts or ends; infinity: blocked or done
         running = [False] * 4
+        factors = [1.0] * 4  # how much slower than alone each queue's current task runs now
         slow = 0  # link queues at work
         now = 0.0
         check = [CPU, GPU, LINK_IN, LINK_OUT]
@@ -134,7 +141,6 @@ class _Clock:
             now = then
             number, index = divmod(at[q], lengths[q])
             task = order[q][index]
-            was_slow = slow
             if running[q]:
                 running[q], event[q] = False, inf
                 end[number * count + task] = now
@@ -147,13 +153,16 @@ class _Clock:
                 running[q] = True
                 start[number * count + task] = now
                 slow += q >= LINK_IN
-                event[q] = now + self.seconds[task] * (self.slowdown[q] if slow and q < LINK_IN else 1.0)
+                event[q] = now + self.seconds[task]
+                factors[q] = 1.0
                 check = []
-            if (slow > 0) != (was_slow > 0):
-                for other in (CPU, GPU):
-                    if running[other] and other != q:
-                        factor = self.slowdown[other] if slow else 1.0 / self.slowdown[other]
-                        event[other] = now + (event[other] - now) * factor
+            for side in (CPU, GPU):
+                if running[side]:
+                    current = order[side][at[side] % lengths[side]]
+                    factor = (self.copy_slowdown[side] if slow else 1.0) * (self.peer_slowdown[current] if running[CPU + GPU - side] else 1.0)
+                    if factor != factors[side]:
+                        event[side] = now + (event[side] - now) * factor / factors[side]
+                        factors[side] = factor
 
     def _ready(self, task: int, number: int, now: float) -> float:
         """When the waits of this task of pass ``number`` are over; infinity while one of them is still open."""

@@ -20,7 +20,7 @@ from twinpilots.errors import DeviceLostError
 from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.memory import gpu_layout_bytes, host_layout_bytes
 from twinpilots.plan.plan import BucketPlan, Plan
-from twinpilots.plan.schedule import expand
+from twinpilots.plan.schedule import expand, full_shape
 from twinpilots.plan.tasks import PassShape, Queue
 from twinpilots.runtime.batch import StepBatch, metadata_words, write_metadata
 from twinpilots.runtime.compile import Compiler, Program
@@ -180,6 +180,14 @@ class Executor:
         self._compiler = Compiler(self.spec, plan, self.host_layout, self.gpu_layout)
         self.plan_changes += 1
 
+    def prepare(self, budget_s: float) -> None:
+        """Compiles ahead what will come most: each bucket with all its kinds of sequences, the largest first, until the time is up."""
+        began = time.perf_counter()
+        for bucket in sorted(self.plan.buckets, key=lambda bucket: -bucket.max_tokens):
+            self._program(bucket, full_shape(bucket, gpu_kv=self.plan.gpu_pages > 0, host_kv=self.plan.host_pages > 0))
+            if time.perf_counter() - began > budget_s:
+                return
+
     def _program(self, bucket: BucketPlan, shape: PassShape) -> _Placed:
         key = (id(bucket), shape)
         found = self._placed.get(key)
@@ -299,6 +307,7 @@ class Executor:
         """Stops the device's queues and returns all memory."""
         if self.gpu:
             self.gpu.close()
+        self._meta = np.empty(0, np.int32)  # a view that is still held would keep the arena's file open
         self.host.close()
 
     def __enter__(self) -> Executor:
