@@ -56,7 +56,7 @@ def test_an_experts_op_sees_its_active_fraction_of_the_tokens() -> None:
 
 def test_attention_takes_the_longer_of_reading_kv_and_computing_sequence_by_sequence() -> None:
     """CPU group: one query over 5 tokens of KV: 5 * 2 * 4 * 4 bytes, 4 * 8 * 5 FLOPs."""
-    assert _cost("attend", "cpu", glo=2, ghi=3) == TaskCost(pytest.approx(1e-3 + 160 / 2e6), dram_bytes=160)
+    assert _cost("attend", "cpu", glo=2, ghi=3) == TaskCost(pytest.approx(1e-3 + 160 / 2e6), dram_bytes=160, memory_bound=True)
     # the second layer sees a window of 3 tokens
     assert _cost("attend", "cpu", glo=2, ghi=3, layer=1).seconds == pytest.approx(1e-3 + 96 / 2e6)
     # GPU: 3 sequences of 10 tokens, 2 of 7 tokens with queries at positions 5 and 6: 13 pairs

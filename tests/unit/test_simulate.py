@@ -80,6 +80,25 @@ def test_contention_stretches_work_while_the_link_runs_and_never_more(case: Case
             assert factor == pytest.approx(limit)
 
 
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.floats(1.0, 3.0), st.floats(1.0, 3.0))
+def test_two_readers_of_one_memory_slow_each_other_down_only_while_both_run(case: Case, cpu_slow: float, gpu_slow: float) -> None:
+    profile = machine(processor(2e6, 8e6, peer_slowdown=cpu_slow), processor(2e7, 8e7, peer_slowdown=gpu_slow))
+    schedule = expand(case.spec, case.plan, case.bucket, case.shape)
+    load = _load(case)
+    timing = simulate(schedule, case.spec, case.plan, profile, load, keep_timeline=True)
+    model = CostModel(case.spec, case.plan, profile, load)
+    spans = {side: [(e.start_s, e.end_s) for e in timing.timeline if e.queue == side] for side in ("cpu", "gpu")}
+    for entry in timing.timeline:
+        cost = model.cost(schedule.tasks[entry.task])
+        factor = (entry.end_s - entry.start_s) / cost.seconds
+        limit = {"cpu": cpu_slow, "gpu": gpu_slow}.get(entry.queue, 1.0) if cost.memory_bound else 1.0
+        others = spans["gpu" if entry.queue == "cpu" else "cpu"]
+        assert 1 - 1e-9 <= factor <= limit + 1e-9
+        if entry.queue in spans and any(start <= entry.start_s and entry.end_s <= end for start, end in others):  # beside one long task
+            assert factor == pytest.approx(limit)
+
+
 @settings(max_examples=40, deadline=None)
 @given(cases())
 def test_the_timeline_obeys_queues_and_waits(case: Case) -> None:
