@@ -70,7 +70,7 @@ gpu-check:
 	    || { echo "error: no CUDA device here; rehearse without one: make gpu-check DEVICE=emulated:demo" >&2; exit 2; }; \
 	  python=""; \
 	fi; \
-	if [[ -z "$$python" || "$(DEVICE)" != cuda* ]]; then $(MAKE) --no-print-directory setup; python="$(PY)"; fi; \
+	if [[ -z "$$python" || "$(DEVICE)" != cuda* ]]; then make --no-print-directory setup; python="$(PY)"; fi; \
 	PYTHONPATH=. "$$python" -m benchmarks.gpu_check --device "$(DEVICE)" --commit "$(COMMIT)" --out "$(OUT)" $(GPU_CHECK_FLAGS)
 
 clean:

@@ -98,7 +98,7 @@ def outcome(run: Callable[[], str | None]) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001  one failure must not hide the rest
         import traceback
 
-        traceback.print_exc()
+        traceback.print_exc(limit=-4)  # where it happened; many cases may fail alike
         return {"ok": False, "detail": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
 
 

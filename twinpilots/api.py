@@ -65,9 +65,12 @@ class LLM:
         try:
             self.spec = self._checkpoint.spec
             self.tokenizer = load_tokenizer(located, self._checkpoint, override=tokenizer)
-            self._profile = load_or_measure(self.config.device, self.spec, threads=threads)
+            notices: list[str] = []  # said once there is a plan: a limit that cannot be met is one line, not two
+            self._profile = load_or_measure(self.config.device, self.spec, threads=threads, tell=notices.append)
             self._planner = Planner(self.config, self.spec, self._profile, self._checkpoint.fingerprint)
             self._workload, first_plan = self._first_plan()
+            for notice in notices:
+                logger.warning(notice)
             self._load(first_plan)
         except BaseException:
             self.close()

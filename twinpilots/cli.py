@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace) -> None:
         args.run(args)
         sys.stdout.flush()
         return
-    with contextlib.redirect_stdout(sys.stderr):
+    with _stdout_kept_clean():
         document: dict[str, Any] = args.run(args)
     json.dump(document, sys.stdout, allow_nan=False)
     sys.stdout.write("\n")
@@ -102,6 +102,20 @@ def _reader_went_away() -> int:
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_FAILURE
+
+
+@contextlib.contextmanager
+def _stdout_kept_clean() -> Iterator[None]:
+    """Whatever is printed meanwhile goes to stderr, also by libraries in C that know only file descriptor 1 (the LP solver prints now and then)."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextlib.contextmanager

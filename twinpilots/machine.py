@@ -117,15 +117,16 @@ def stored_profile(device: str, spec: ModelSpec, *, threads: int | None = None, 
     return load_profile(_key(resolve_device(device), spec, threads, quick=quick))
 
 
-def load_or_measure(device: str, spec: ModelSpec, *, threads: int | None = None) -> HardwareProfile:
-    """The stored full profile, else the stored quick one, else a quick measurement (a few seconds), said on the log."""
+def load_or_measure(device: str, spec: ModelSpec, *, threads: int | None = None, tell: Callable[[str], None] = logger.warning) -> HardwareProfile:
+    """The stored full profile, else the stored quick one, else a quick measurement (a few seconds), which is said through ``tell``."""
     for quick in (False, True):
         found = stored_profile(device, spec, threads=threads, quick=quick)
         if found is not None:
             return found
     name = resolve_device(device)
-    logger.warning("no profile of %s for models of these widths: measuring it quickly (`twinpilots profile MODEL --device %s` does it thoroughly)", name, name)
-    return measure_machine(device, spec, threads=threads, quick=True)
+    profile = measure_machine(device, spec, threads=threads, quick=True)
+    tell(f"no profile of {name} for models of these widths: measured it quickly (`twinpilots profile MODEL --device {name}` does it thoroughly)")
+    return profile
 
 
 def _key(device: str, spec: ModelSpec, threads: int | None, *, quick: bool) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.harness import SavedModel, save_with_references
-from tests.machines import machine, processor
+from tests.machines import machine, processor, without_gpu
 
 ZooModel = Callable[..., SavedModel]
 
@@ -33,7 +33,7 @@ def balanced_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """`LLM` plans for a slow made-up machine on which neither pilot can be spared: plans of tiny models come out mixed, and the same every time."""
     profile = machine(cpu=processor(2e6, 8e6, task_s=0.0), gpu=processor(2e7, 8e7, task_s=0.0), emulated=True)
 
-    def fixed(*_args: Any, **_options: Any) -> Any:
-        return profile
+    def fixed(device: str, *_args: Any, **_options: Any) -> Any:
+        return without_gpu(profile) if device == "cpu" else profile
 
     monkeypatch.setattr("twinpilots.api.load_or_measure", fixed)
