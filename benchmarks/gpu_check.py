@@ -111,7 +111,7 @@ def events_of(kind: str, task: Any, *, limit_s: float, stall_s: float) -> Iterat
             try:
                 line = lines.get(timeout=max(patience_s, 0.0))
             except queue.Empty:
-                reason = f"no answer for {stall_s:.0f} s" if patience_s == stall_s else f"its {limit_s:.0f} s were up"
+                reason = f"no answer for {stall_s:g} s" if patience_s == stall_s < limit_s else f"its {limit_s:.3g} s were up"
                 break
             if line is None:
                 code = child.wait()

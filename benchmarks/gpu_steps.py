@@ -29,7 +29,7 @@ NUM_SEQS = 3
 # Relative RMS of a prompt's first logits against transformers in fp32 with the same weights. On CUDA, 16-bit weights multiply activations rounded to
 # 8 (bf16) or 11 (fp16) bits of mantissa and the KV cache is rounded likewise, in every one of up to seven layers; tests/unit/test_gpu_check.py runs
 # that arithmetic.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
 @dataclass(frozen=True, kw_only=True)

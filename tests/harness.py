@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,9 @@ class SavedModel:
         """``found[i]`` continues ``PROMPTS[i]`` as the reference does."""
         for tokens, (reference, logits) in zip(found, self.references, strict=True):
             assert_same_tokens(tokens, reference, logits)
+
+
+ZooModel = Callable[..., SavedModel]  # (family, seed=0, dtype="float32"): the fixture of tests/conftest.py
 
 
 def save_with_references(family: str, seed: int, dtype: str, path: Path) -> SavedModel:

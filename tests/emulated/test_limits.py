@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests import zoo
-from tests.emulated.conftest import ZooModel
 from tests.hand_plans import random_plan
-from tests.harness import NUM_TOKENS, PROMPTS, Rig, SavedModel
+from tests.harness import NUM_TOKENS, PROMPTS, Rig, SavedModel, ZooModel
 from twinpilots import LLM, SamplingParams
 from twinpilots.errors import DeviceLostError
 from twinpilots.model.checkpoint import open_checkpoint

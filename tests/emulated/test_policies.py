@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from tests import zoo
-from tests.emulated.conftest import ZooModel
-from tests.harness import NUM_TOKENS, PROMPTS, SavedModel, log_softmax, relative_rms
+from tests.harness import NUM_TOKENS, PROMPTS, SavedModel, ZooModel, log_softmax, relative_rms
 from twinpilots import LLM, SamplingParams
 from twinpilots.errors import LimitError
 from twinpilots.plan.memory import plan_memory

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from tests.emulated.conftest import ZooModel
 from tests.hand_plans import plan_family
-from tests.harness import Rig, SavedModel, assert_same_tokens, greedy_references
+from tests.harness import Rig, SavedModel, ZooModel, assert_same_tokens, greedy_references
 from twinpilots.plan.plan import Plan
 from twinpilots.request import SamplingParams
 

@@ -29,6 +29,8 @@ PURPOSES: tuple[Purpose, ...] = ("weights", "kv", "ring", "workspace", "staging"
 _FLAG_TO_RAISE: dict[str, str] = {"gpu": "--gpu-memory", "host": "--host-memory", "disk": "the disk space"}
 EVENT_BYTES = 4
 HUGE_PAGE_BYTES = 2**21
+MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # Linux; Python's mmap has no names for them
+POPULATE_MOST_BYTES = 2 << 30  # larger arenas would take seconds; theirs come as they are touched
 
 
 def _check_purpose(purpose: str) -> None:
@@ -198,9 +200,16 @@ class HostArena:
         arena.num_events, arena.fd = num_events, fd
         arena._bump = _Bump(tier="host", num_bytes=num_bytes, ledger=None, used=num_bytes, counts={"programs": num_bytes})
         arena._map(num_bytes)
+        if arena._mmap is not None and os.fstat(fd).st_blocks * 512 >= num_bytes:  # all of it is there: map it at once
+            _populate(arena._mmap, MADV_POPULATE_READ)
         if int(arena._control["abi"]) != ABI_VERSION:
             raise ValueError(f"host arena has ABI {int(arena._control['abi'])}, this version speaks {ABI_VERSION}")
         return arena
+
+    def populate(self) -> None:
+        """Take all pages now, so that no pass pays for first touches. Large arenas are left as they are."""
+        if self._mmap is not None and self.num_bytes <= POPULATE_MOST_BYTES:
+            _populate(self._mmap, MADV_POPULATE_WRITE)
 
     def _map(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -287,6 +296,14 @@ def advise_huge_pages(mapping: mmap.mmap) -> None:
     if hasattr(mmap, "MADV_HUGEPAGE") and len(mapping) >= HUGE_PAGE_BYTES:
         with contextlib.suppress(OSError):  # a kernel built without huge pages
             mapping.madvise(mmap.MADV_HUGEPAGE)
+
+
+def _populate(mapping: mmap.mmap, advice: int) -> None:
+    """Take or map all pages now. Where the kernel cannot (before 5.14), they come one fault at a time, in the first passes."""
+    try:
+        mapping.madvise(advice)
+    except OSError:
+        pass
 
 
 def _release_pages(mapping: mmap.mmap, *, shared: bool) -> None:

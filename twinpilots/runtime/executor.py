@@ -76,6 +76,7 @@ class Executor:
         self.ledger = Ledger(dict(limits or {}))
         meta_words = metadata_words(plan)
         self.host = HostArena(host_layout_bytes(spec, plan), shared=self.gpu is not None, num_events=NUM_EVENTS, ledger=self.ledger)
+        self.host.populate()
         self.host_layout = lay_out(spec, plan, Space.HOST, self.host.alloc)
         self._meta_offset = self.host.alloc(4 * meta_words, "programs")
         self._meta = self.host.view(self._meta_offset, np.int32, meta_words)
@@ -181,12 +182,15 @@ class Executor:
         self.plan_changes += 1
 
     def prepare(self, budget_s: float) -> None:
-        """Compiles ahead what will come most: each bucket with all its kinds of sequences, the largest first, until the time is up."""
+        """Compiles ahead what will come most, until the time is up: the largest buckets first, with all kinds of sequences, then with one kind alone."""
         began = time.perf_counter()
-        for bucket in sorted(self.plan.buckets, key=lambda bucket: -bucket.max_tokens):
-            self._program(bucket, full_shape(bucket, gpu_kv=self.plan.gpu_pages > 0, host_kv=self.plan.host_pages > 0))
-            if time.perf_counter() - began > budget_s:
-                return
+        tiers = (self.plan.gpu_pages > 0, self.plan.host_pages > 0)
+        kinds = [tiers] if sum(tiers) < 2 else [(True, True), (True, False), (False, True)]
+        for gpu_kv, host_kv in kinds:
+            for bucket in sorted(self.plan.buckets, key=lambda bucket: -bucket.max_tokens):
+                self._program(bucket, full_shape(bucket, gpu_kv=gpu_kv, host_kv=host_kv))
+                if time.perf_counter() - began > budget_s:
+                    return
 
     def _program(self, bucket: BucketPlan, shape: PassShape) -> _Placed:
         key = (id(bucket), shape)

@@ -1,0 +1,147 @@
+"""gpu-check's own promises: a worker that dies costs one case, a failure fails the check, the result file is complete; and the cases, on a stand-in of CUDA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_check, gpu_steps
+from benchmarks.gpu_check import Check, Verdict
+from benchmarks.gpu_steps import TokenTask, run_tokens, token_cases
+from tests.cpu.test_cuda_standin import FakeRuntime
+from twinpilots.device.cuda import CudaGpu
+from twinpilots.errors import LimitError, UserError
+from twinpilots.plan.plan import POLICIES
+from twinpilots.runtime import torch_ops
+
+
+def check(**changes: Any) -> Check:
+    values: dict[str, Any] = {"device": "emulated:demo", "commit": "abc", "model": "dummy:smollm2-135m", "num_seqs": (2,), "families": ("llama",)}
+    return Check(**(values | {"budget_s": 60.0} | changes))
+
+
+def cases_on_the_stand_in(cases: tuple[str, ...]) -> list[Mapping[str, Any]]:
+    """The CUDA device's own threads, waits, copies and arithmetic, on host memory."""
+    events: list[Mapping[str, Any]] = []
+    run_tokens(TokenTask(device="cuda:0", cases=cases), events.append, CudaGpu(0, FakeRuntime()))
+    return [event for event in events if event["event"] == "case"]
+
+
+def test_cases_are_every_policy_and_hand_plans_model_by_model() -> None:
+    cases = token_cases(("llama", "opt"), POLICIES, ("float32",))
+    assert len(cases) == len(set(cases)) == 2 * (len(POLICIES) + gpu_steps.HAND_PLANS)
+    families = [case.split("/")[0] for case in cases]
+    assert families == sorted(families)
+
+
+def test_fp32_cases_pass_on_the_cuda_path() -> None:
+    found = cases_on_the_stand_in(("llama/float32/twinpilots", "llama/float32/resident", "llama/float32/hand-0", "gemma2/float32/hand-1"))
+    assert [case["ok"] for case in found] == [True, None, True, True], found
+    assert "resident needs at least" in found[1]["detail"]
+
+
+def test_sixteen_bit_cases_pass_with_the_roundings_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounded(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(x.to(w.dtype).float(), w.float())
+
+    monkeypatch.setattr(torch_ops, "multiply", rounded)
+    found = cases_on_the_stand_in(tuple(f"{family}/{dtype}/hand-0" for family in ("llama", "gemma2") for dtype in ("bfloat16", "float16")))
+    assert all(case["ok"] for case in found), found
+    assert all(float(case["detail"].split()[1]) > 1e-5 for case in found), "the roundings must show"
+
+
+def test_a_wrong_weight_fails_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply = torch_ops.multiply
+    monkeypatch.setattr(torch_ops, "multiply", lambda x, w: multiply(x, w) * 1.05)
+    (found,) = cases_on_the_stand_in(("llama/float32/hand-0",))
+    assert found["ok"] is False
+    assert found["detail"].startswith("AssertionError")
+
+
+def test_outcomes_name_the_cause() -> None:
+    def fails() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access\nCUDA kernel errors might be asynchronous")
+
+    def does_not_fit() -> None:
+        raise LimitError("needs 9 GiB")
+
+    assert gpu_steps.outcome(fails) == {"ok": False, "detail": "RuntimeError: CUDA error: an illegal memory access"}
+    assert gpu_steps.outcome(does_not_fit) == {"ok": None, "detail": "needs 9 GiB"}
+
+
+def test_a_worker_that_dies_costs_one_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    def events(_kind: str, task: TokenTask, **_limits: float) -> Any:
+        for case in task.cases:
+            yield {"event": "begin", "case": case}
+            if case.endswith("cpu"):
+                yield {"event": "end", "reason": "its process ended with exit code -11"}
+                return
+            yield {"event": "case", "case": case, "ok": True, "detail": "", "seconds": 0.1}
+        yield {"event": "end", "reason": None}
+
+    monkeypatch.setattr(gpu_check, "events_of", events)
+    found = check()
+    gpu_check.token_tests(found)
+    assert [case["case"] for case in found.cases if not case["ok"]] == ["llama/float32/cpu"]
+    assert len(found.cases) == len(POLICIES) + 2 + 2 * 4
+    assert [verdict.ok for verdict in found.verdicts] == [False, True, True]
+
+
+def test_a_worker_that_cannot_start_ends_the_case_with_a_reason() -> None:
+    found = gpu_check.only_case("rates", gpu_steps.RatesTask(device="emulated:demo", model="dummy:none"), 30.0)
+    assert found["ok"] is False
+    assert "unknown model" in found["detail"]
+
+
+def test_a_worker_out_of_time_is_killed() -> None:
+    found = gpu_check.only_case("rates", gpu_steps.RatesTask(device="emulated:demo", model="dummy:smollm2-135m"), 0.2)
+    assert found["ok"] is False
+    assert found["detail"] == "its 0.2 s were up"
+
+
+def test_a_step_that_breaks_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_check: Check) -> None:
+        raise OSError("no compiler")
+
+    def fine(found: Check) -> None:
+        found.judge("fine", True, "ran")
+
+    monkeypatch.setattr(gpu_check, "STEPS", (broken, fine))
+    found = check()
+    gpu_check.run_steps(found)
+    assert found.verdicts == [Verdict(name="broken", ok=False, detail="OSError: no compiler"), Verdict(name="fine", ok=True, detail="ran")]
+    assert not found.passed
+    late = check(budget_s=0.0)
+    gpu_check.run_steps(late)
+    assert [verdict.ok for verdict in late.verdicts] == [False, False], "what was not run is not passed"
+
+
+def test_the_result_file(tmp_path: Path) -> None:
+    found = check()
+    found.judge("tokens float32", True, "all")
+    written = json.loads(gpu_check.write_result(found, tmp_path / "new").read_text())
+    assert (written["commit"], written["passed"], written["emulated"], written["gpu"]) == ("abc", True, True, "emulated:demo")
+    assert {"rates", "points", "cases", "verdicts", "software", "seconds"} <= set(written)
+    assert "a rehearsal, no proof" in gpu_check.table(found)
+
+
+def test_a_broken_memory_promise_is_seen() -> None:
+    assert gpu_check.breaks_promise({"footprint_bytes": 3 << 20, "gpu_memory": 1 << 20})
+    assert not gpu_check.breaks_promise({"footprint_bytes": 2 << 20, "gpu_memory": 1 << 20})
+
+
+@pytest.mark.parametrize("arguments", [["--device", "tpu"], ["--families", "gpt5"], ["--num-seqs", "0"], ["--device=emulated:demo", "--model=dummy:none"]])
+def test_bad_arguments_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(UserError):
+        gpu_check.checked(gpu_check.parser().parse_args(arguments))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
+def test_no_gpu_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
