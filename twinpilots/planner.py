@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,7 @@ from twinpilots.stats.tracker import OpTime, Tracker
 from twinpilots.units import format_bytes
 
 logger = logging.getLogger(__name__)
+FROZEN_LENS = (8192, 4096, 2048, 1024, 512)  # lengths of one sequence that a frozen plan tries to hold
 HOST_SHARE = 0.9  # of the free host memory, when no limit is given: the rest is for the process itself and its neighbours
 RENEW_PASSES = 16
 DRIVER_DECAY = 0.2  # weight of the newest pass in the mean of the driver's time
@@ -70,13 +72,17 @@ class Planner:
         """The solution for a workload, remembered. ``compare`` prices all other policies too (``auto`` always does): bounds over all their choices need it."""
         key = workload, compare or self.config.policy == "auto"
         if key not in self._solved:
-            config, began = self.config, time.perf_counter()
-            self._solved[key] = solve(
-                self.spec, self.profile, workload, self.limits, policy=cast(Policy, config.policy), unit_rows=config.unit_rows,
-                kv_dtype=cast(Any, config.kv_dtype), max_model_len=config.max_model_len, compare=key[1],
-            )  # fmt: skip
+            began = time.perf_counter()
+            self._solved[key] = self._solve(workload, key[1], self.config.max_model_len)
             self._solve_s = time.perf_counter() - began
         return self._solved[key]
+
+    def _solve(self, workload: Workload, compare: bool, max_model_len: int | None) -> Solution:
+        config = self.config
+        return solve(
+            self.spec, self.profile, workload, self.limits, policy=cast(Policy, config.policy), unit_rows=config.unit_rows,
+            kv_dtype=cast(Any, config.kv_dtype), max_model_len=max_model_len, compare=compare,
+        )  # fmt: skip
 
     def better_plan(self, current: Plan, workload: Workload, load_s: float, gain: float) -> Plan | None:
         """Another plan that does ``workload`` in at most ``gain`` of the current one's time, its loading included; or, when the current one cannot
@@ -161,7 +167,7 @@ class Planner:
             return self._checked(plan)
         except (OSError, ValueError, LimitError):
             pass
-        plan = freeze(self.solve(workload).plan)
+        plan = freeze(self._long_solution(workload).plan)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}")
@@ -170,6 +176,15 @@ class Planner:
         except OSError as error:
             raise UserError(f"deterministic=True keeps its plan in {path}, which cannot be written: {error}") from error
         return plan
+
+    def _long_solution(self, workload: Workload) -> Solution:
+        """The solution for a workload with pages for one much longer sequence where memory has them: a frozen plan cannot grow with its requests."""
+        if self.config.max_model_len is None:
+            for longest in FROZEN_LENS:
+                if workload.seq_len < min(longest, self.spec.max_model_len):
+                    with suppress(LimitError):
+                        return self._solve(workload, False, min(longest, self.spec.max_model_len))
+        return self.solve(workload)
 
     def _frozen_path(self) -> Path:
         c = self.config

@@ -191,6 +191,14 @@ def test_deterministic_gives_the_same_bits_alone_batched_and_after_a_restart(fam
         assert bits(llm, PROMPTS) == alone
 
 
+@pytest.mark.parametrize("device", ["cpu", "emulated:demo"])
+def test_a_frozen_plan_holds_the_longest_sequence_where_memory_does(device: str, zoo_model: Any, balanced_machine: None) -> None:
+    model = zoo_model("opt")
+    with LLM(str(model.path), device=device, deterministic=True, unit_rows=8, max_num_seqs=2, policy="cpu" if device == "cpu" else "stream") as llm:
+        assert llm.plan.max_model_len == LONGEST
+        assert len(run(llm, [[7] * 90], greedy(max_tokens=None))[0].outputs[0].token_ids) == LONGEST - 90
+
+
 def test_the_cpu_alone_always_gives_the_same_bits(model: SavedModel) -> None:
     found = []
     for threads in (1, 2):

@@ -70,3 +70,10 @@ def test_unknown_names_are_attribute_errors_and_the_known_are_listed() -> None:
     with pytest.raises(AttributeError, match="Pilot"):
         twinpilots.Pilot  # noqa: B018
     assert set(twinpilots.__all__) == set(dir(twinpilots))
+
+
+def test_the_policies_of_the_options_are_those_of_plans() -> None:
+    from twinpilots.config import POLICY_NAMES
+    from twinpilots.plan.plan import POLICIES
+
+    assert POLICY_NAMES == POLICIES

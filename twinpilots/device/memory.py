@@ -300,10 +300,8 @@ def advise_huge_pages(mapping: mmap.mmap) -> None:
 
 def _populate(mapping: mmap.mmap, advice: int) -> None:
     """Take or map all pages now. Where the kernel cannot (before 5.14), they come one fault at a time, in the first passes."""
-    try:
+    with contextlib.suppress(OSError):
         mapping.madvise(advice)
-    except OSError:
-        pass
 
 
 def _release_pages(mapping: mmap.mmap, *, shared: bool) -> None:

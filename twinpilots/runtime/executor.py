@@ -32,11 +32,12 @@ from twinpilots.stats.tracker import OpTime
 
 NUM_EVENTS = 1 << 16
 PASS_TIMEOUT_S = 600.0
+SPARE_BYTES = 1024  # left of the host arena: alignment, and the serial runner's scratch
 GPU_QUEUES: tuple[Literal["gpu", "link_in", "link_out"], ...] = ("gpu", "link_in", "link_out")
 
 
 @dataclass
-class _Placed:
+class Placed:
     """A program in the host arena: where its instructions and its two alternating trace areas lie."""
 
     program: Program
@@ -61,7 +62,7 @@ class _Linears:
 class PassRunner(Protocol):
     """Another way to run a placed pass, for the serial reference: gets every queue's instructions in the schedule's serial order."""
 
-    def run_pass(self, executor: Executor, placed: _Placed, pass_id: int) -> None: ...
+    def run_pass(self, executor: Executor, placed: Placed, pass_id: int) -> None: ...
 
 
 class Executor:
@@ -75,22 +76,22 @@ class Executor:
         self.spec, self.plan, self.pilot, self.gpu, self.poison, self.runner = spec, plan, pilot, gpu if plan.uses_gpu else None, poison, runner
         self.ledger = Ledger(dict(limits or {}))
         meta_words = metadata_words(plan)
-        self.host = HostArena(host_layout_bytes(spec, plan), shared=self.gpu is not None, num_events=NUM_EVENTS, ledger=self.ledger)
+        self.host = HostArena(host_layout_bytes(spec, plan), shared=self.gpu is not None and self.gpu.emulated, num_events=NUM_EVENTS, ledger=self.ledger)
         self.host.populate()
         self.host_layout = lay_out(spec, plan, Space.HOST, self.host.alloc)
-        self._meta_offset = self.host.alloc(4 * meta_words, "programs")
-        self._meta = self.host.view(self._meta_offset, np.int32, meta_words)
-        self._program_bytes = (self.host.num_bytes - self.host.used) // 64 * 64 - 64
+        self.meta_offset = self.host.alloc(4 * meta_words, "programs")
+        self._meta = self.host.view(self.meta_offset, np.int32, meta_words)
+        self._program_bytes = (self.host.num_bytes - self.host.used) // 64 * 64 - SPARE_BYTES
         self._program_area = self.host.alloc(self._program_bytes, "programs")
         self._program_pos = 0
         self.gpu_layout = self._open_gpu() if self.gpu else None
         write = self.gpu.write if self.gpu else None
         load_weights(spec, plan, source, self.host_layout, self.host, self.gpu_layout, write, progress)
         self._compiler = Compiler(spec, plan, self.host_layout, self.gpu_layout)
-        self._placed: dict[tuple[int, PassShape], _Placed] = {}
+        self._placed: dict[tuple[int, PassShape], Placed] = {}
         self._pass_id = self._stream_began = 0
         self._ahead: tuple[bytes, int] | None = None  # what link_in is already doing for the next pass: (stream, pass id)
-        self._last: _Placed | None = None
+        self._last: Placed | None = None
         self.last_report: PassReport | None = None
         self.plan_changes = 0
 
@@ -118,7 +119,7 @@ class Executor:
         base, stride = self.host_layout.buffers["logits"]
         return self.host.view(base & OFFSET_MASK, np.float32, (num_logits, stride))
 
-    def _run(self, placed: _Placed, more: bool) -> None:
+    def _run(self, placed: Placed, more: bool) -> None:
         first_pass, started = self._take_stream(placed)
         if self.runner:
             self.runner.run_pass(self, placed, self._pass_id)
@@ -145,7 +146,7 @@ class Executor:
         else:
             native.event_set(self.host.base, EVENT_START, self._pass_id)
 
-    def _take_stream(self, placed: _Placed) -> tuple[int, bool]:
+    def _take_stream(self, placed: Placed) -> tuple[int, bool]:
         """Opens the next pass. Returns (the first pass of its weight stream, whether link_in is already working for it)."""
         if self._ahead and self._ahead[0] == placed.program.stream:
             self._pass_id = self._ahead[1]
@@ -163,9 +164,9 @@ class Executor:
             self._pass_id = self._ahead[1]
             self._ahead = None
 
-    def _entry(self, placed: _Placed, queue: Queue, pass_id: int, first_pass: int) -> np.ndarray:
+    def _entry(self, placed: Placed, queue: Queue, pass_id: int, first_pass: int) -> np.ndarray:
         entry = np.zeros((), ENTRY)
-        entry["insns"], entry["meta"] = address(Space.HOST, placed.insns[queue]), address(Space.HOST, self._meta_offset)
+        entry["insns"], entry["meta"] = address(Space.HOST, placed.insns[queue]), address(Space.HOST, self.meta_offset)
         entry["trace"] = address(Space.HOST, placed.traces[queue][pass_id % 2])
         entry["count"], entry["pass_id"], entry["first_pass"] = len(placed.program.queues[queue]), pass_id, first_pass
         return entry
@@ -192,7 +193,7 @@ class Executor:
                 if time.perf_counter() - began > budget_s:
                     return
 
-    def _program(self, bucket: BucketPlan, shape: PassShape) -> _Placed:
+    def _program(self, bucket: BucketPlan, shape: PassShape) -> Placed:
         key = (id(bucket), shape)
         found = self._placed.get(key)
         if found is None or found.program.bucket is not bucket:
@@ -200,7 +201,7 @@ class Executor:
             self._placed[key] = found
         return found
 
-    def _place(self, program: Program) -> _Placed:
+    def _place(self, program: Program) -> Placed:
         """Copies a program into the host arena. When the area is full, all programs are dropped: the queues must be idle for that, and are, between passes."""
         assert program.num_events <= NUM_EVENTS, f"{program.num_events} events do not fit {NUM_EVENTS}"
         needed = program.segments.nbytes + sum(insns.nbytes + 48 * len(insns) for insns in program.queues.values()) + 64 * 13
@@ -219,7 +220,7 @@ class Executor:
             placed["a"][loads, 0] = address(Space.HOST, segments) + 24 * placed["a"][loads, 0]
             insns[queue] = self._put(placed)
             traces[queue] = (self._put(np.zeros(3 * len(rows), np.int64)), self._put(np.zeros(3 * len(rows), np.int64)))
-        return _Placed(program, insns, traces, weight_shares(self.spec, self.plan, program.bucket), self._linears(program))
+        return Placed(program, insns, traces, weight_shares(self.spec, self.plan, program.bucket), self._linears(program))
 
     def _linears(self, program: Program) -> tuple[_Linears, ...]:
         ops: dict[tuple[int, str], OpSpec] = {(op.layer, op.name): op for op in self.spec.ops(self.plan.unit_rows)}
@@ -248,7 +249,7 @@ class Executor:
             records.append(OpTime(device=group.queue, key=group.key, tokens=tokens, elements=group.elements, num_tasks=len(group.indices), seconds=seconds))
         return records
 
-    def _times(self, placed: _Placed, queue: Queue) -> np.ndarray:
+    def _times(self, placed: Placed, queue: Queue) -> np.ndarray:
         """int64 [count][3] of the last pass: wait began, work began, work ended (ns)."""
         return self.host.view(placed.traces[queue][self._pass_id % 2], np.int64, (len(placed.program.queues[queue]), 3))
 
@@ -260,7 +261,7 @@ class Executor:
 
     # -- what a pass took ----------------------------------------------------------------------------------------------------------------
 
-    def _report(self, placed: _Placed, batch: StepBatch, seconds: float) -> PassReport:
+    def _report(self, placed: Placed, batch: StepBatch, seconds: float) -> PassReport:
         busy = {"cpu": 0.0, "gpu": 0.0, "link": 0.0}
         moved = {"link_weights": 0, "link_kv": 0, "link_activations": 0, "disk": 0}
         for queue, insns in placed.program.queues.items():
