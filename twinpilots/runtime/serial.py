@@ -47,13 +47,13 @@ class SerialGpu:
     def read(self, offset: int, num_bytes: int) -> NDArray[np.uint8]:
         return self._runner.gpu[offset : offset + num_bytes].copy()
 
-    def run_pass(self, executor: Executor, placed: Placed, pass_id: int) -> None:
+    def run_pass(self, executor: Executor, placed: Placed, pass_id: int) -> None:  # noqa: ARG002  no events to record
         """All instructions of the pass in serial order."""
         queues = {queue: iter(executor.host.view(start, INSN, len(placed.program.queues[queue]))) for queue, start in placed.insns.items()}
         insns = np.array([next(queues[task.queue]) for task in placed.program.schedule.tasks], INSN)
         self._runner.run(insns, address(Space.HOST, executor.meta_offset))
 
-    def submit(self, queue: QueueName, entry: np.void | NDArray[Any]) -> None:
+    def submit(self, queue: QueueName, entry: np.void | NDArray[Any]) -> None:  # noqa: ARG002  the seam's signature
         raise AssertionError("a serial device has no queues: give it to the executor as its runner, too")
 
     def cancel(self, queue: QueueName, pass_id: int) -> None:
