@@ -298,7 +298,7 @@ def test_the_link_takes_its_time() -> None:
     began = time.monotonic()
     served.submit(machine.entry([insn(Op.LOAD, segments, 1, 40_000)], flags=1))
     served.thread.join(5)
-    assert 0.05 <= time.monotonic() - began < 0.5 and served.status == 0
+    assert 0.05 <= time.monotonic() - began < 5 and served.status == 0
 
 
 def test_event_words_wrap_around() -> None:

