@@ -33,6 +33,8 @@ MIN_RUNS = 3
 PEAK_MS = 8  # short, so that some of the runs are not interrupted by a neighbour
 PEAK_RUNS = 12
 SLOWDOWN_RUNS = 7
+CONTENTION_TOKENS = 4  # still bound by memory, but with some work: where a GPU and a CPU most often share a pass
+PACKETS_PER_CARD = 128  # a plan's ring is a 32nd of GPU memory, in four packets
 L3_GUESS_PER_CORE_BYTES = 8 << 20
 PEAK_REPEATS = 10
 CACHE_BYTES = 40 << 20  # more than the L3 of a desktop processor: weights must come from DRAM, as in a real pass
@@ -313,10 +315,11 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _loads(rig: Rig, size: int, count: int, target: int, source: int) -> list[tuple[object, ...]]:
-    table = rig.alloc_host(24)
-    rig.host.view(table & ((1 << 56) - 1), np.dtype(np.int64), (3,))[:] = (target, source, size)
-    return [instruction(Op.LOAD, (table, 1, size))] * count
+def _loads(rig: Rig, size: int, count: int, target: int, sources: Sequence[int]) -> list[tuple[object, ...]]:
+    """``count`` packets of ``size`` bytes to ``target``, from each source in turn."""
+    table = rig.alloc_host(24 * len(sources))
+    rig.host.view(table & ((1 << 56) - 1), np.dtype(np.int64), (len(sources), 3))[:] = [(target, source, size) for source in sources]
+    return [instruction(Op.LOAD, (table + 24 * (i % len(sources)), 1, size)) for i in range(count)]
 
 
 def _measure_link(rig: Rig, spec: ModelSpec) -> LinkProfile:
@@ -324,7 +327,7 @@ def _measure_link(rig: Rig, spec: ModelSpec) -> LinkProfile:
     source, target = rig.alloc_host(big), rig.alloc_gpu(big)
 
     def load_s(size: int) -> float:
-        rows = _loads(rig, size, 12, target, source)
+        rows = _loads(rig, size, 12, target, [source])
 
         def per_load() -> float:
             trace = rig.run({"link_in": rows})["link_in"]
@@ -368,15 +371,19 @@ def _handoff_s(rig: Rig, near: int, far: int, columns: int) -> float:
 
 
 def _with_contention(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, ComputeProfile], link: LinkProfile) -> dict[Side, ComputeProfile]:
-    """Each side's slow-down while the link runs at its full rate."""
-    big = packet_bytes(rig.gpu)
-    source, target = rig.alloc_host(big), rig.alloc_gpu(big)
+    """Each side's slow-down while the link runs at its full rate, from memory out of the caches, in packets of the size that plans choose."""
+    assert rig.gpu is not None
+    size = max(64 << 10, min(packet_bytes(rig.gpu), rig.gpu.memory_bytes // PACKETS_PER_CARD & -4096))
+    target = rig.alloc_gpu(size)
+    region = benches["cpu"]
     found = {}
     for side, bench in benches.items():
-        rig.set_tokens(4)
+        rig.set_tokens(CONTENTION_TOKENS)
         rows, _ = bench.linears("out")
         alone_s = _typical_s(lambda rows=rows, side=side: float(work_s(rig.run({side: rows})[side]).sum()), 0.05)  # type: ignore[misc]
-        loads = _loads(rig, big, 4 + int(3 * alone_s * link.up_bytes_per_s / big), target, source)
+        count = 4 + int(3 * alone_s * link.up_bytes_per_s / size)
+        sources = [region.weights + i * size for i in range(region.weight_bytes // size)]
+        loads = _loads(rig, size, count, target, sources)
         ratios = [ratio for _ in range(SLOWDOWN_RUNS) if (ratio := _slowdown(rig, side, rows, loads)) is not None]
         found[side] = replace(sides[side], copy_slowdown=max(1.0, float(np.median(ratios))) if ratios else 1.0)
     return found
@@ -395,7 +402,7 @@ def _beside(together: dict[Queue, np.ndarray], alone: dict[Queue, np.ndarray], s
 
 def _with_peers(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, ComputeProfile]) -> dict[Side, ComputeProfile]:
     """Each side's slow-down while the other one reads its weights, too: they may share one memory."""
-    rig.set_tokens(1)
+    rig.set_tokens(CONTENTION_TOKENS)
     rows = {side: bench.linears("out")[0] for side, bench in benches.items()}
     ratios: dict[Side, list[float]] = {"cpu": [], "gpu": []}
     for _ in range(SLOWDOWN_RUNS):

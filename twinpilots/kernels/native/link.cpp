@@ -30,6 +30,7 @@ void Link::begin(Direction direction, bool pipelined) {
   const int64_t now = now_ns();
   rate_ = direction == Direction::UP ? params_.up_bytes_per_s : params_.down_bytes_per_s;
   bytes_ = 0;
+  pipelined_ = pipelined;
   start_ = pipelined && end_ && now - end_ < CARRY_LIMIT_NS ? std::min(end_, now) : now;
 }
 
@@ -42,8 +43,15 @@ void Link::copy(void* dst, const void* src, int64_t bytes) {
   }
 }
 
+// Pipelined transfers sleep to the end: what a sleep overshoots, the next one catches up, and a spinning link would take the GPU's one core from computing.
 void Link::finish() {
-  if (rate_ > 0 || params_.latency_s > 0) wait_until(due());
+  if (rate_ > 0 || params_.latency_s > 0) {
+    if (pipelined_) {
+      sleep_until_ns(due());
+    } else {
+      wait_until(due());
+    }
+  }
   end_ = due();
 }
 

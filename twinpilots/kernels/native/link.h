@@ -23,6 +23,7 @@ class Link {
   int64_t due() const;  // when the bytes so far are delivered
   LinkParams params_;
   double rate_ = 0;
+  bool pipelined_ = false;
   int64_t start_ = 0, bytes_ = 0;
   int64_t end_ = 0;  // deadline of the transfer before, 0 when the link was idle since
 };
