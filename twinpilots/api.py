@@ -7,6 +7,7 @@ Owns the way from arguments to a running engine, and when a workload deserves an
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -33,7 +34,7 @@ Message = Mapping[str, Any]
 DEFAULT_NUM_SEQS = 16  # concurrency that a plan is made for before the first prompts are known
 DEFAULT_LEN = 128  # and the prompt and output length (longer requests bring another plan)
 SHORTER_LENS = (64, 32, 16, 8)  # what these are cut to where memory is too small
-LEN_STEP = 64  # workloads are told apart by lengths rounded up to this: similar ones share a plan
+LEN_STEP = 32  # workloads are told apart by lengths rounded up to this: similar ones share a plan
 REPLAN_GAIN = 0.95  # another plan must take at most this fraction of the time, its loading included
 
 
@@ -221,28 +222,32 @@ class LLM:
         """Makes sure that the plan can hold these requests, and changes it when another one would be done sooner, its loading included."""
         if not prompts:
             return
-        longest = self.config.max_model_len or self.spec.max_model_len
-        outputs = [longest - len(ids) if one.max_tokens is None else one.max_tokens for ids, one in zip(prompts, params, strict=True)]
-        total = max(len(ids) + output for ids, output in zip(prompts, outputs, strict=True))
-        input_len = max(len(ids) for ids in prompts)
-        if input_len >= longest or self._planner.is_fixed:
+        limit = self.config.max_model_len or self.spec.max_model_len
+        if max(len(ids) for ids in prompts) >= limit or self._planner.is_fixed or self._open_session.engine.has_unfinished():
             return  # the scheduler refuses what is too long, with the limit in its message
-        total = min(longest, total)  # a request that would go beyond the model's limit ends there
-        num_requests = sum(one.n for one in params)
-        concurrency = min(num_requests, self.config.max_num_seqs or num_requests)
-        exact = Workload(num_requests=num_requests, input_len=max(1, input_len), output_len=max(1, total - input_len), max_num_seqs=concurrency)
-        workload = replace(exact, output_len=min(longest, -(-total // LEN_STEP) * LEN_STEP) - exact.input_len)
-        if self._open_session.engine.has_unfinished():
-            return
+        # A request that would go beyond the model's limit ends there.
+        totals = [limit if one.max_tokens is None else min(limit, len(ids) + one.max_tokens) for ids, one in zip(prompts, params, strict=True)]
+        workload = self._mean_workload(prompts, params, totals, limit)
+        longest = max(totals)
         try:
-            better = self._planner.better_plan(self.plan, workload, self._open_session.load_s, REPLAN_GAIN)
+            better = self._planner.better_plan(self.plan, workload, min(limit, _rounded(longest)), self._open_session.load_s, REPLAN_GAIN)
         except LimitError:  # the rounding up is our wish, not the user's
-            workload = exact
-            better = self._planner.better_plan(self.plan, workload, self._open_session.load_s, REPLAN_GAIN)
+            workload = replace(workload, output_len=min(workload.output_len, longest - workload.input_len))
+            better = self._planner.better_plan(self.plan, workload, longest, self._open_session.load_s, REPLAN_GAIN)
         if better is not None:
-            logger.info("plan changed for %d requests of %d + %d tokens", num_requests, workload.input_len, workload.output_len)
+            logger.info("plan changed for %d requests of %d + %d tokens", workload.num_requests, workload.input_len, workload.output_len)
             self._load(better)
         self._workload = workload
+
+    def _mean_workload(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], totals: Sequence[int], limit: int) -> Workload:
+        """What the requests are like on average: pages are shared, so it is the mean that memory and time go by. Rounded, so that similar ones share a plan."""
+        num_requests = sum(one.n for one in params)
+        inputs = sum(len(ids) * one.n for ids, one in zip(prompts, params, strict=True)) / num_requests
+        outputs = sum((total - len(ids)) * one.n for ids, one, total in zip(prompts, params, totals, strict=True)) / num_requests
+        seq_len = min(limit, max(2, _rounded(math.ceil(inputs + outputs))))
+        input_len = max(1, min(round(inputs), seq_len - 1))
+        concurrency = min(num_requests, self.config.max_num_seqs or num_requests)
+        return Workload(num_requests=num_requests, input_len=input_len, output_len=seq_len - input_len, max_num_seqs=concurrency)
 
     def _load(self, plan: Plan) -> None:
         stats = None
@@ -272,6 +277,10 @@ class LLM:
     def __exit__(self, *exc: Any) -> Literal[False]:
         self.close()
         return False
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // LEN_STEP) * LEN_STEP
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

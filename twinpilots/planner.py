@@ -22,7 +22,7 @@ from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.load import GroupLoad, PassLoad
 from twinpilots.plan.memory import plan_memory
 from twinpilots.plan.plan import BucketPlan, Plan, Policy
-from twinpilots.plan.pricing import price_plan, sequences_at_once
+from twinpilots.plan.pricing import price_plan
 from twinpilots.plan.simulate import PassEstimator
 from twinpilots.plan.solver import Solution, solve
 from twinpilots.plan.tasks import PassShape
@@ -47,7 +47,7 @@ class Planner:
     def __init__(self, config: EngineConfig, spec: ModelSpec, profile: HardwareProfile, fingerprint: str) -> None:
         self.config, self.spec, self.profile, self.fingerprint = config, spec, profile, fingerprint
         self.limits = limits_of(config, profile)
-        self._solved: dict[tuple[Workload, bool], Solution] = {}  # by workload, and whether all policies were compared
+        self._solved: dict[tuple[Workload, int | None, bool], Solution] = {}  # by workload, and whether all policies were compared
         self._estimators: dict[tuple[int, PassShape], tuple[BucketPlan, PassEstimator]] = {}
         self._predicted: dict[tuple[int, PassLoad], float] = {}
         self._tracker = Tracker(profile)
@@ -68,33 +68,35 @@ class Planner:
             return self._frozen_plan(workload)
         return self.solve(workload).plan
 
-    def solve(self, workload: Workload, *, compare: bool = False) -> Solution:
-        """The solution for a workload, remembered. ``compare`` prices all other policies too (``auto`` always does): bounds over all their choices need it."""
-        key = workload, compare or self.config.policy == "auto"
+    def solve(self, workload: Workload, *, longest: int | None = None, compare: bool = False) -> Solution:
+        """The solution for a workload in which one sequence may reach ``longest`` tokens, remembered. ``compare`` prices all other policies too (``auto``
+        always does): bounds over all their choices need it."""
+        longest = self.config.max_model_len or longest
+        key = workload, longest, compare or self.config.policy == "auto"
         if key not in self._solved:
             began = time.perf_counter()
-            self._solved[key] = self._solve(workload, key[1], self.config.max_model_len)
+            self._solved[key] = self._solve(*key)
             self._solve_s = time.perf_counter() - began
         return self._solved[key]
 
-    def _solve(self, workload: Workload, compare: bool, max_model_len: int | None) -> Solution:
+    def _solve(self, workload: Workload, max_model_len: int | None, compare: bool) -> Solution:
         config = self.config
         return solve(
             self.spec, self.profile, workload, self.limits, policy=cast(Policy, config.policy), unit_rows=config.unit_rows,
             kv_dtype=cast(Any, config.kv_dtype), max_model_len=max_model_len, compare=compare,
         )  # fmt: skip
 
-    def better_plan(self, current: Plan, workload: Workload, load_s: float, gain: float) -> Plan | None:
+    def better_plan(self, current: Plan, workload: Workload, longest: int, load_s: float, gain: float) -> Plan | None:
         """Another plan that does ``workload`` in at most ``gain`` of the current one's time, its loading included; or, when the current one cannot
-        hold one of its sequences, any that can (LimitError when none does). None: stay."""
+        hold a sequence of ``longest`` tokens, any that can (LimitError when none does). None: stay."""
         if self.is_fixed:
             return None
-        if not holds(current, workload):
-            return self.solve(workload).plan
+        if not holds(current, longest):
+            return self.solve(workload, longest=longest).plan
         now_s = self._seconds(current, workload)
         if now_s * MOST_GAIN < load_s + self._solve_s:
             return None  # not worth the search
-        found = self.solve(workload).plan
+        found = self.solve(workload, longest=longest).plan
         return found if self._seconds(found, workload) + load_s < gain * now_s else None
 
     def _seconds(self, plan: Plan, workload: Workload) -> float:
@@ -183,7 +185,7 @@ class Planner:
             for longest in FROZEN_LENS:
                 if workload.seq_len < min(longest, self.spec.max_model_len):
                     with suppress(LimitError):
-                        return self._solve(workload, False, min(longest, self.spec.max_model_len))
+                        return self._solve(workload, min(longest, self.spec.max_model_len), False)
         return self.solve(workload)
 
     def _frozen_path(self) -> Path:
@@ -214,13 +216,10 @@ def limits_of(config: EngineConfig, profile: HardwareProfile) -> Limits:
     return Limits(gpu_bytes=gpu_bytes, host_bytes=config.host_bytes or int(profile.host_memory_bytes * HOST_SHARE))
 
 
-def holds(plan: Plan, workload: Workload) -> bool:
-    """Whether one sequence of the workload fits the plan's length limit and pages."""
-    try:
-        sequences_at_once(plan, workload)
-    except LimitError:
-        return False
-    return workload.seq_len <= plan.max_model_len
+def holds(plan: Plan, tokens: int) -> bool:
+    """Whether one sequence of so many tokens fits the plan's length limit and one tier's pages."""
+    pages = max(plan.gpu_pages, plan.host_pages if plan.uses_cpu else min(plan.host_pages, plan.kv_staging_pages))
+    return tokens <= plan.max_model_len and tokens <= pages * plan.page_size
 
 
 def freeze(plan: Plan) -> Plan:

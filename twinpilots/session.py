@@ -29,7 +29,7 @@ from twinpilots.runtime.kv_cache import KvCache
 from twinpilots.runtime.scheduler import Scheduler
 from twinpilots.runtime.stats import EngineStats, WeightShares
 
-PREPARE_S = 0.5  # what loading may spend on compiling programs ahead
+PREPARE_S = 0.6  # what loading may spend on compiling programs ahead
 
 
 class _CheckpointWeights:

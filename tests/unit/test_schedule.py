@@ -15,7 +15,7 @@ from tests.random_plans import Case, cases
 from twinpilots.model.spec import LayerSpec, ModelSpec
 from twinpilots.plan.packets import align, cut_packets, smallest_ring
 from twinpilots.plan.plan import BucketPlan, Plan, Split
-from twinpilots.plan.schedule import expand, full_shape
+from twinpilots.plan.schedule import expand
 from twinpilots.plan.tasks import Schedule
 
 
@@ -122,10 +122,3 @@ def test_packet_sizes_are_aligned_and_smallest_ring_holds_the_asked_depth() -> N
     assert (align(1), align(64), align(65)) == (64, 64, 128)
     case = _small(gpu=True, cpu=True)
     assert smallest_ring(case.spec, 2, 256, 3) == 768
-
-
-def test_full_shape_names_the_groups_that_the_bucket_serves() -> None:
-    bucket = BucketPlan(phase="prefill", max_tokens=8, micro_batches=2, splits=(), host_prefill_attention="gpu")
-    assert full_shape(bucket, gpu_kv=True, host_kv=True) == ((True, True, False),) * 2
-    assert full_shape(replace(bucket, phase="decode"), gpu_kv=False, host_kv=True) == ((False, False, True),) * 2
-    assert full_shape(replace(bucket, micro_batches=1), gpu_kv=True, host_kv=False) == ((True, False, False),)

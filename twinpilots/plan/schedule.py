@@ -350,13 +350,6 @@ class _Expansion:
         self._copy("gpu", "logits", ALL_MICRO_BATCHES, 0, split.gpu, logits=True, layer=-1)
 
 
-def full_shape(bucket: BucketPlan, *, gpu_kv: bool, host_kv: bool) -> PassShape:
-    """The shape in which every micro-batch has tokens of each kind of sequence that the plan holds."""
-    attention = bucket.host_prefill_attention if bucket.phase == "prefill" else bucket.host_attention
-    groups = (gpu_kv, host_kv and attention == "gpu", host_kv and attention == "cpu")
-    return (groups,) * bucket.micro_batches
-
-
 def without_wait(schedule: Schedule, task: int, wait: int) -> Schedule:
     """The schedule with one wait removed: what a test of the hazard checker breaks."""
     tasks = list(schedule.tasks)

@@ -20,7 +20,7 @@ from twinpilots.errors import DeviceLostError
 from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.memory import gpu_layout_bytes, host_layout_bytes
 from twinpilots.plan.plan import BucketPlan, Plan
-from twinpilots.plan.schedule import expand, full_shape
+from twinpilots.plan.schedule import expand
 from twinpilots.plan.tasks import PassShape, Queue
 from twinpilots.runtime.batch import StepBatch, metadata_words, write_metadata
 from twinpilots.runtime.compile import Compiler, Program
@@ -108,7 +108,7 @@ class Executor:
 
         Raises DeviceLostError when a device stops answering; the executor is then unusable and only ``close`` is allowed.
         """
-        placed = self._program(batch.bucket, batch.shape)
+        placed = self._program(batch.bucket, self._shape(batch))
         write_metadata(batch, self._meta, self.spec, self.plan)
         began = time.perf_counter()
         self._run(placed, more)
@@ -183,15 +183,23 @@ class Executor:
         self.plan_changes += 1
 
     def prepare(self, budget_s: float) -> None:
-        """Compiles ahead what will come most, until the time is up: the largest buckets first, with all kinds of sequences, then with one kind alone."""
+        """Compiles ahead what will come most, until the time is up: each bucket, the largest first."""
         began = time.perf_counter()
-        tiers = (self.plan.gpu_pages > 0, self.plan.host_pages > 0)
-        kinds = [tiers] if sum(tiers) < 2 else [(True, True), (True, False), (False, True)]
-        for gpu_kv, host_kv in kinds:
-            for bucket in sorted(self.plan.buckets, key=lambda bucket: -bucket.max_tokens):
-                self._program(bucket, full_shape(bucket, gpu_kv=gpu_kv, host_kv=host_kv))
-                if time.perf_counter() - began > budget_s:
-                    return
+        for bucket in sorted(self.plan.buckets, key=lambda bucket: -bucket.max_tokens):
+            self._program(bucket, (self._kinds(bucket),) * bucket.micro_batches)
+            if time.perf_counter() - began > budget_s:
+                return
+
+    def _kinds(self, bucket: BucketPlan) -> tuple[bool, bool, bool]:
+        """The groups that passes of this bucket may bring: one program serves them all, whichever have tokens (an instruction without rows does nothing)."""
+        attention = {bucket.host_attention, bucket.host_prefill_attention if bucket.phase == "prefill" else bucket.host_attention}
+        host_kv = self.plan.host_pages > 0
+        return self.plan.gpu_pages > 0, host_kv and "gpu" in attention, host_kv and "cpu" in attention
+
+    def _shape(self, batch: StepBatch) -> PassShape:
+        kinds = self._kinds(batch.bucket)
+        either = tuple(any(flags) for flags in zip(kinds, *batch.shape, strict=True))
+        return ((either[0], either[1], either[2]),) * len(batch.shape)
 
     def _program(self, bucket: BucketPlan, shape: PassShape) -> Placed:
         key = (id(bucket), shape)

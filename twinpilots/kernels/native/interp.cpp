@@ -312,6 +312,7 @@ int Queue::copy(const Insn& insn) {
   float *dst = ptr<float>(a[0]), *src = ptr<float>(a[2]);
   if (a[5] != 0 && a[5] != 1) return BAD_INSTRUCTION;
   const Rows r = rows(insn);
+  if (r.first >= r.last) return OK;  // a kind of sequence that this pass does not bring: nothing crosses, nothing waits
   link_.begin(a[5] == 0 ? Direction::UP : Direction::DOWN, false);
   if (a[1] == a[4] && a[3] == a[4]) {
     link_.copy(dst + r.first * a[1], src + r.first * a[3], (r.last - r.first) * a[4] * (int64_t)sizeof(float));
@@ -337,6 +338,7 @@ int Queue::load_kv(const Insn& insn) {
   char *staging = at(a[0]), *home = at(a[1]);
   if (!known_dtype(a[6]) || a[3] <= 0) return BAD_INSTRUCTION;
   const Rows s = sequences(insn, 1, 2);
+  if (s.first >= s.last) return OK;
   link_.begin(Direction::UP, true);
   for (int64_t i = s.first; i < s.last; i++) {
     const Sequence to = sequence(i, OFF_SEQ_PAGES), from = sequence(i, OFF_SEQ_HOME);
@@ -353,6 +355,7 @@ int Queue::store_kv(const Insn& insn) {
   char *staging = at(a[0]), *home = at(a[1]);
   if (!known_dtype(a[6]) || page_size <= 0) return BAD_INSTRUCTION;
   const Rows s = sequences(insn, 1, 2);
+  if (s.first >= s.last) return OK;
   link_.begin(Direction::DOWN, true);
   for (int64_t i = s.first; i < s.last; i++) {
     const Sequence from = sequence(i, OFF_SEQ_PAGES), to = sequence(i, OFF_SEQ_HOME);
