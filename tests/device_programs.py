@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinpilots.device.memory import HostArena
-from twinpilots.runtime.program import ENTRY, INSN, NULL, Op, Space, address
+from twinpilots.kernels.abi import ENTRY, INSN, NULL, Op, Space, address
 
 
 def insn(op: Op, *args: int, record: int = -1, waits: tuple[int, ...] = ()) -> NDArray[Any]:

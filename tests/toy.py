@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from twinpilots.kernels.abi import MAX_MICRO_BATCHES, Meta
 from twinpilots.model.spec import LayerSpec, ModelSpec, RopeSpec
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.request import RequestOutput, SamplingParams
 from twinpilots.runtime.batch import StepBatch, metadata_words, write_metadata
 from twinpilots.runtime.engine import Engine
 from twinpilots.runtime.kv_cache import KvCache
-from twinpilots.runtime.program import MAX_MICRO_BATCHES, Meta
 from twinpilots.runtime.scheduler import Scheduler
 
 VOCAB = 53

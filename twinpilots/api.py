@@ -286,7 +286,7 @@ def _rounded(tokens: int) -> int:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and isinstance(prompts[0], int):
+    if len(prompts) and hasattr(prompts[0], "__index__"):  # Python's and numpy's integers
         return [cast(Sequence[int], prompts)]
     return cast(Sequence[Prompt], prompts)
 

@@ -14,8 +14,8 @@ import pytest
 from scipy.special import erf
 
 from twinpilots.kernels import native as native_module
+from twinpilots.kernels.abi import CONTROL, ENTRY, EVENTS_OFFSET, INSN, NULL, Act, Dtype, Meta, Space, address
 from twinpilots.kernels.native import LinkParams, Native
-from twinpilots.runtime.program import CONTROL, ENTRY, EVENTS_OFFSET, INSN, NULL, Act, Dtype, Meta, Space, address
 
 NUM_EVENTS = 256
 DTYPES = (Dtype.FP32, Dtype.BF16, Dtype.FP16)

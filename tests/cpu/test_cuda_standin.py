@@ -21,8 +21,8 @@ from twinpilots.device.cuda import CudaGpu, StreamSync
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import DeviceLostError, DeviceUnavailableError, LimitError
 from twinpilots.kernels import native
+from twinpilots.kernels.abi import Op, Space, address
 from twinpilots.kernels.native import CANCELLED
-from twinpilots.runtime.program import Op, Space, address
 
 MIB = 2**20
 

@@ -17,9 +17,9 @@ from tests.cpu.native_twin import DTYPES, Batch, Machine, Seq, encode, insn, mai
 from twinpilots.device.cpu import CpuPilot
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import DeviceLostError
+from twinpilots.kernels.abi import ENTRY, EVENTS_OFFSET, INSN, MAILBOX, MAILBOX_ENTRIES, NULL, Act, Dtype, Epilogue, NormKind, Op, Space, address
 from twinpilots.kernels.native import ABORTED, BAD_INSTRUCTION, CANCELLED
 from twinpilots.runtime.interpreter import HostSync, LinkRates, SerialRunner, has_reached, queue_loop, run_program
-from twinpilots.runtime.program import ENTRY, EVENTS_OFFSET, INSN, MAILBOX, MAILBOX_ENTRIES, NULL, Act, Dtype, Epilogue, NormKind, Op, Space, address
 from twinpilots.runtime.torch_ops import FP16_SAFE
 
 Program = Callable[[np.random.Generator, Machine], tuple[list[np.ndarray], Batch]]

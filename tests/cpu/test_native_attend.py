@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.cpu.native_twin import DTYPES, Batch, Machine, Seq, attention, decode, encode, insn, relative_rms
-from twinpilots.runtime.program import Dtype, Op
+from twinpilots.kernels.abi import Dtype, Op
 
 
 class Cache:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.cpu.native_twin import Batch, Machine, Seq, insn, rows_batch
+from twinpilots.kernels.abi import Dtype, Op, Space
 from twinpilots.kernels.native import LinkParams
-from twinpilots.runtime.program import Dtype, Op, Space
 
 PAGE, HEADS, DIM = 4, 2, 6
 PAGE_BYTES = 2 * HEADS * PAGE * DIM * 4

@@ -7,7 +7,7 @@ import pytest
 
 from tests.cpu.native_twin import DTYPES, Machine, activate, decode, encode, insn, relative_rms, rows_batch
 from twinpilots.kernels import format as weight_format
-from twinpilots.runtime.program import NULL, Act, Dtype, Epilogue, Op
+from twinpilots.kernels.abi import NULL, Act, Dtype, Epilogue, Op
 
 SHAPES = [
     (1, 5, 3, 4), (1, 64, 64, 64), (1, 130, 200, 64), (2, 33, 70, 20), (3, 96, 128, 64), (5, 40, 36, 8), (7, 64, 192, 64),

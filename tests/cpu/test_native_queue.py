@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from tests.cpu.native_twin import Machine, insn, mailbox_offset, native, rows_batch
+from twinpilots.kernels.abi import CONTROL, ENTRY, EVENTS_OFFSET, INSN, MAILBOX, MAILBOX_ENTRIES, NULL, Op, address
 from twinpilots.kernels.native import ABORTED, BAD_INSTRUCTION, CANCELLED, NO_MAILBOX, QUEUE_FULL, TIMED_OUT, LinkParams, Native, cpu_features
-from twinpilots.runtime.program import CONTROL, ENTRY, EVENTS_OFFSET, INSN, MAILBOX, MAILBOX_ENTRIES, NULL, Op, address
 
 BOX = mailbox_offset("gpu")
 QUIT = 1

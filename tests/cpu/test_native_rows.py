@@ -7,7 +7,7 @@ import pytest
 
 from tests.cpu.native_twin import DTYPES, Batch, Machine, Seq, decode, encode, insn, layer_norm, rms_norm, rotate_half, rows_batch
 from twinpilots.kernels import format as weight_format
-from twinpilots.runtime.program import NULL, Dtype, NormKind, Op
+from twinpilots.kernels.abi import NULL, Dtype, NormKind, Op
 
 WIDTHS = [1, 7, 40, 576]
 

@@ -24,7 +24,7 @@ from twinpilots.device.emulated import EMULATED, EmulatedGpu, EmulatedPreset, em
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import DeviceLostError, DeviceUnavailableError, LimitError
 from twinpilots.kernels import native
-from twinpilots.runtime.program import Op, Space, address
+from twinpilots.kernels.abi import Op, Space, address
 
 MIB = 2**20
 DEMO = EMULATED["demo"]

@@ -15,7 +15,7 @@ from tests.device_programs import entry, insn, load, weights
 from twinpilots.device.cuda import CudaGpu, _device_pointer
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import LimitError
-from twinpilots.runtime.program import EVENTS_OFFSET, Op, Space, address
+from twinpilots.kernels.abi import EVENTS_OFFSET, Op, Space, address
 from twinpilots.runtime.torch_ops import OFFSET_MASK, decode, execute, multiply
 from twinpilots.runtime.torch_ops import Machine as TorchMachine
 

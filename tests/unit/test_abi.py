@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from twinpilots.runtime import program
+from twinpilots.kernels import abi as program
 
 HEADER = re.sub(r"//.*", "", (Path(program.__file__).parents[1] / "kernels" / "native" / "abi.h").read_text())
 CONSTANTS = {name: int(value) for name, value in re.findall(r"constexpr \w+ (\w+) = (-?\d+);", HEADER)}

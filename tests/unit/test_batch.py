@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tests.toy import VOCAB, toy_plan, toy_spec
+from twinpilots.kernels.abi import MAX_MICRO_BATCHES, Meta
 from twinpilots.request import SamplingParams, Sequence
 from twinpilots.runtime.batch import BatchItem, StepBatch, metadata_words, write_metadata
 from twinpilots.runtime.deal import deal
-from twinpilots.runtime.program import MAX_MICRO_BATCHES, Meta
 
 
 def item(

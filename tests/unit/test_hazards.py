@@ -10,13 +10,13 @@ from hypothesis import given, settings
 
 from tests.dataflow import reference, run_shuffled
 from tests.random_plans import Case, cases
+from twinpilots.kernels.abi import MAX_WAITS
 from twinpilots.model.spec import LayerSpec, ModelSpec
 from twinpilots.plan.hazards import find_races, queue_order_is_serial
 from twinpilots.plan.packets import smallest_ring
 from twinpilots.plan.plan import BucketPlan, Plan, Split
 from twinpilots.plan.schedule import expand, without_wait
 from twinpilots.plan.tasks import Schedule
-from twinpilots.runtime.program import MAX_WAITS
 
 
 @settings(max_examples=80, deadline=None)

@@ -16,7 +16,7 @@ PACKAGE = "twinpilots"
 LEVELS = {
     "errors": 0, "config": 0, "units": 0, "request": 0, "progress": 0,
     "model.spec": 1, "model.families": 1, "model.config_reader": 1, "model.rope": 1, "model.dummy": 3,
-    "hardware.profile": 1, "hardware.presets": 1, "plan.plan": 1, "plan.tasks": 1, "runtime.program": 1,
+    "hardware.profile": 1, "hardware.presets": 1, "plan.plan": 1, "plan.tasks": 1,
     "plan": 2, "stats": 2,
     "kernels": 3, "model": 3, "device": 3, "hardware": 3, "runtime.interpreter": 3, "runtime.torch_ops": 3,
     "runtime": 4, "distributed": 4,
@@ -142,7 +142,7 @@ def test_there_are_no_import_cycles() -> None:
 
 def test_the_rule_itself() -> None:
     assert allowed(4, 2) and allowed(4, 3) and allowed(2, 1) and not allowed(3, 2) and not allowed(2, 3) and not allowed(3, 4)
-    assert level("plan.solver") == 2 and level("plan.plan") == 1 and level("runtime.program") == 1 and level("runtime.engine") == 4
+    assert level("plan.solver") == 2 and level("plan.plan") == 1 and level("runtime.engine") == 4
     tree = ast.parse("import torch\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import scipy\ndef f():\n    import gguf\n")
     assert set(imports(tree)) == {"torch", "typing.TYPE_CHECKING", "gguf"}
     assert set(imports(tree, top_level_only=True)) == {"torch", "typing.TYPE_CHECKING"}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from twinpilots.device.cpu import CoreChoice, CoreInfo, assign_cores, parse_cpu_list, read_topology
 from twinpilots.device.memory import GpuArena, HostArena, Ledger, host_memory_available_bytes
 from twinpilots.errors import LimitError
-from twinpilots.runtime.program import ABI_VERSION, CONTROL, EVENTS_OFFSET
+from twinpilots.kernels.abi import ABI_VERSION, CONTROL, EVENTS_OFFSET
 from twinpilots.units import format_bytes, parse_bytes
 
 MIB = 2**20

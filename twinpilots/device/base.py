@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import DeviceLostError
+from twinpilots.kernels.abi import CONTROL, MAILBOX, MAILBOX_ENTRIES
 from twinpilots.kernels.native import ABORTED, BAD_INSTRUCTION, TIMED_OUT, Native
-from twinpilots.runtime.program import CONTROL, MAILBOX, MAILBOX_ENTRIES
 
 QueueName = Literal["gpu", "link_in", "link_out"]
 QUEUE_NAMES: tuple[QueueName, ...] = ("gpu", "link_in", "link_out")

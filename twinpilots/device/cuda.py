@@ -33,9 +33,9 @@ from torch import Tensor
 from twinpilots.device.base import ENTRY_QUIT, OK, QUEUE_NAMES, Mailbox, QueueName
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import DeviceUnavailableError, LimitError
+from twinpilots.kernels.abi import ENTRY, NULL
 from twinpilots.kernels.native import TIMED_OUT
 from twinpilots.runtime.interpreter import POLL_S, WAIT_TIMEOUT_S, has_reached, queue_loop
-from twinpilots.runtime.program import ENTRY, NULL
 from twinpilots.units import format_bytes
 
 _LOG = logging.getLogger(__name__)

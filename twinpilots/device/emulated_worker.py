@@ -23,7 +23,7 @@ from twinpilots.device.base import OK, QUEUE_NAMES, QueueName
 from twinpilots.device.emulated import EmulatedPreset, Pipe
 from twinpilots.device.memory import HostArena, advise_huge_pages
 from twinpilots.kernels import native as native_module
-from twinpilots.runtime.program import CONTROL
+from twinpilots.kernels.abi import CONTROL
 
 PR_SET_PDEATHSIG = 1
 NAN_BYTE = 0xFF

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from twinpilots.errors import LimitError
-from twinpilots.runtime.program import ABI_VERSION, CONTROL, EVENTS_OFFSET
+from twinpilots.kernels.abi import ABI_VERSION, CONTROL, EVENTS_OFFSET
 from twinpilots.units import format_bytes
 
 Tier = Literal["gpu", "host", "disk"]

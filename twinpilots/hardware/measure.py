@@ -20,10 +20,10 @@ from twinpilots.device.cpu import SYSFS_CPUS, CpuPilot, allowed_cpus, choose_cor
 from twinpilots.device.memory import host_memory_available_bytes
 from twinpilots.hardware.profile import ComputeProfile, Curve, HardwareProfile, LinkProfile
 from twinpilots.hardware.rig import Rig, instruction, work_s
+from twinpilots.kernels.abi import ACT_CODES, DTYPE_CODES, NULL, Epilogue, NormKind, Op
 from twinpilots.kernels.native import load as load_native
 from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
 from twinpilots.plan.tasks import Queue
-from twinpilots.runtime.program import ACT_CODES, DTYPE_CODES, NULL, Epilogue, NormKind, Op
 
 Side = Literal["cpu", "gpu"]
 PEERS: tuple[tuple[Side, Side], ...] = (("cpu", "gpu"), ("gpu", "cpu"))

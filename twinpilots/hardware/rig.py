@@ -13,8 +13,8 @@ import numpy as np
 from twinpilots.device.base import GpuDevice
 from twinpilots.device.cpu import CpuPilot
 from twinpilots.device.memory import HostArena
+from twinpilots.kernels.abi import ENTRY, EVENTS_OFFSET, INSN, MAX_WAITS, NULL, NUM_ARGS, NUM_FLOATS, Meta, Op, Space, address
 from twinpilots.plan.tasks import Queue
-from twinpilots.runtime.program import ENTRY, EVENTS_OFFSET, INSN, MAX_WAITS, NULL, NUM_ARGS, NUM_FLOATS, Meta, Op, Space, address
 
 TIMEOUT_S = 60.0
 PROGRAM_BYTES = 4 << 20

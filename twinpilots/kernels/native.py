@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinpilots.runtime.program import ABI_VERSION
+from twinpilots.kernels.abi import ABI_VERSION
 
 ISA_NAMES = ("portable", "avx2", "avx512")
 NO_MAILBOX = -1
@@ -71,7 +71,7 @@ def _address(record: np.void | NDArray[Any]) -> int:
 
 
 class Native:
-    """The loaded library. Bases, pools and mailbox offsets are integers; ``entry`` is one ENTRY record (runtime/program.py)."""
+    """The loaded library. Bases, pools and mailbox offsets are integers; ``entry`` is one ENTRY record (kernels/abi.py)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

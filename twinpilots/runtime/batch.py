@@ -1,6 +1,6 @@
 """One pass's batch: which tokens of which sequences, in which micro-batch and group, and the metadata words that the kernels read.
 
-Owns `BatchItem`, `StepBatch` and the layout of the metadata (`runtime/program.py` names its words, docs/execution.md their meaning). Knows nothing
+Owns `BatchItem`, `StepBatch` and the layout of the metadata (`kernels/abi.py` names its words, docs/execution.md their meaning). Knows nothing
 of why these sequences were chosen (scheduler) or of how the pass runs (executor).
 
 The row order of a pass is the order of `StepBatch.items`: by micro-batch, inside one by group, a sequence's tokens ascending in position.
@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from twinpilots.kernels.abi import MAX_MICRO_BATCHES, Meta
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.tasks import NUM_GROUPS, STREAMED_KV, PassShape
 from twinpilots.request import Sequence
-from twinpilots.runtime.program import MAX_MICRO_BATCHES, Meta
 
 Int32 = NDArray[np.int32]
 

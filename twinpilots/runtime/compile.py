@@ -10,11 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from twinpilots.model.spec import ModelSpec, OpSpec
-from twinpilots.plan.plan import BucketPlan, Plan
-from twinpilots.plan.tasks import QUEUES, Queue, Schedule, Task
-from twinpilots.runtime.layout import Layout, page_bytes
-from twinpilots.runtime.program import (
+from twinpilots.kernels.abi import (
     ACT_CODES,
     DTYPE_CODES,
     EVENT_FIRST_PACKET,
@@ -29,6 +25,10 @@ from twinpilots.runtime.program import (
     Op,
     Space,
 )  # fmt: skip
+from twinpilots.model.spec import ModelSpec, OpSpec
+from twinpilots.plan.plan import BucketPlan, Plan
+from twinpilots.plan.tasks import QUEUES, Queue, Schedule, Task
+from twinpilots.runtime.layout import Layout, page_bytes
 
 _OPS: dict[str, Op] = {
     "embed": Op.EMBED, "norm": Op.NORM, "linear": Op.LINEAR, "linear_in": Op.LINEAR_IN, "rope_append": Op.ROPE_APPEND, "attend": Op.ATTEND, "add": Op.ADD,

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from twinpilots.kernels.abi import MAX_MICRO_BATCHES
 from twinpilots.plan.plan import BucketPlan, Phase, Plan
 from twinpilots.plan.tasks import GPU_KV, HOST_KV, STREAMED_KV
 from twinpilots.runtime.batch import BatchItem, MicroBatch, StepBatch
-from twinpilots.runtime.program import MAX_MICRO_BATCHES
 
 
 def deal(plan: Plan, items: list[BatchItem]) -> StepBatch:

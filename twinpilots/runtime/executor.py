@@ -17,6 +17,7 @@ from twinpilots.device.base import GpuDevice
 from twinpilots.device.cpu import CpuPilot
 from twinpilots.device.memory import GpuArena, HostArena, Ledger, Tier
 from twinpilots.errors import DeviceLostError
+from twinpilots.kernels.abi import ENTRY, EVENT_START, Meta, Op, Space, address
 from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.memory import gpu_layout_bytes, host_layout_bytes
 from twinpilots.plan.plan import BucketPlan, Plan
@@ -25,7 +26,6 @@ from twinpilots.plan.tasks import PassShape, Queue
 from twinpilots.runtime.batch import StepBatch, metadata_words, write_metadata
 from twinpilots.runtime.compile import Compiler, Program
 from twinpilots.runtime.layout import Layout, lay_out, page_bytes
-from twinpilots.runtime.program import ENTRY, EVENT_START, Meta, Op, Space, address
 from twinpilots.runtime.stats import BusySeconds, BytesMoved, PassReport, WeightShares
 from twinpilots.runtime.weights import OFFSET_MASK, TensorSource, load_weights
 from twinpilots.stats.tracker import OpTime

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from twinpilots.device.base import ENTRY_QUIT, OK
 from twinpilots.device.memory import HostArena
+from twinpilots.kernels.abi import CONTROL, ENTRY, EVENTS_OFFSET, INSN, MAILBOX, MAILBOX_ENTRIES, MAX_WAITS, NULL
 from twinpilots.kernels.native import ABORTED, BAD_INSTRUCTION, CANCELLED, TIMED_OUT, Native
-from twinpilots.runtime.program import CONTROL, ENTRY, EVENTS_OFFSET, INSN, MAILBOX, MAILBOX_ENTRIES, MAX_WAITS, NULL
 from twinpilots.runtime.torch_ops import Insn, Machine, execute, is_known, link_bytes
 
 POLL_S = 50e-6

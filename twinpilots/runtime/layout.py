@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from twinpilots.device.memory import Purpose
+from twinpilots.kernels.abi import NULL, Space, address
 from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
 from twinpilots.plan.packets import ALIGN_BYTES, align
 from twinpilots.plan.plan import Plan
-from twinpilots.runtime.program import NULL, Space, address
 
 Alloc = Callable[[int, Purpose, int], int]  # (num_bytes, purpose, alignment) -> offset
 Take = Callable[[int, Purpose], int]
@@ -90,7 +90,7 @@ class KvRegion:
 
 @dataclass
 class Layout:
-    """Addresses (`program.address`) of everything in one space, or NULL/absent when the device does not compute."""
+    """Addresses (`abi.address`) of everything in one space, or NULL/absent when the device does not compute."""
 
     space: Space
     buffers: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> (address, row stride in floats)

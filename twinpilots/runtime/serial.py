@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from twinpilots.device.base import QueueName
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import LimitError
+from twinpilots.kernels.abi import INSN, Space, address
 from twinpilots.kernels.native import Native
-from twinpilots.runtime.program import INSN, Space, address
 
 if TYPE_CHECKING:
     from twinpilots.runtime.executor import Executor, Placed

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from twinpilots.runtime.program import INSN, NULL, Act, Dtype, Epilogue, Meta, NormKind, Op, Space
+from twinpilots.kernels.abi import INSN, NULL, Act, Dtype, Epilogue, Meta, NormKind, Op, Space
 
 TORCH_DTYPES: dict[int, torch.dtype] = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16}
 ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {

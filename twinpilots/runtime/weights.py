@@ -12,10 +12,10 @@ from typing import Protocol
 import numpy as np
 
 from twinpilots.kernels import format as weight_format
+from twinpilots.kernels.abi import NULL
 from twinpilots.model.spec import ModelSpec, OpSpec, RopeSpec
 from twinpilots.plan.plan import Plan
 from twinpilots.runtime.layout import Layout, small_tensors
-from twinpilots.runtime.program import NULL
 
 OFFSET_MASK = (1 << 56) - 1
 

@@ -1,4 +1,4 @@
-// The binary contract with twinpilots/runtime/program.py: records, mailboxes, metadata words. tests/unit/test_abi.py holds the two against each other.
+// The binary contract with twinpilots/kernels/abi.py: records, mailboxes, metadata words. tests/unit/test_abi.py holds the two against each other.
 // Plain data, little endian, no pointers: everything is an offset or an address (space << 56 | offset).
 #pragma once
 #include <cstdint>
