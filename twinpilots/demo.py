@@ -112,7 +112,7 @@ def run(num_prompts: int, max_tokens: int) -> None:
         print(f"   {policy}: {results[-1].tokens_per_s:.1f} tokens/s; {time.monotonic() - began_s:.1f} s with loading", flush=True)
     show_texts(results[-1], prompts)
     emulated = ", emulated GPU" if results[-1].stats["emulated"] else ""
-    print(f"\n3. side by side ({device}{emulated}; measured on this machine, predicted by the plan before it ran)\n{results_table(results)}")
+    print(f"\n3. side by side ({device}{emulated}; measured on this machine, predicted before each pass ran)\n{results_table(results)}")
     print("   vs single: against the best policy that computes on one device (stream, cpu)")
 
 

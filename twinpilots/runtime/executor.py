@@ -25,6 +25,7 @@ from twinpilots.plan.schedule import expand
 from twinpilots.plan.tasks import PassShape, Queue
 from twinpilots.runtime.batch import StepBatch, metadata_words, write_metadata
 from twinpilots.runtime.compile import Compiler, Program
+from twinpilots.runtime.interrupts import deferred_interrupts
 from twinpilots.runtime.layout import Layout, lay_out, page_bytes
 from twinpilots.runtime.stats import BusySeconds, BytesMoved, PassReport, WeightShares
 from twinpilots.runtime.weights import OFFSET_MASK, TensorSource, load_weights
@@ -111,7 +112,8 @@ class Executor:
         placed = self._program(batch.bucket, self._shape(batch))
         write_metadata(batch, self._meta, self.spec, self.plan)
         began = time.perf_counter()
-        self._run(placed, more)
+        with deferred_interrupts(self.host.set_abort):
+            self._run(placed, more)
         seconds = time.perf_counter() - began
         self._last = placed
         self.last_report = self._report(placed, batch, seconds)
@@ -132,12 +134,10 @@ class Executor:
             if more and len(placed.program.queues["link_in"]):
                 self.gpu.submit("link_in", self._entry(placed, "link_in", self._pass_id + 1, first_pass))
                 self._ahead = (placed.program.stream, self._pass_id + 1)
-        try:
-            self.pilot.run(self._entry(placed, "cpu", self._pass_id, first_pass), self.host)
-        finally:  # Ctrl-C arrives when the CPU's part is done: the pass must be whole before anything of it is used again
-            if self.gpu:
-                self.gpu.wait("gpu", PASS_TIMEOUT_S)
-                self.gpu.wait("link_out", PASS_TIMEOUT_S)
+        self.pilot.run(self._entry(placed, "cpu", self._pass_id, first_pass), self.host)
+        if self.gpu:
+            self.gpu.wait("gpu", PASS_TIMEOUT_S)
+            self.gpu.wait("link_out", PASS_TIMEOUT_S)
 
     def _signal_start(self) -> None:
         native = self.pilot.native

@@ -1,0 +1,47 @@
+"""Ctrl-C waits for the end of the pass; a second one does not."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from twinpilots.runtime.interrupts import deferred_interrupts
+
+
+def test_an_interrupt_comes_at_the_end_and_the_handler_is_back():
+    before, reached = signal.getsignal(signal.SIGINT), []
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts(lambda: None):
+        signal.raise_signal(signal.SIGINT)
+        reached.append(True)
+    assert reached and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_interrupt_is_told_at_once():
+    told = []
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts(lambda: told.append(True)):
+        signal.raise_signal(signal.SIGINT)
+        assert not told
+        signal.raise_signal(signal.SIGINT)
+        assert told
+
+
+def test_an_error_inside_wins_and_the_handler_is_back():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ValueError, match="inside"), deferred_interrupts(lambda: None):
+        raise ValueError("inside")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_threads_are_left_alone():
+    before, done = signal.getsignal(signal.SIGINT), []
+
+    def work() -> None:
+        with deferred_interrupts(lambda: None):
+            done.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [before]
