@@ -26,7 +26,7 @@ from twinpilots.session import longrope_switch
 
 PROMPTS = [[5, 17, 99, 3, 8, 120, 44, 7, 11, 13, 90, 21, 33], [64], [12, 12, 57, 101, 4]]
 NUM_TOKENS = 9
-MARGIN = 1e-4  # tokens must agree until the reference's own two best logits come closer than this (DESIGN section 7)
+MARGIN = 1e-4  # tokens must agree until the reference's own two best logits come closer than this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class SavedModel:
 
     @property
     def third_bytes(self) -> int:
-        """A third of the model's bytes: the GPU memory that the issue judges with."""
+        """A third of the model's bytes: GPU memory that every policy must do with."""
         return sum(file.stat().st_size for file in self.path.glob("*.safetensors")) // 3
 
     def assert_tokens(self, found: Sequence[Sequence[int]]) -> None:

@@ -126,7 +126,7 @@ def load_reference(path: str | Path) -> Any:
 
 
 def margins(logits: np.ndarray) -> np.ndarray:
-    """Top-1 minus top-2 of every row of ``logits`` [steps, vocab]: below 1e-4 the reference itself is undecided (DESIGN section 7)."""
+    """Top-1 minus top-2 of every row of ``logits`` [steps, vocab]: below 1e-4 the reference itself is undecided."""
     top = np.sort(logits, axis=-1)[:, -2:]
     return top[:, 1] - top[:, 0]
 

@@ -41,7 +41,7 @@ REPLAN_GAIN = 0.95  # another plan must take at most this fraction of the time, 
 class LLM:
     """A model, loaded and planned for this machine. Close it, or use it as a context manager.
 
-    Arguments are those of the design's section 6; None means: decided by measurement and plan. ``gpu_memory`` and ``host_memory`` are bytes or text
+    Arguments are those of docs/cli.md; None means: decided by measurement and plan. ``gpu_memory`` and ``host_memory`` are bytes or text
     ("8GiB"). ``plan`` is a `Plan` or the path of its JSON. ``strict`` makes tensors that nothing uses an error instead of a
     warning. Raises UserError subclasses for models, devices and limits that cannot be had, ValueError
     for malformed arguments, all before anything runs.
@@ -91,7 +91,7 @@ class LLM:
         return SamplingParams(**{name: known[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") if name in known})
 
     def stats(self) -> dict[str, Any]:
-        """Sums over all passes since this LLM was made, loading excluded (design section 6)."""
+        """Sums over all passes since this LLM was made, loading excluded (docs/cli.md)."""
         session = self._open_session
         plan_bound, hardware_bound = self._planner.bounds(self._workload)
         peaks = self._peak_bytes()

@@ -34,7 +34,7 @@ def _seconds(profile, limits: Limits, kind="plan", load: PassLoad | None = None)
 
 
 def test_one_token_beyond_gpu_memory_takes_the_weights_over_link_plus_cpu() -> None:
-    """FACTS section 3: T = W' / (B_link + B_cpu): 1 MB/s and 2 MB/s here."""
+    """The roofline of small batches: T = W' / (B_link + B_cpu): 1 MB/s and 2 MB/s here."""
     load = PassLoad(decode_load(0, 1, 0, BUCKET).micro_batches, 1)
     kv_free = replace(machine(), cpu=processor(2e6, 8e9, attention_bytes_per_s=1e12, attention_flops_per_s=1e15))
     assert _seconds(kv_free, ROOM, load=load) == pytest.approx(WEIGHTS / 3e6, rel=1e-3)

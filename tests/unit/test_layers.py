@@ -1,4 +1,4 @@
-"""Imports point down only (DESIGN section 4), as data: what each module may see is read off the sources, nothing is imported."""
+"""Imports point down only, as data: what each module may see is read off the sources, nothing is imported."""
 
 from __future__ import annotations
 

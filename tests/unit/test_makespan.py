@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from twinpilots.plan import balance, fractional_makespan
 
 TIMES = st.one_of(st.just(0.0), st.floats(1e-9, 1e9), st.integers(0, 20).map(float))
-# FACTS section 1, figure 6 of the paper: q, k, v, attention, out, mlp1, mlp2 of one OPT-30B layer, ms
+# Figure 6 of the TwinPilots paper (SYSTOR 2024): q, k, v, attention, out, mlp1, mlp2 of one OPT-30B layer, ms
 FIGURE_6_CPU = (4.6, 4.6, 4.6, 3.5, 4.6, 18.0, 18.0)
 FIGURE_6_GPU = (7.9, 7.9, 7.9, 12.0, 7.9, 31.5, 31.5)
 

@@ -98,7 +98,7 @@ def test_a_plan_of_the_gpu_alone_leaves_only_the_embedding_to_the_cpu() -> None:
 
 
 def test_both_devices_in_one_layer_exchange_inputs_of_attention_and_partial_sums_and_nothing_else() -> None:
-    """DESIGN section 3, KV on the GPU: q/k/v up, attention outputs down, partial sums both ways after o_proj and after the MLP."""
+    """KV on the GPU: q/k/v up, attention outputs down, partial sums both ways after o_proj and after the MLP."""
     tasks = _expand(_small(gpu=True, cpu=True)).tasks
     copies = Counter((task.kind, task.src) for task in tasks if task.layer == 0 and task.kind in ("send", "recv"))
     embedded = {("recv", "host.x"): 1}

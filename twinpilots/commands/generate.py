@@ -121,7 +121,7 @@ def _print_stream(llm: LLM, prompt: Prompt, params: SamplingParams, *, chat: boo
 
 
 def document(model: str, prompts: Sequence[Prompt], outputs: Sequence[RequestOutput], stats: dict[str, Any]) -> dict[str, Any]:
-    """The JSON form of the result (DESIGN section 6, schema 1)."""
+    """The JSON form of the result (docs/cli.md, schema 1)."""
     rows = []
     for prompt, output in zip(prompts, outputs, strict=True):
         best = output.outputs[0]

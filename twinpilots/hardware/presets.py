@@ -13,7 +13,7 @@ from twinpilots.errors import UserError
 from twinpilots.hardware.profile import ComputeProfile, Curve, HardwareProfile, LinkProfile, roofline_curve
 
 GB, GIB, MIB, TERA = 1e9, 1 << 30, 1 << 20, 1e12
-# What good kernels reach of the sheet's peak (FACTS section 4 and common GEMM practice); the peaks themselves are kept for the hardware bound.
+# What good kernels reach of the sheet's peak (common GEMM practice); the peaks themselves are kept for the hardware bound.
 READ_FRAC, GPU_FLOPS_FRAC, CPU_FLOPS_FRAC = 0.85, 0.6, 0.7
 ATTENTION_FRAC = 0.5  # paged attention gathers: measured 13 of 27 GB/s on a core
 CONTEXT_BYTES = 600 * MIB  # driver reserve and CUDA context: never the planner's

@@ -142,7 +142,7 @@ class ModelSpec:
         return BYTES_PER_WEIGHT[self.weight_dtype]
 
     def ops(self, unit_rows: int) -> tuple[OpSpec, ...]:
-        """All linear ops in execution order: layer 0's q, k, v, o, MLP, ..., lm_head last. Heads are never cut (DESIGN section 2)."""
+        """All linear ops in execution order: layer 0's q, k, v, o, MLP, ..., lm_head last. Heads are never cut."""
         return _ops(self, unit_rows)
 
     def layer_ops(self, layer: int, unit_rows: int) -> dict[str, OpSpec]:

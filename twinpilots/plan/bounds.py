@@ -1,4 +1,4 @@
-"""How fast a pass could be at best: the relaxed program of the design (section 2) for one load, as a linear program.
+"""How fast a pass could be at best: the relaxed program (docs/architecture.md) for one load, as a linear program.
 
 Owns: `pass_bound` at profiled op times ("plan") or at the machine's peaks ("hardware"). It drops units, layers, hand-offs, fixed costs and order, and
 lets each pass choose its own residency, so no plan can beat the plan bound. Knows nothing of plans.

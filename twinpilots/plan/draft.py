@@ -70,7 +70,7 @@ class Draft:
 
 def ring_rule(gpu_bytes: int) -> tuple[int, int]:
     """(packet bytes, packets in the ring): a ring of a 32nd of GPU memory, so that the link works on while the GPU waits for the CPU, in packets of tens
-    of MB where that allows, because a link reaches its rate from 10 MB up (FACTS section 6). Under 8 MiB packets keep to `MIN_PACKET_BYTES` as long as the
+    of MB where that allows, because a link reaches its rate from 10 MB up. Under 8 MiB packets keep to `MIN_PACKET_BYTES` as long as the
     ring takes no more than a 16th.
     """
     ring_bytes = gpu_bytes // RING_SHARE

@@ -145,7 +145,7 @@ def build_twinpilots(problem: Problem, draft: Draft, count: int) -> Plan | None:
     """TwinPilots (SYSTOR 2024): each whole op on one device, every layer alike, weights and KV in host memory; `balance` minimises the makespan of
     q, k, v, attention, o, mlp1, mlp2, where the GPU's time includes loading weights or KV. lm_head, not among the seven, runs where it takes less time.
 
-    Only when everything fits in GPU memory do weights stay there, and the plan is ``resident``'s: streaming a model that fits helps no one (FACTS section 6).
+    Only when everything fits in GPU memory do weights stay there, and the plan is ``resident``'s: streaming a model that fits helps no one.
     """
     whole = replace(sized(draft, count, count), streams=False, uses_cpu=False)
     plan = problem.plan(whole, everything_resident(problem.spec, problem.ops), no_cpu)

@@ -1,6 +1,6 @@
 """What `twinpilots plan` shows: the document (JSON), its text for a terminal, and its picture.
 
-Owns the document's keys (DESIGN section 6, schema 1) and wording. Everything in it is predicted, and says so. Knows nothing of how a plan was found.
+Owns the document's keys (docs/cli.md, schema 1) and wording. Everything in it is predicted, and says so. Knows nothing of how a plan was found.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What `LLM.stats()` returns: sums over all passes since the engine was made, loading excluded.
 
-Owns the accumulation and the shape of the document (DESIGN section 6). Knows nothing of how a pass was timed or predicted.
+Owns the accumulation and the shape of the document (docs/cli.md). Knows nothing of how a pass was timed or predicted.
 """
 
 from __future__ import annotations
