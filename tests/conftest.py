@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 TESTS = Path(__file__).parent
 MARKED_FOLDERS = ("gpu", "emulated", "cpu")
+
+with contextlib.suppress(ImportError):  # a bare GPU box runs tests/gpu without it
+    from hypothesis import HealthCheck, settings
+
+    # The box is shared: how long an example takes says nothing about the code.
+    settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("shared")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
