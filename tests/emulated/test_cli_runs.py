@@ -92,11 +92,17 @@ def marked_processes(mark: str) -> list[str]:
     return found
 
 
+def listen_to_ctrl_c() -> None:
+    """A suite that a shell runs in the background ignores SIGINT, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_stops_cleanly(tmp_path: Path) -> None:
     mark = str(tmp_path)
     arguments = ["generate", "smollm2-135m", "--prompt", "x", "--max-tokens", "4000", "--ignore-eos", "--device", "emulated:demo", "--policy", "twinpilots"]
     child = subprocess.Popen(
-        [sys.executable, "-m", "twinpilots", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, MARK: mark}
+        [sys.executable, "-m", "twinpilots", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, MARK: mark},
+        preexec_fn=listen_to_ctrl_c,
     )  # fmt: skip
     assert child.stdout is not None
     child.stdout.read(1)  # it generates: two processes at work
