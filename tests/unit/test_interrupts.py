@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from twinpilots.runtime.interrupts import deferred_interrupts
+
+
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    """A suite that a shell runs in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_comes_at_the_end_and_the_handler_is_back():
