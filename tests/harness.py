@@ -22,7 +22,7 @@ from twinpilots.runtime.engine import Engine
 from twinpilots.runtime.executor import Executor
 from twinpilots.runtime.kv_cache import KvCache
 from twinpilots.runtime.scheduler import GROWTH_TOKENS, Scheduler
-from twinpilots.session import longrope_switch
+from twinpilots.session import CheckpointWeights, longrope_switch
 
 PROMPTS = [[5, 17, 99, 3, 8, 120, 44, 7, 11, 13, 90, 21, 33], [64], [12, 12, 57, 101, 4]]
 NUM_TOKENS = 9
@@ -64,16 +64,6 @@ def greedy_references(path: Path, prompts: Sequence[list[int]], n: int) -> list[
     return [zoo.greedy(model, prompt, n) for prompt in prompts]
 
 
-class Weights:
-    """A checkpoint's tensors as plain arrays."""
-
-    def __init__(self, checkpoint: Any) -> None:
-        self._checkpoint = checkpoint
-
-    def array(self, tensor_id: str) -> np.ndarray:
-        return self._checkpoint.tensor(tensor_id).data
-
-
 class Rig:
     """An engine on a plan; ``logits[request]`` are the rows that its tokens were chosen from. ``device``: another GPU than the emulated one (gpu_check)."""
 
@@ -89,7 +79,7 @@ class Rig:
             stack.callback(pilot.close)
             gpu = (device or EmulatedGpu(EMULATED["demo"], cores.device, adversarial_seed=adversarial_seed)) if plan.uses_gpu else None
             spec = self.checkpoint.spec
-            self.executor = stack.enter_context(Executor(spec, plan, pilot, gpu, Weights(self.checkpoint), poison=poison, runner=runner))
+            self.executor = stack.enter_context(Executor(spec, plan, pilot, gpu, CheckpointWeights(self.checkpoint), poison=poison, runner=runner))
             self.kv = KvCache(plan)
             self.scheduler = Scheduler(plan, self.kv, growth_tokens=growth_tokens, recompute_beyond=longrope_switch(spec))
             self.engine = Engine(self, self.scheduler, self.kv, vocab_size=spec.vocab_size)

@@ -32,7 +32,7 @@ from twinpilots.runtime.stats import EngineStats, WeightShares
 PREPARE_S = 0.6  # what loading may spend on compiling programs ahead
 
 
-class _CheckpointWeights:
+class CheckpointWeights:
     """A checkpoint's tensors as plain arrays."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -56,7 +56,7 @@ class Session:
             with Progress("loading", total=spec.linear_bytes, unit="bytes") as bar:
                 limits: dict[Tier, int] = {"gpu": planner.limits.gpu_bytes, "host": planner.limits.host_bytes}
                 self.executor = stack.enter_context(
-                    Executor(spec, plan, machine.pilot, machine.gpu, _CheckpointWeights(checkpoint), limits=limits, progress=bar.update)
+                    Executor(spec, plan, machine.pilot, machine.gpu, CheckpointWeights(checkpoint), limits=limits, progress=bar.update)
                 )
             self.executor.prepare(PREPARE_S)
             self._stack = stack.pop_all()
