@@ -11,7 +11,7 @@
 
 namespace tp {
 
-static constexpr int64_t SPIN_NS = 60'000;
+static constexpr int64_t SPIN_NS = 3'000'000;
 static constexpr int64_t SLICE_NS = 50'000'000;
 static constexpr int64_t POLLED_SLICE_NS = 10'000;  // where a device writes event words and cannot wake anybody
 static std::atomic<int64_t> g_timeout_ns{120'000'000'000};
