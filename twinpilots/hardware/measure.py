@@ -33,11 +33,14 @@ MIN_RUNS = 3
 PEAK_MS = 8  # short, so that some of the runs are not interrupted by a neighbour
 PEAK_RUNS = 12
 SLOWDOWN_RUNS = 7
+HANDOFFS = 100
 CONTENTION_TOKENS = 4  # still bound by memory, but with some work: where a GPU and a CPU most often share a pass
 PACKETS_PER_CARD = 128  # a plan's ring is a 32nd of GPU memory, in four packets
 L3_GUESS_PER_CORE_BYTES = 8 << 20
 PEAK_REPEATS = 10
-CACHE_BYTES = 40 << 20  # more than the L3 of a desktop processor: weights must come from DRAM, as in a real pass
+CACHE_BYTES = 160 << 20  # weights must come from DRAM, as in a real pass
+CACHE_MULTIPLE = 4  # a cycle through only a little more than the L3 still finds a fifth of it there
+GPU_CACHE_BYTES = 40 << 20
 FILL = {"fp32": 0x3C, "bf16": 0x3C, "fp16": 0x2C}  # bytes that make ordinary small numbers in each format
 
 
@@ -67,6 +70,12 @@ class _Bench:
 
     def run(self, rows: list[tuple[object, ...]]) -> np.ndarray:
         return self.rig.run({self.side: rows})[self.side]
+
+    def run_cold(self, rows: list[tuple[object, ...]]) -> np.ndarray:
+        """As `run`, with weights out of cache: an emulated GPU's memory may be smaller than the processor's L3, which other weights fill in a real pass."""
+        if self.rig.gpu is not None and self.rig.gpu.emulated and self.side == "gpu":
+            self.rig.read_host(host_region_bytes() // 2)
+        return self.run(rows)
 
     def linears(self, dim: str) -> tuple[list[tuple[object, ...]], list[int]]:
         """The layer's linears of one split dimension over and over, through all of the weight region once; and how many weights each has."""
@@ -105,7 +114,7 @@ class _Bench:
                 count -= cycle
             count = max(min(cycle, len(rows)), count)
             self.rig.set_tokens(tokens)
-            seconds = _typical_s(lambda count=count: float(work_s(self.run(rows[:count])).sum()), runs_s)  # type: ignore[misc]
+            seconds = _typical_s(lambda count=count: float(work_s(self.run_cold(rows[:count])).sum()), runs_s)  # type: ignore[misc]
             per_weight.append(seconds / sum(elements[:count]))
         # More tokens never take less time: where they seem to, a neighbour was busy at the smaller count.
         monotone = np.minimum.accumulate(per_weight[::-1])[::-1]
@@ -144,7 +153,7 @@ class _Bench:
         layers = max(1, min(32, self.weight_bytes // layer_bytes))
         self.rig.set_sequences([(1, context)] * num_seqs, page)
         rows = [self._attend(self.weights + layer * layer_bytes, token_bytes * page, page, kv_dtype) for layer in range(layers)]
-        decode_s = _typical_s(lambda: float(work_s(self.run(rows)).sum()), 0.1)
+        decode_s = _typical_s(lambda: float(work_s(self.run_cold(rows)).sum()), 0.1)
         query = min(256, self.tokens, context)
         self.rig.set_sequences([(query, query)], page)
         prefill_s = _typical_s(lambda: float(work_s(self.run(rows[:1])).sum()), 0.1)
@@ -160,11 +169,11 @@ def weight_region_bytes(on_gpu: bool, gpu_budget_bytes: int) -> int:
     """How much weight memory an experiment cycles through: beyond the caches, but at most half of the GPU's memory."""
     if not on_gpu:
         return host_region_bytes()
-    return min(max(CACHE_BYTES, gpu_budget_bytes // 4), gpu_budget_bytes // 2)  # a quarter of a GiB is more than any card's L2
+    return min(max(GPU_CACHE_BYTES, gpu_budget_bytes // 4), gpu_budget_bytes // 2)  # a quarter of a GiB is more than any card's L2
 
 
 def host_region_bytes() -> int:
-    """As `weight_region_bytes` for the CPU: a quarter more than all the last-level caches that this process's cores share; servers have hundreds of MB."""
+    """As `weight_region_bytes` for the CPU: several times all the last-level caches that this process's cores share; servers have hundreds of MB."""
     found: dict[str, int] = {}
     cores = allowed_cpus()
     for core in cores:
@@ -173,7 +182,7 @@ def host_region_bytes() -> int:
             found[shared] = int(size.removesuffix("K")) << 10
         except (OSError, ValueError):  # a container that does not say
             continue
-    return max(CACHE_BYTES, (sum(found.values()) or L3_GUESS_PER_CORE_BYTES * len(cores)) * 5 // 4)
+    return max(CACHE_BYTES, (sum(found.values()) or L3_GUESS_PER_CORE_BYTES * len(cores)) * CACHE_MULTIPLE)
 
 
 def packet_bytes(gpu: GpuDevice | None) -> int:
@@ -209,7 +218,7 @@ def measure(
     """Measures this machine for models of ``spec``'s dtype and widths. ``quick`` takes about 2 s with fewer points, otherwise under 60 s."""
     grid: tuple[int, ...] = QUICK_GRID if quick else FULL_GRID
     budget_s = 0.3 if quick else 4.0
-    rig_bytes = host_region_bytes() * 2 + CACHE_BYTES + 2 * packet_bytes(gpu)
+    rig_bytes = host_region_bytes() + GPU_CACHE_BYTES + 2 * packet_bytes(gpu)
     rig_bytes += 16 * max(grid) * (spec.intermediate_size + spec.hidden_size * 4 + spec.q_size * 4)
     gpu_budget = _gpu_budget(gpu)
     if gpu and gpu_budget < (64 << 20):
@@ -258,7 +267,7 @@ def cpu_peaks(threads: int) -> tuple[float, float]:
     native = load_native()
     if native is None:
         return _torch_cpu_peaks(threads)
-    data = np.ones(host_region_bytes() * 2, np.uint8)
+    data = np.ones(host_region_bytes(), np.uint8)
     pool = native.pool_create(threads)
     try:
         read_rates = [native.read_rate(data, pool=pool, duration_ms=PEAK_MS) for _ in range(PEAK_RUNS)]
@@ -350,6 +359,7 @@ def _measure_link(rig: Rig, spec: ModelSpec) -> LinkProfile:
     return LinkProfile(
         up_bytes_per_s=rate, down_bytes_per_s=4 * columns * (rows - 1) / max(down_s - copy_s(1, True), 1e-9), packet_s=max(load_s(small) - small / rate, 0.0),
         copy_s=copy_fixed_s, handoff_s=_handoff_s(rig, near, far, columns, _loads(rig, small, 40, target, [source])),
+        queue_handoff_s=_queue_handoff_s(rig, near, columns, target, source),
     )  # fmt: skip
 
 
@@ -357,7 +367,7 @@ def _handoff_s(rig: Rig, near: int, far: int, columns: int, loads: list[tuple[ob
     """From a record on one side to the waiting instruction's start on the other: half of a ping-pong's turn, work excluded, while the link is busy as
     in a real pass. On an emulated GPU the link's copies share the core that has to answer."""
     rig.set_tokens(1)
-    turns = 100
+    turns = HANDOFFS
     gain, spare = rig.alloc_host(4 * columns), rig.alloc_host(4 * columns)
     norm = (spare, columns, far, columns, gain, NULL, columns, NormKind.RMS)
     gpu = [instruction(Op.COPY, (far, columns, near, columns, columns, 1), waits=[2 * i] if i else [], record=2 * i + 1) for i in range(turns)]
@@ -367,6 +377,24 @@ def _handoff_s(rig: Rig, near: int, far: int, columns: int, loads: list[tuple[ob
         traces = rig.run({"link_in": loads, "gpu": gpu, "cpu": cpu})
         total_s = float(traces["cpu"][-1, 2] - traces["gpu"][0, 1]) * 1e-9
         return max(0.0, total_s - float(work_s(traces["gpu"]).sum() + work_s(traces["cpu"]).sum())) / (2 * turns)
+
+    return float(np.median([per_handoff() for _ in range(SLOWDOWN_RUNS)]))
+
+
+def _queue_handoff_s(rig: Rig, near: int, columns: int, target: int, source: int) -> float:
+    """As `_handoff_s`, between the GPU's compute queue and a link queue: what streamed KV waits for."""
+    rig.set_tokens(1)
+    size = 4 << 10
+    table = rig.alloc_host(24)
+    rig.host.view(table & ((1 << 56) - 1), np.dtype(np.int64), (3,))[:] = (target, source, size)
+    norm = (near, columns, near, columns, near, NULL, columns, NormKind.RMS)
+    gpu = [instruction(Op.NORM, norm, (1e-5,), waits=[2 * i] if i else [], record=2 * i + 1) for i in range(HANDOFFS)]
+    link = [instruction(Op.LOAD, (table, 1, size), waits=[2 * i + 1], record=2 * i + 2) for i in range(HANDOFFS)]
+
+    def per_handoff() -> float:
+        traces = rig.run({"link_in": link, "gpu": gpu})
+        total_s = float(traces["link_in"][-1, 2] - traces["gpu"][0, 1]) * 1e-9
+        return max(0.0, total_s - float(work_s(traces["gpu"]).sum() + work_s(traces["link_in"]).sum())) / (2 * HANDOFFS)
 
     return float(np.median([per_handoff() for _ in range(SLOWDOWN_RUNS)]))
 
@@ -405,6 +433,9 @@ def _with_peers(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, Compute
     """Each side's slow-down while the other one reads its weights, too: they may share one memory."""
     rig.set_tokens(CONTENTION_TOKENS)
     rows = {side: bench.linears("out")[0] for side, bench in benches.items()}
+    alone_s = {side: _typical_s(lambda side=side: float(work_s(rig.run({side: rows[side]})[side]).sum()), 0.02) for side in rows}  # type: ignore[misc]
+    for side, other in PEERS:  # both at work for about as long
+        rows[side] = rows[side] * max(1, round(alone_s[other] / alone_s[side]))
     ratios: dict[Side, list[float]] = {"cpu": [], "gpu": []}
     for _ in range(SLOWDOWN_RUNS):
         together = rig.run({"gpu": rows["gpu"], "cpu": rows["cpu"]})

@@ -81,10 +81,11 @@ class LinkProfile:
     packet_s: float  # fixed cost of one weight packet
     copy_s: float  # fixed cost of one activation copy
     handoff_s: float  # from a record on one device to the waiting task's start on the other
+    queue_handoff_s: float = 0.0  # the same between the GPU's compute queue and its link queues
 
     def __post_init__(self) -> None:
         _check_numbers(self, "up_bytes_per_s down_bytes_per_s", above=0)
-        _check_numbers(self, "packet_s copy_s handoff_s", least=0)
+        _check_numbers(self, "packet_s copy_s handoff_s queue_handoff_s", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,9 +107,8 @@ class _Clock:
         queue_of = [numbers[task.queue] for task in tasks]
         for task in tasks:
             self.order[queue_of[task.index]].append(task.index)
-        handoff_s = profile.link.handoff_s if profile.link else 0.0
         self.waits = [
-            [(w.task - self.count if w.previous else w.task, handoff_s if queue_of[task.index] + queue_of[w.task] == CPU + GPU else 0.0) for w in task.waits]
+            [(w.task - self.count if w.previous else w.task, _handoff_s(profile, queue_of[task.index], queue_of[w.task])) for w in task.waits]
             for task in tasks
         ]
         total = self.num_passes * self.count
@@ -182,6 +181,13 @@ class _Clock:
             return False
         self.pass_end[number] = now
         return True
+
+
+def _handoff_s(profile: HardwareProfile, queue: int, other: int) -> float:
+    """From a record on one queue to the waiting task's start on another."""
+    if profile.link is None or queue == other:
+        return 0.0
+    return profile.link.handoff_s if queue + other == CPU + GPU else profile.link.queue_handoff_s
 
 
 # -- deep models ---------------------------------------------------------------------------------------------------------------------------

@@ -80,6 +80,8 @@ char* Queue::at(int64_t address) const {
   return (address >> 56 == GPU ? gpu_ : host_) + (address & ((1LL << 56) - 1));
 }
 
+int64_t Queue::spin_ns() const { return box_ == &control(host_)->link_in || box_ == &control(host_)->link_out ? LINK_SPIN_NS : WAIT_SPIN_NS; }
+
 bool Queue::cancelled(int32_t pass_id) const { return box_ && pass_id <= word(&box_->cancel_pass).load(std::memory_order_relaxed); }
 
 int Queue::wait_event(int event, int32_t value, int32_t pass_id) {
@@ -87,7 +89,7 @@ int Queue::wait_event(int event, int32_t value, int32_t pass_id) {
   uint32_t seen = word(slot).load(std::memory_order_acquire);
   if ((int32_t)(seen - (uint32_t)value) >= 0) return OK;
   link_.idle();
-  Waiter waiter(host_, slot, timeout_ns());
+  Waiter waiter(host_, slot, timeout_ns(), spin_ns());
   for (;;) {
     if (cancelled(pass_id)) return CANCELLED;
     if (const int error = waiter.pause(seen)) return error;
@@ -142,7 +144,7 @@ int Queue::loop() {
     uint32_t tail = word(&box_->tail).load(std::memory_order_acquire);
     if (tail == head) {
       link_.idle();
-      Waiter waiter(host_, &box_->tail, -1);
+      Waiter waiter(host_, &box_->tail, -1, spin_ns());
       while (tail == head) {
         if (waiter.pause(tail)) return ABORTED;
         tail = word(&box_->tail).load(std::memory_order_acquire);
@@ -339,7 +341,7 @@ int Queue::load_kv(const Insn& insn) {
   if (!known_dtype(a[6]) || a[3] <= 0) return BAD_INSTRUCTION;
   const Rows s = sequences(insn, 1, 2);
   if (s.first >= s.last) return OK;
-  link_.begin(Direction::UP, true);
+  link_.begin(Direction::UP, false);  // somebody waits for it: no sleep may overshoot
   for (int64_t i = s.first; i < s.last; i++) {
     const Sequence to = sequence(i, OFF_SEQ_PAGES), from = sequence(i, OFF_SEQ_HOME);
     const int64_t pages = (to.kv_len - to.len + a[3] - 1) / a[3];
@@ -356,7 +358,7 @@ int Queue::store_kv(const Insn& insn) {
   if (!known_dtype(a[6]) || page_size <= 0) return BAD_INSTRUCTION;
   const Rows s = sequences(insn, 1, 2);
   if (s.first >= s.last) return OK;
-  link_.begin(Direction::DOWN, true);
+  link_.begin(Direction::DOWN, false);
   for (int64_t i = s.first; i < s.last; i++) {
     const Sequence from = sequence(i, OFF_SEQ_PAGES), to = sequence(i, OFF_SEQ_HOME);
     for (int64_t token = from.kv_len - from.len; token < from.kv_len;) {

@@ -30,6 +30,7 @@ class Queue {
   int wait_event(int event, int32_t value, int32_t pass_id);
   int execute(const Insn& insn);
   bool cancelled(int32_t pass_id) const;
+  int64_t spin_ns() const;
   void dawdle();  // adversarial mode
 
   char* at(int64_t address) const;
