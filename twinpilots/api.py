@@ -157,12 +157,11 @@ class LLM:
         try:
             for prompt, one in zip(prompts, each, strict=True):
                 order.append(self._add(prompt, one))
-            with _progress(len(prompts), use_tqdm) as bar:
+            with _progress(len(prompts), use_tqdm) as bar, self._open_session.driving():
                 while engine.has_unfinished():
-                    for output in self._open_session.step():
-                        if output.finished:
-                            done[output.request_id] = output
-                            bar.update()
+                    for output in self._open_session.step(partial=False):
+                        done[output.request_id] = output
+                        bar.update()
         except BaseException:
             for request_id in order:
                 engine.abort(request_id)

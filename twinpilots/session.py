@@ -6,7 +6,8 @@ Owns their lives and the timing of passes. Knows nothing of prompts as text, of 
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -77,10 +78,16 @@ class Session:
         self._batch = batch
         return self.executor.execute(batch, more=more)
 
-    def step(self) -> list[RequestOutput]:
-        """One pass, timed as the user feels it: scheduling and sampling included."""
+    @contextmanager
+    def driving(self) -> Iterator[None]:
+        """For as long as passes follow each other: the calling thread stays on the CPU pilot's core and keeps one handler for Ctrl-C."""
+        with self.executor.pilot.caller_pinned(), self.executor.interrupts.listening():
+            yield
+
+    def step(self, *, partial: bool = True) -> list[RequestOutput]:
+        """One pass, timed as the user feels it: scheduling and sampling included. ``partial`` as in `Engine.step`."""
         began = time.perf_counter()
-        outputs = self.engine.step()
+        outputs = self.engine.step(partial=partial)
         seconds = time.perf_counter() - began
         if self._batch is not None and self.executor.last_report is not None:
             predicted_s = self._planner.predict(self.plan, self._batch)  # before this pass's own times become known to the planner

@@ -34,6 +34,7 @@ PEAK_MS = 8  # short, so that some of the runs are not interrupted by a neighbou
 PEAK_RUNS = 12
 SLOWDOWN_RUNS = 7
 HANDOFFS = 100
+MOST_INSTRUCTIONS = 5000  # per queue: what the rig has room for. Only tiny models have so many linears in a cycle, and theirs lie in cache in a pass, too
 CONTENTION_TOKENS = 4  # still bound by memory, but with some work: where a GPU and a CPU most often share a pass
 PACKETS_PER_CARD = 128  # a plan's ring is a 32nd of GPU memory, in four packets
 L3_GUESS_PER_CORE_BYTES = 8 << 20
@@ -86,7 +87,7 @@ class _Bench:
         while True:
             op = ops[len(rows) % len(ops)]
             count = max(1, min(op.rows, self.weight_bytes // 4 // (op.row_bytes * op.unit_rows) * op.unit_rows))
-            if position + count * op.row_bytes > self.weight_bytes:
+            if position + count * op.row_bytes > self.weight_bytes or len(rows) == MOST_INSTRUCTIONS:
                 return rows, elements
             rows.append(self._linear(op, count, self.weights + position))
             elements.append(count * op.row_elements)
@@ -435,7 +436,8 @@ def _with_peers(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, Compute
     rows = {side: bench.linears("out")[0] for side, bench in benches.items()}
     alone_s = {side: _typical_s(lambda side=side: float(work_s(rig.run({side: rows[side]})[side]).sum()), 0.02) for side in rows}  # type: ignore[misc]
     for side, other in PEERS:  # both at work for about as long
-        rows[side] = rows[side] * max(1, round(alone_s[other] / alone_s[side]))
+        times = max(1, round(alone_s[other] / alone_s[side]))
+        rows[side] = (rows[side] * times)[:MOST_INSTRUCTIONS]
     ratios: dict[Side, list[float]] = {"cpu": [], "gpu": []}
     for _ in range(SLOWDOWN_RUNS):
         together = rig.run({"gpu": rows["gpu"], "cpu": rows["cpu"]})
