@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from math import inf
 from typing import Any
 
+from twinpilots.errors import ProfileMissingError
+
 PROFILE_SCHEMA = 1
 TOKEN_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -41,7 +43,7 @@ class Curve:
 @dataclass(frozen=True, kw_only=True)
 class ComputeProfile:
     """One processor. ``linear["fp16/out"]`` maps tokens to seconds per weight element (weights out of cache) for ops split along the output,
-    ``"fp16/in"`` along the input.
+    ``"fp16/in"`` along the input; ``"q4_1/fast/out"`` where the CPU pilot rounds activations to 8 bits (`OpSpec.rate_key`).
 
     Attention of one sequence and layer takes max(KV bytes / attention_bytes_per_s, FLOPs / attention_flops_per_s). ``task_s`` is the fixed cost of
     one task. ``read_bytes_per_s`` and ``flops_per_s`` are the peaks of independent micro-benchmarks: only the hardware bound uses them.
@@ -63,9 +65,19 @@ class ComputeProfile:
         _check_numbers(self, "task_s", least=0)
         _check_numbers(self, "copy_slowdown peer_slowdown", least=1)
 
-    def linear_s(self, dtype: str, split_dim: str, elements: float, tokens: float) -> float:
+    def curve(self, rate_key: str) -> Curve:
+        """The curve of one kind of linear. ProfileMissingError for one that was not measured."""
+        found = self.linear.get(rate_key)
+        if found is None:
+            raise ProfileMissingError(
+                f"the profile of {self.name} has no times of linears of the kind {rate_key}, only {', '.join(sorted(self.linear))}: measure this model with "
+                "`twinpilots profile MODEL`, with the same --quantization"
+            )
+        return found
+
+    def linear_s(self, rate_key: str, elements: float, tokens: float) -> float:
         """Seconds of a linear of ``elements`` weights at ``tokens`` tokens, without the fixed cost."""
-        return elements * self.linear[f"{dtype}/{split_dim}"](tokens)
+        return elements * self.curve(rate_key)(tokens)
 
     def attention_s(self, kv_bytes: float, flops: float) -> float:
         """Seconds of attention that reads ``kv_bytes`` and computes ``flops``, without the fixed cost."""
