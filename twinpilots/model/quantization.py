@@ -43,10 +43,12 @@ def quantized_spec(spec: ModelSpec, stored: Stored, quantization: Quantization |
 
     ``keep``: patterns of weights that stay native, e.g. "lm_head", "*.down_proj", "0.*". UserError for one that no quantised weight matches.
     """
-    stored = {name: chosen for name, chosen in stored.items() if _fits(spec, name, chosen)}
-    formats = {name: chosen for name in weight_names(spec) if (chosen := _format_of(spec, name, stored, quantization)) is not None}
-    if spec.tied:
-        formats.pop(EMBED, None)
+    kept = keeps_stored(stored, quantization)
+    formats = {}
+    for name in weight_names(spec):
+        chosen = stored[name] if stored.get(name) in kept else _wanted(name, quantization)
+        if chosen is not None and fits(spec, name, chosen):
+            formats[name] = chosen
     return with_formats(spec, _without(formats, keep), fast=quantization == "int4-fast")
 
 
@@ -89,18 +91,15 @@ def with_formats(spec: ModelSpec, formats: Stored, *, fast: bool) -> ModelSpec:
     )  # fmt: skip
 
 
-def _format_of(spec: ModelSpec, name: str, stored: Stored, quantization: Quantization | None) -> FormatName | None:
-    found = stored.get(name)
-    if found is not None and found in keeps_stored(stored, quantization):
-        return found
+def _wanted(name: str, quantization: Quantization | None) -> FormatName | None:
+    """What the rule makes of a weight."""
     if quantization is None:
         return None
-    rule = RULES[quantization]
-    wanted = rule.layers if "." in name else rule.ends
-    return wanted if _fits(spec, name, wanted) else None
+    return RULES[quantization].layers if "." in name else RULES[quantization].ends
 
 
-def _fits(spec: ModelSpec, name: str, chosen: FormatName) -> bool:
+def fits(spec: ModelSpec, name: str, chosen: FormatName) -> bool:
+    """Whether this weight's shape can be kept in this format."""
     op = name.rpartition(".")[2]
     inputs = {"o_proj": spec.q_size, "down_proj": spec.intermediate_size, "fc2": spec.intermediate_size}.get(op, spec.hidden_size)
     return FORMATS[chosen].fits(inputs, spec.hidden_size, "in" if op in INPUT_SPLIT else "out")
