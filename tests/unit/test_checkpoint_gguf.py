@@ -49,11 +49,11 @@ def test_gguf_of_every_architecture_gives_the_logits_of_its_original(family: str
 
 def test_quantised_gguf_is_kept_converted_and_opens_without_gguf_the_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = quantised_llama(tmp_path)
-    first = open_checkpoint(path)
+    first = open_checkpoint(path, dtype="fp16")
     assert (first.source_dtype, first.spec.weight_dtype) == ("Q8_0", "fp16")
     values = {name: first.tensor(name).data.copy() for name in ("0.q_proj", "1.down_proj", "embed", "final_norm")}
     monkeypatch.setattr("twinpilots.model.checkpoint.GgufFile", _never)
-    second = open_checkpoint(path)
+    second = open_checkpoint(path, dtype="fp16")
     assert (second.source_dtype, second.fingerprint, second.generation_config) == (first.source_dtype, first.fingerprint, first.generation_config)
     for name, value in values.items():
         np.testing.assert_array_equal(second.tensor(name).data, value)
@@ -63,30 +63,30 @@ def test_quantised_gguf_is_kept_converted_and_opens_without_gguf_the_second_time
 
 def test_fused_tensors_of_a_quantised_phi3_survive_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = quantised_llama(tmp_path, "phi3")
-    converted = open_checkpoint(path)
+    converted = open_checkpoint(path, dtype="fp16")
     monkeypatch.setattr(convert_cache, "write", lambda *_: False)
     monkeypatch.setattr(convert_cache, "is_complete", lambda _: False)
-    direct = open_checkpoint(path)
+    direct = open_checkpoint(path, dtype="fp16")
     for tensor_id in ("0.q_proj", "1.k_proj", "1.v_proj", "0.gate_proj", "1.up_proj", "lm_head", "1.mlp_norm"):
         np.testing.assert_array_equal(converted.tensor(tensor_id).data, direct.tensor(tensor_id).data)
 
 
 def test_an_unwritable_cache_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     path = quantised_llama(tmp_path)
-    kept = open_checkpoint(path).tensor("0.k_proj").data.copy()
+    kept = open_checkpoint(path, dtype="fp16").tensor("0.k_proj").data.copy()
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, dtype="fp16")
     np.testing.assert_array_equal(checkpoint.tensor("0.k_proj").data, kept)
     assert len(caplog.records) == 1 and "converted" in caplog.text
 
 
 def test_a_damaged_converted_copy_is_made_again(tmp_path: Path) -> None:
     path = quantised_llama(tmp_path)
-    before = open_checkpoint(path).tensor("0.q_proj").data.copy()
+    before = open_checkpoint(path, dtype="fp16").tensor("0.q_proj").data.copy()
     weights = convert_cache.directory_for(path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    np.testing.assert_array_equal(open_checkpoint(path).tensor("0.q_proj").data, before)
+    np.testing.assert_array_equal(open_checkpoint(path, dtype="fp16").tensor("0.q_proj").data, before)
 
 
 def test_another_file_of_the_same_size_has_another_fingerprint(tmp_path: Path) -> None:
@@ -128,7 +128,9 @@ def test_infinite_weights_are_refused(tmp_path: Path) -> None:
     damaged[stored.start : stored.start + 2] = np.float16(np.inf).tobytes()  # the first block's scale
     path.write_bytes(damaged)
     with pytest.raises(CheckpointError, match=r"blk\.0\.attn_q\.weight.*infinite"):
-        open_checkpoint(path)
+        open_checkpoint(path, dtype="fp16")
+    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_q\.weight.*infinite"):
+        open_checkpoint(path).blocks("0.q_proj")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -124,6 +124,18 @@ class HardwareProfile:
         _check_numbers(self, "gpu_memory_bytes step_overhead_s", least=0)
         if (self.gpu is None) != (self.link is None):
             raise ValueError("HardwareProfile: gpu and link come together; give both or neither")
+
+    def with_curves_of(self, earlier: HardwareProfile) -> HardwareProfile:
+        """This profile, with the earlier one's curves of kinds of linears that it lacks."""
+        cpu = replace(self.cpu, linear={**earlier.cpu.linear, **self.cpu.linear})
+        if self.gpu is None or earlier.gpu is None:
+            return replace(self, cpu=cpu)
+        return replace(self, cpu=cpu, gpu=replace(self.gpu, linear={**earlier.gpu.linear, **self.gpu.linear}))
+
+    def missing(self, rate_keys: Iterable[str]) -> tuple[str, ...]:
+        """Those kinds of linears (`OpSpec.rate_key`) that were not measured on every processor."""
+        processors = [processor for processor in (self.cpu, self.gpu) if processor is not None]
+        return tuple(key for key in rate_keys if any(key not in processor.linear for processor in processors))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

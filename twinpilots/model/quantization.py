@@ -10,14 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import lcm
-from typing import Literal, cast
+from typing import cast
 
+from twinpilots.config import Quantization
 from twinpilots.errors import UserError
 from twinpilots.model.spec import INPUT_SPLIT, LayerSpec, ModelSpec, OpName
 from twinpilots.model.weight_format import FORMATS, FormatName
 
-Quantization = Literal["int8", "int4", "int4-fast"]
-QUANTIZATIONS: tuple[Quantization, ...] = ("int8", "int4", "int4-fast")
 EMBED = "embed"
 Stored = Mapping[str, FormatName]  # by weight ("3.q_proj", "lm_head", "embed"): the format it is quantised in; all others are native
 
@@ -41,7 +40,7 @@ RULES: dict[Quantization, Rule] = {
 def quantized_spec(spec: ModelSpec, stored: Stored, quantization: Quantization | None, keep: Sequence[str] = ()) -> ModelSpec:
     """``spec`` with the formats that its weights are kept in, given those that its files have them in.
 
-    ``keep``: patterns of weights that stay native, e.g. "lm_head", "*.down_proj", "0.*". UserError for one that no quantised weight matches.
+    UserError when ``quantization`` can change nothing at all. ``keep``: patterns of weights that stay native, e.g. "lm_head", "*.down_proj", "0.*". UserError for one that no quantised weight matches.
     """
     kept = keeps_stored(stored, quantization)
     formats = {}
@@ -49,6 +48,8 @@ def quantized_spec(spec: ModelSpec, stored: Stored, quantization: Quantization |
         chosen = stored[name] if stored.get(name) in kept else _wanted(name, quantization)
         if chosen is not None and fits(spec, name, chosen):
             formats[name] = chosen
+    if quantization is not None and not formats:
+        raise UserError(f"{spec.name} has no weight whose rows are whole blocks of {quantization}'s formats; leave --quantization out")
     return with_formats(spec, _without(formats, keep), fast=quantization == "int4-fast")
 
 

@@ -28,19 +28,21 @@ _OP_OF = {part: op for op, parts in PARTS.items() for part in parts}
 
 
 class FileWeights(Protocol):
-    """What is in the files. ``values`` gives a weight at the precision of its file; ``packed_blocks`` those of ``stored`` (formats by tensor id) as they are."""
+    """What is in the files. ``values`` gives a weight at the precision of its file; ``blocks`` those of ``stored`` (formats by tensor id) as they are."""
 
     spec: ModelSpec
     generation_config: dict[str, Any]
     source_dtype: str
     fingerprint: str
-    stored: Mapping[str, WeightFormat]
+
+    @property
+    def stored(self) -> Mapping[str, WeightFormat]: ...
 
     def values(self, tensor_id: str) -> RawTensor: ...
 
     def tensor(self, tensor_id: str) -> RawTensor: ...
 
-    def packed_blocks(self, tensor_id: str) -> Array: ...
+    def blocks(self, tensor_id: str) -> Array: ...
 
     def close(self) -> None: ...
 
@@ -75,7 +77,7 @@ class QuantizedCheckpoint:
         """Row blocks of a quantised weight."""
         tensor_id = "lm_head" if tensor_id == EMBED and self.spec.tied else tensor_id
         if tensor_id not in self._made:
-            return self._files.packed_blocks(tensor_id)
+            return self._files.blocks(tensor_id)
         assert self._cache is not None
         found = self._cache.get(tensor_id)
         if found is None:
@@ -143,5 +145,3 @@ def _quantized(raw: RawTensor, chosen: WeightFormat, what: str) -> Array:
 
 def _num_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
