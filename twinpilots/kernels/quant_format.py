@@ -78,8 +78,8 @@ def _quantize_q4_1(x: Floats) -> Bytes:
         q = best.offer(d, m)
         best.offer(*_least_squares(x, q, d, m))
     _offer_grids(best, low, width)
-    q: Bytes = _codes_q4_1(x, best.d, best.m).astype(np.uint8)
-    return np.concatenate([best.d.view(np.uint8), best.m.view(np.uint8), q[:, :16] | q[:, 16:] << 4], 1)
+    codes = _codes_q4_1(x, best.d, best.m).astype(np.uint8)
+    return np.concatenate([best.d.view(np.uint8), best.m.view(np.uint8), codes[:, :16] | codes[:, 16:] << 4], 1)
 
 
 class _Best:
