@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,8 @@ def test_unknown_architecture_is_named(tmp_path: Path) -> None:
 # --- writing GGUF files as llama.cpp's converter does ---
 
 
-def write_gguf(directory: Path, path: Path, arch: str, original: Checkpoint, quantize: bool = False) -> Path:
-    """Convert a saved zoo model: llama's q and k permuted, Gemma's gains plus one, rotary factors as tensors."""
+def write_gguf(directory: Path, path: Path, arch: str, original: Checkpoint, kind_of: Callable[[str], str | None] = lambda _: None) -> Path:
+    """Convert a saved zoo model: llama's q and k permuted, Gemma's gains plus one, rotary factors as tensors. ``kind_of`` names a matrix's quantisation."""
     config = json.loads((directory / "config.json").read_text())
     spec = original.spec
     writer = gguf.GGUFWriter(str(path), arch)
@@ -182,13 +183,26 @@ def write_gguf(directory: Path, path: Path, arch: str, original: Checkpoint, qua
     for name, factors in _rope_tensors(config, spec).items():
         written[name] = factors
     for name, data in written.items():
-        if quantize and data.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
+        chosen = kind_of(name) if data.ndim == 2 else None
+        if chosen is not None:
+            kind = gguf.GGMLQuantizationType[chosen]
+            writer.add_tensor(name, random_blocks(data, kind) if chosen.endswith("_K") else gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, data)
     close(writer)
     return path
+
+
+def random_blocks(data: np.ndarray, kind: Any) -> np.ndarray:
+    """Blocks of k-quants, which the gguf package can read but not make: random codes, and scales that make weights of a sane size."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(data.size)
+    blocks = rng.integers(0, 256, (data.shape[0], data.shape[1] // block, block_bytes), dtype=np.uint8)
+    scale = np.float16(0.1 / (32 * 64 * data.shape[1] ** 0.5) * 16)
+    places = {"Q4_K": (0, 2), "Q6_K": (208,), "Q5_K": (0, 2)}[kind.name]
+    for place in places:
+        blocks[:, :, place : place + 2] = (scale * rng.uniform(0.5, 1.5, blocks.shape[:2]).astype(np.float16))[..., None].view(np.uint8)
+    return blocks.reshape(data.shape[0], -1)
 
 
 def quantised_llama(tmp_path: Path, arch: str = "llama") -> Path:
@@ -208,7 +222,7 @@ def quantised_llama(tmp_path: Path, arch: str = "llama") -> Path:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **sizes)).save_pretrained(tmp_path / "source")
     original = open_checkpoint(tmp_path / "source")
-    return write_gguf(tmp_path / "source", tmp_path / "model.gguf", arch, original, quantize=True)
+    return write_gguf(tmp_path / "source", tmp_path / "model.gguf", arch, original, lambda _: "Q8_0")
 
 
 def close(writer: Any) -> None:
