@@ -271,15 +271,16 @@ static bool known_activations(int64_t activations) { return activations == NULL_
 
 // Rows r of a linear's input, rounded once for all chunks; no rows for weights that are not quantised. Only nibbles are multiplied by bytes.
 Rounded Queue::round(const float* src, int64_t src_ld, Rows r, int64_t width, int dtype, int64_t activations) {
-  if (!is_quantized(dtype) || r.first >= r.last) return {nullptr, 0, 0};
+  if (!is_quantized(dtype) || r.first >= r.last) return {nullptr, 0, 0, 0};
   const int bits = activations == FAST ? 8 : 16, code_bytes = bits == 8 && dtype != Q8_0 && dtype != Q6_K ? 1 : 2;
-  const int64_t ld = width / 32 * rounded_record_bytes(code_bytes), step = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
-  char* out = queue_scratch((size_t)((r.last - r.first) * ld));
-  parallel(pool_, (r.last - r.first + step - 1) / step, [&](int64_t chunk) {
+  Rounded x = {nullptr, r.first, r.last - r.first, code_bytes};
+  x.data = queue_scratch((size_t)x.bytes(width));
+  const int64_t step = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
+  parallel(pool_, (x.rows + step - 1) / step, [&](int64_t chunk) {
     const int64_t first = r.first + chunk * step, last = std::min(first + step, r.last);
-    for (int64_t row = first; row < last; row++) kernels().round_row(src + row * src_ld, width, bits, code_bytes, out + (row - r.first) * ld);
+    for (int64_t row = first; row < last; row++) kernels().round_row(src + row * src_ld, width, bits, x, row);
   });
-  return {out - r.first * ld, ld, code_bytes};
+  return x;
 }
 
 int Queue::linear(const Insn& insn) {
@@ -295,7 +296,7 @@ int Queue::linear(const Insn& insn) {
   parallel(pool_, groups * blocks, [&](int64_t chunk) {
     const int64_t row = r.first + chunk / groups * BLOCK_ROWS, first = chunk % groups * group, last_row = std::min(row + BLOCK_ROWS, r.last);
     for (int64_t panel = first; panel < std::min(first + group, panels); panel++) {
-      if (x.rows) {
+      if (x.data) {
         kernels().quant_panel(args, x, panel, row, last_row);
       } else {
         kernels().linear_panel(args, panel, row, last_row);
@@ -316,7 +317,7 @@ int Queue::linear_in(const Insn& insn) {
   const int64_t columns = std::clamp<int64_t>(round_up(wanted, 64), 64, rows <= 12 ? 1024 : 256), count = (args.width + columns - 1) / columns;
   parallel(pool_, count * blocks, [&](int64_t chunk) {
     const int64_t row = r.first + chunk / count * BLOCK_ROWS, column = chunk % count * columns, last = std::min(column + columns, args.width);
-    if (x.rows) return kernels().quant_in_block(args, x, column, last, row, std::min(row + BLOCK_ROWS, r.last));
+    if (x.data) return kernels().quant_in_block(args, x, column, last, row, std::min(row + BLOCK_ROWS, r.last));
     kernels().linear_in_block(args, column, last, row, std::min(row + BLOCK_ROWS, r.last));
   });
   return OK;

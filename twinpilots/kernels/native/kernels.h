@@ -75,18 +75,23 @@ struct Sequence {
 struct RoundedHead {
   float scale, sum, sum_low, sum_high;
 };
+constexpr int64_t ROUNDED_TILE = 256;  // inputs; a tile of all rows lies together, so that a block of rows streams from memory while a panel passes by
 struct Rounded {
-  const char* rows;
-  int64_t ld;      // bytes
+  const char* data;  // null: weights that are not quantised
+  int64_t first, rows;
   int code_bytes;  // of one rounded activation: 1 or 2
+
+  int64_t record_bytes() const { return (int64_t)sizeof(RoundedHead) + 32 * code_bytes; }
+  int64_t row_bytes() const { return ROUNDED_TILE / 32 * record_bytes(); }  // of one tile
+  int64_t bytes(int64_t width) const { return (width + ROUNDED_TILE - 1) / ROUNDED_TILE * rows * row_bytes(); }
+  const char* at(int64_t row, int64_t k) const { return data + (k / ROUNDED_TILE * rows + row - first) * row_bytes() + k % ROUNDED_TILE / 32 * record_bytes(); }
 };
-inline int64_t rounded_record_bytes(int code_bytes) { return (int64_t)sizeof(RoundedHead) + 32 * code_bytes; }
 
 struct Kernels {
   void (*linear_panel)(const LinearArgs&, int64_t panel, int64_t row0, int64_t row1);
   void (*linear_in_block)(const LinearInArgs&, int64_t column0, int64_t column1, int64_t row0, int64_t row1);
-  void (*round_row)(const float* x, int64_t width, int bits, int code_bytes, char* out);
-  void (*quant_panel)(const LinearArgs&, const Rounded&, int64_t panel, int64_t row0, int64_t row1);  // row 0 of Rounded is the buffer's row 0
+  void (*round_row)(const float* x, int64_t width, int bits, const Rounded& to, int64_t row);
+  void (*quant_panel)(const LinearArgs&, const Rounded&, int64_t panel, int64_t row0, int64_t row1);
   void (*quant_in_block)(const LinearInArgs&, const Rounded&, int64_t column0, int64_t column1, int64_t row0, int64_t row1);
   void (*norm_row)(float* dst, const float* src, const float* gain, const float* bias, int64_t width, int kind, float eps);
   void (*add_row)(float* x, const float* p, const float* q, const float* bias, const float* gain, const float* gain_bias, int64_t width, int kind, float eps);

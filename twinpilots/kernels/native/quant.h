@@ -61,46 +61,54 @@ TP_INLINE vi finish_bytes(vi sum) { return (vi)_mm512_madd_epi16((__m512i)sum, _
 
 // ---- activations: a row is a sequence of records, one per 32 inputs: RoundedHead, then the codes (bytes in order; or 16-bit, four inputs as 0, 2, 1, 3)
 
-static void round_group(const float* x, float limit, RoundedHead& head, int32_t* q) {
-  uint32_t largest = 0;
-  for (int i = 0; i < 32; i++) {
-    const uint32_t magnitude = float_bits(x[i]) & 0x7fffffff;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  const float top = bits_float(largest);
-  if (largest >= 0x7f800000 || top < 1e-30f) {  // not finite: poisons the outputs, as it would in floating point
-    const float value = largest >= 0x7f800000 ? bits_float(0x7fc00000) : 0.0f;
-    head = {value, value, value, value};
-    __builtin_memset(q, 0, 32 * sizeof *q);
-    return;
-  }
-  const float inverse = limit / top, magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  int32_t sums[2] = {};
-  for (int i = 0; i < 32; i++) q[i] = (int32_t)(float_bits(x[i] * inverse + magic) - float_bits(magic));
-  for (int i = 0; i < 16; i++) {
-    sums[0] += q[i];
-    sums[1] += q[i + 16];
-  }
-  const float scale = top / limit;
-  head = {scale, scale * (float)(sums[0] + sums[1]), scale * (float)sums[0], scale * (float)sums[1]};
+TP_INLINE int32_t sum_lanes(vi v) {
+  int32_t total = 0;
+  for (int i = 0; i < W; i++) total += v[i];
+  return total;
 }
 
-static void round_row(const float* x, int64_t width, int bits, int code_bytes, char* out) {
-  const int64_t record = rounded_record_bytes(code_bytes);
-  for (int64_t k = 0; k < width; k += 32, out += record) {
-    RoundedHead head;
+// The codes of 32 activations; |code| <= limit.
+static RoundedHead round_group(const float* x, float limit, int32_t* q) {
+  vi largest = {}, halves[2] = {};
+  for (int i = 0; i < 32; i += W) {
+    const vi magnitude = (vi)load(x + i) & 0x7fffffff;  // floats order as their bits do; a NaN is above infinity
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  int32_t top_bits = 0;
+  for (int i = 0; i < W; i++) top_bits = largest[i] > top_bits ? largest[i] : top_bits;
+  const float top = bits_float((uint32_t)top_bits);
+  if (top_bits >= 0x7f800000 || top < 1e-30f) {  // not finite: poisons the outputs, as it would in floating point
+    const float value = top_bits >= 0x7f800000 ? bits_float(0x7fc00000) : 0.0f;
+    __builtin_memset(q, 0, 32 * sizeof *q);
+    return {value, value, value, value};
+  }
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const vf inverse = splat(limit / top);
+  for (int i = 0; i < 32; i += W) {
+    const vi codes = (vi)(load(x + i) * inverse + splat(magic)) - (int32_t)float_bits(magic);
+    halves[i / 16] += codes;
+    __builtin_memcpy(q + i, &codes, sizeof codes);
+  }
+  const int32_t low = sum_lanes(halves[0]), high = sum_lanes(halves[1]);
+  const float scale = top / limit;
+  return {scale, scale * (float)(low + high), scale * (float)low, scale * (float)high};
+}
+
+static void round_row(const float* x, int64_t width, int bits, const Rounded& to, int64_t row) {
+  for (int64_t k = 0; k < width; k += 32) {
+    char* out = const_cast<char*>(to.at(row, k));
     int32_t q[32];
-    round_group(x + k, bits == 8 ? 127.0f : 32767.0f, head, q);
+    const RoundedHead head = round_group(x + k, bits == 8 ? 127.0f : 32767.0f, q);
     __builtin_memcpy(out, &head, sizeof head);
-    int8_t bytes[32];
-    int16_t words[32];
-    if (code_bytes == 1) {
-      for (int i = 0; i < 32; i++) bytes[i] = (int8_t)q[i];
-      __builtin_memcpy(out + sizeof head, bytes, sizeof bytes);
+    if (to.code_bytes == 1) {
+      int8_t codes[32];
+      for (int i = 0; i < 32; i++) codes[i] = (int8_t)q[i];
+      __builtin_memcpy(out + sizeof head, codes, sizeof codes);
     } else {
-      for (int i = 0; i < 32; i += 4)
-        for (int j = 0; j < 4; j++) words[i + (j & 1) * 2 + j / 2] = (int16_t)q[i + j];
-      __builtin_memcpy(out + sizeof head, words, sizeof words);
+      uint64_t four[16], codes[8];
+      __builtin_memcpy(four, q, sizeof four);
+      for (int i = 0; i < 8; i++) codes[i] = (four[2 * i] & 0x0000ffff0000ffff) | (four[2 * i + 1] & 0x0000ffff0000ffff) << 16;
+      __builtin_memcpy(out + sizeof head, codes, sizeof codes);
     }
   }
 }
@@ -170,6 +178,14 @@ static void expand_scales(int dtype, const char* block, int64_t w, int64_t colum
 
 // ---- the inner loop
 
+// The sum is in a register now: left alone, the compiler reorders integer sums, gathers products first and spills them.
+TP_INLINE void pin(vi& v) {
+#if TP_ISA >= 1
+  __asm__("" : "+v"(v));
+#endif
+  (void)v;
+}
+
 enum QuantKind { BYTES, NIBBLES, NIBBLES_FAST, SIX_BITS };  // how codes lie and what they are multiplied by: 16-bit activations but for the fast kind
 
 // Step t of a word of codes: 16-bit pairs in the activations' order, or (fast) bytes. `upper`: the upper bits of six-bit codes, low nibbles' first.
@@ -207,20 +223,21 @@ static void quant_micro(const QuantTile& t, int64_t column, int64_t left) {
   const float* scales = t.scales + column;
   const char *x = t.x, *block = t.codes + 4 * column, *upper_block = t.upper + 4 * column;
   float* y = t.y + column;
-  for (int64_t g = 0, in_block = 0; g < t.groups; g++, x += record) {
-    const char *w = block + in_block * words * t.word, *up = upper_block + in_block * 2 * t.word;
+  const int64_t ldx = t.ldx, ldy = t.ldy, word = t.word, ahead = t.ahead, groups = t.groups, block_groups = t.block_groups;  // stores to y cannot change these
+  for (int64_t g = 0, in_block = 0; g < groups; g++, x += record) {
+    const char *w = block + in_block * words * word, *up = upper_block + in_block * 2 * word;
 #pragma GCC unroll 2
     for (int part = 0; part < parts; part++, scales += 2 * SCALE_LD) {
       vi acc[MR][NV] = {};
-#pragma GCC unroll 8
+#pragma GCC unroll 1
       for (int i = part * words / parts; i < (part + 1) * words / parts; i++) {
         vi v[NV], upper[NV] = {};
 #pragma GCC unroll 4
         for (int n = 0; n < NV; n++) {
-          const char* p = w + i * t.word + n * W * 4;
-          if (n * W % 16 == 0) __builtin_prefetch(p + t.ahead, 0, 2);
+          const char* p = w + i * word + n * W * 4;
+          if (n * W % 16 == 0) __builtin_prefetch(p + ahead, 0, 2);
           v[n] = TAIL ? load_words_n(p, left) : load_words(p);
-          if (KIND == SIX_BITS) upper[n] = (TAIL ? load_words_n(up + part * t.word, left) : load_words(up + part * t.word + n * W * 4)) >> 4 * (i & 1);
+          if (KIND == SIX_BITS) upper[n] = (TAIL ? load_words_n(up + part * word, left) : load_words(up + part * word + n * W * 4)) >> 4 * (i & 1);
         }
 #pragma GCC unroll 4
         for (int s = 0; s < steps; s++) {
@@ -229,19 +246,22 @@ static void quant_micro(const QuantTile& t, int64_t column, int64_t left) {
           for (int n = 0; n < NV; n++) codes[n] = codes_of<KIND>(v[n], upper[n], s);
 #pragma GCC unroll 8
           for (int m = 0; m < MR; m++) {
-            const vi b = splat_word(x + m * t.ldx + sizeof(RoundedHead) + i * word_bytes + s * step_bytes);
+            const vi b = splat_word(x + m * ldx + sizeof(RoundedHead) + i * word_bytes + s * step_bytes);
 #pragma GCC unroll 4
-            for (int n = 0; n < NV; n++) acc[m][n] = KIND == NIBBLES_FAST ? add_bytes(acc[m][n], codes[n], b) : add_pairs(acc[m][n], codes[n], b);
+            for (int n = 0; n < NV; n++) {
+              acc[m][n] = KIND == NIBBLES_FAST ? add_bytes(acc[m][n], codes[n], b) : add_pairs(acc[m][n], codes[n], b);
+              pin(acc[m][n]);
+            }
           }
         }
       }
 #pragma GCC unroll 8
       for (int m = 0; m < MR; m++) {
-        const char* head = x + m * t.ldx;
+        const char* head = x + m * ldx;
         const vf scale = splat(get_float(head)), sum = splat(get_float(head + (parts == 1 ? 4 : 8 + 4 * part)));
 #pragma GCC unroll 4
         for (int n = 0; n < NV; n++) {
-          float* out = y + m * t.ldy + n * W;
+          float* out = y + m * ldy + n * W;
           const vf dot = to_float(KIND == NIBBLES_FAST ? finish_bytes(acc[m][n]) : acc[m][n]);
           vf value = fused(load(scales + n * W), scale * dot, load(out));
           if (KIND != BYTES) value = fused(load(scales + SCALE_LD + n * W), sum, value);
@@ -249,7 +269,7 @@ static void quant_micro(const QuantTile& t, int64_t column, int64_t left) {
         }
       }
     }
-    if (++in_block == t.block_groups) {
+    if (++in_block == block_groups) {
       in_block = 0;
       block += t.block;
       upper_block += t.block;

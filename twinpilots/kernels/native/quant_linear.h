@@ -16,17 +16,17 @@ static QuantRows quant_rows_any(int dtype, int code_bytes, int64_t rows) {
   return code_bytes == 1 ? quant_rows_of<NIBBLES_FAST>(rows) : quant_rows_of<NIBBLES>(rows);
 }
 
-constexpr int64_t QUANT_TILE = 256;       // inputs whose weights stay in the first-level cache while rows pass by
-constexpr int64_t QUANT_AHEAD_BYTES = 6144;
+constexpr int64_t QUANT_AHEAD_BYTES = 16384;
 
-// y[rows, columns] += x @ columns [column, column + columns) of a panel of w columns. `tile` inputs at a time, a multiple of the format's block.
-static void quant_gemm(int dtype, const Rounded& x, int64_t rows, const char* panel, int64_t w, int64_t k, int64_t column, int64_t columns, float* y, int64_t ldy,
+// y[rows, columns] += x @ columns [column, column + columns) of a panel of w columns. `tile` inputs at a time: a multiple of the format's
+// block, and a divisor of ROUNDED_TILE, whose weights stay in the first-level cache while rows pass by.
+static void quant_gemm(int dtype, const Rounded& x, int64_t row, int64_t rows, const char* panel, int64_t w, int64_t k, int64_t column, int64_t columns, float* y, int64_t ldy,
                        int64_t tile) {
   const QuantFormat format = quant_format(dtype);
-  const int64_t blocks = (rows + QUANT_MR - 1) / QUANT_MR, stride = format.block_bytes * w, record = rounded_record_bytes(x.code_bytes);
+  const int64_t blocks = (rows + QUANT_MR - 1) / QUANT_MR, stride = format.block_bytes * w;
   const int64_t ahead = (QUANT_AHEAD_BYTES + stride - 1) / stride * stride, per_block = dtype == Q6_K ? 16 : format.block / format.group;
   const int64_t repeat = dtype == Q6_K ? 1 : format.group / 32;  // groups of 32 that share one pair of scales
-  float scales[QUANT_TILE / 16 * 2 * SCALE_LD];
+  float scales[ROUNDED_TILE / 16 * 2 * SCALE_LD];
   for (int64_t k0 = 0; k0 < k; k0 += tile) {
     const int64_t kb = k - k0 < tile ? k - k0 : tile;
     const char* block = panel + k0 / format.block * stride;
@@ -39,10 +39,10 @@ static void quant_gemm(int dtype, const Rounded& x, int64_t rows, const char* pa
         for (int64_t r = 1; r < repeat; r++) __builtin_memcpy(out + r * 2 * SCALE_LD, out, 2 * SCALE_LD * sizeof *out);
       }
       QuantTile t = {block + format.header * w + 4 * (column + c0), block + (format.header + 128) * w + 4 * (column + c0), 4 * w, stride, format.block / 32, kb / 32, scales,
-                     nullptr, x.ld, nullptr, ldy, ahead};
+                     nullptr, x.row_bytes(), nullptr, ldy, ahead};
       for (int64_t b = 0; b < blocks; b++) {
         const int64_t m = rows * b / blocks, mr = rows * (b + 1) / blocks - m;
-        t.x = x.rows + m * x.ld + k0 / 32 * record;
+        t.x = x.at(row + m, k0);
         t.y = y + m * ldy + c0;
         quant_rows_any(dtype, x.code_bytes, mr)(t, count);
         t.ahead = 0;
@@ -51,14 +51,12 @@ static void quant_gemm(int dtype, const Rounded& x, int64_t rows, const char* pa
   }
 }
 
-static Rounded rows_from(const Rounded& x, int64_t row) { return {x.rows + row * x.ld, x.ld, x.code_bytes}; }
-
 static void quant_panel(const LinearArgs& a, const Rounded& x, int64_t panel, int64_t row0, int64_t row1) {
   const int64_t first = panel * a.unit_rows, outputs = a.rows - first < a.unit_rows ? a.rows - first : a.unit_rows;
   const int64_t pair = a.epilogue == ACT_MUL ? 2 : 1, columns = outputs * pair, ldy = round_up(columns, STRIP), rows = row1 - row0;
   float* y = (float*)thread_scratch(rows * ldy * sizeof(float));
   __builtin_memset(y, 0, rows * ldy * sizeof(float));
-  quant_gemm(a.dtype, rows_from(x, row0), rows, (const char*)a.w + weight_bytes(a.dtype, first * pair * a.width), columns, a.width, 0, columns, y, ldy, QUANT_TILE);
+  quant_gemm(a.dtype, x, row0, rows, (const char*)a.w + weight_bytes(a.dtype, first * pair * a.width), columns, a.width, 0, columns, y, ldy, ROUNDED_TILE);
   for (int64_t m = 0; m < rows; m++) epilogue_row(a, y + m * ldy, first, outputs, a.dst + (row0 + m) * a.dst_ld + first);
 }
 
@@ -69,8 +67,8 @@ static void quant_in_block(const LinearInArgs& a, const Rounded& x, int64_t colu
   __builtin_memset(y, 0, rows * ldy * sizeof(float));
   float* dst = a.dst + row0 * a.dst_ld + column0;
   for (int64_t m = 0; a.accumulate && m < rows; m++) __builtin_memcpy(y + m * ldy, dst + m * a.dst_ld, columns * sizeof(float));
-  const int64_t tile = rows <= 2 * QUANT_MR ? quant_format(a.dtype).block : QUANT_TILE;  // few rows: read on along the block's rows instead of jumping down
-  quant_gemm(a.dtype, rows_from(x, row0), rows, (const char*)a.w, a.width, a.rows, column0, columns, y, ldy, tile);
+  const int64_t tile = rows <= 2 * QUANT_MR ? quant_format(a.dtype).block : ROUNDED_TILE;  // few rows: read on along the block's rows instead of jumping down
+  quant_gemm(a.dtype, x, row0, rows, (const char*)a.w, a.width, a.rows, column0, columns, y, ldy, tile);
   for (int64_t m = 0; m < rows; m++) __builtin_memcpy(dst + m * a.dst_ld, y + m * ldy, columns * sizeof(float));
 }
 
