@@ -43,7 +43,8 @@ class LLM:
 
     Arguments are those of docs/cli.md; None means: decided by measurement and plan. ``gpu_memory`` and ``host_memory`` are bytes or text
     ("8GiB"). ``plan`` is a `Plan` or the path of its JSON. ``strict`` makes tensors that nothing uses an error instead of a
-    warning. Raises UserError subclasses for models, devices and limits that cannot be had, ValueError
+    warning. ``keep`` names weights that ``quantization`` leaves alone, by patterns such as "lm_head" or "*.down_proj".
+    Raises UserError subclasses for models, devices and limits that cannot be had, ValueError
     for malformed arguments, all before anything runs.
     """
 
@@ -52,15 +53,18 @@ class LLM:
         device: str = "auto", gpu_memory: int | str | None = None, host_memory: int | str | None = None, max_model_len: int | None = None,
         max_num_seqs: int | None = None, kv_cache_dtype: str = "auto", policy: str = "auto", plan: Plan | str | Path | None = None,
         threads: int | None = None, seed: int = 0, deterministic: bool = False, unit_rows: int | None = None, strict: bool = False,
+        keep: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.config = EngineConfig.of(
             dtype=dtype, quantization=quantization, device=device, gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len,
             max_num_seqs=max_num_seqs, kv_cache_dtype=kv_cache_dtype, policy=policy, plan=plan, threads=threads, seed=seed, deterministic=deterministic,
-            unit_rows=unit_rows,
+            unit_rows=unit_rows, keep=keep,
         )  # fmt: skip
         located = resolve_model(model, revision)
         with Progress("converting", unit="tensors") as bar:  # shown only for a GGUF file's first time
-            self._checkpoint = open_checkpoint(located, dtype=dtype, strict=strict, progress=bar.show)
+            self._checkpoint = open_checkpoint(
+                located, dtype=dtype, quantization=self.config.quantization, keep=self.config.keep, strict=strict, progress=bar.show
+            )
         self._session: Session | None = None
         self._earlier_peak_bytes: dict[Literal["gpu", "host"], int] = {"gpu": 0, "host": 0}
         try:

@@ -194,6 +194,8 @@ class Planner:
         parts = (
             self.fingerprint,
             self.spec.weight_dtype,
+            self.spec.rate_keys,
+            self.spec.linear_bytes,
             c.device,
             c.gpu_bytes,
             c.host_bytes,

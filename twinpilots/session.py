@@ -34,13 +34,16 @@ PREPARE_S = 0.6  # what loading may spend on compiling programs ahead
 
 
 class CheckpointWeights:
-    """A checkpoint's tensors as plain arrays."""
+    """A checkpoint's tensors as plain arrays, quantised ones as row blocks."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
     def array(self, tensor_id: str) -> np.ndarray:
         return self._checkpoint.tensor(tensor_id).data
+
+    def blocks(self, tensor_id: str) -> np.ndarray:
+        return self._checkpoint.blocks(tensor_id)
 
 
 class Session:

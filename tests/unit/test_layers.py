@@ -15,7 +15,7 @@ PACKAGE = "twinpilots"
 # The longest matching prefix gives a module's level. 1 holds the values that levels 2 and 3 both speak in.
 LEVELS = {
     "errors": 0, "config": 0, "units": 0, "request": 0, "progress": 0,
-    "model.spec": 1, "model.families": 1, "model.config_reader": 1, "model.rope": 1, "model.dummy": 3,
+    "model.spec": 1, "model.weight_format": 1, "model.quantization": 1, "model.families": 1, "model.config_reader": 1, "model.rope": 1, "model.dummy": 3,
     "hardware.profile": 1, "hardware.presets": 1, "plan.plan": 1, "plan.tasks": 1,
     "plan": 2, "stats": 2,
     "kernels": 3, "model": 3, "device": 3, "hardware": 3, "runtime.interpreter": 3, "runtime.torch_ops": 3,
@@ -27,7 +27,7 @@ LEVELS = {
 FINDS_PLANS = (
     "plan.solver", "plan.auto", "plan.policies", "plan.program", "plan.report", "plan.draft", "plan.bounds", "plan.pricing", "plan.problem", "plan.terms",
 )  # fmt: skip
-PURE = ("model.spec", "model.families", "model.config_reader", "model.rope", "hardware.profile", "plan", "stats")
+PURE = ("model.spec", "model.weight_format", "model.quantization", "model.families", "model.config_reader", "model.rope", "hardware.profile", "plan", "stats")
 IMPURE = {"torch", "transformers", "time", "datetime", "subprocess", "threading", "multiprocessing", "socket"}
 # Heavy packages may be imported inside functions only, so that starting is quick; torch at the top of the modules that are torch.
 HEAVY = {"torch", "transformers", "scipy", "gguf", "huggingface_hub", "matplotlib", "fastapi", "pydantic", "uvicorn"}

@@ -7,6 +7,7 @@ hold. Knows nothing of plans; `store.py` keeps the result.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -23,6 +24,7 @@ from twinpilots.hardware.rig import Rig, instruction, work_s
 from twinpilots.kernels.abi import ACT_CODES, DTYPE_CODES, NULL, Epilogue, NormKind, Op
 from twinpilots.kernels.native import load as load_native
 from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.model.weight_format import FORMATS
 from twinpilots.plan.tasks import Queue
 
 Side = Literal["cpu", "gpu"]
@@ -42,7 +44,8 @@ PEAK_REPEATS = 10
 CACHE_BYTES = 160 << 20  # weights must come from DRAM, as in a real pass
 CACHE_MULTIPLE = 4  # a cycle through only a little more than the L3 still finds a fifth of it there
 GPU_CACHE_BYTES = 40 << 20
-FILL = {"fp32": 0x3C, "bf16": 0x3C, "fp16": 0x2C}  # bytes that make ordinary small numbers in each format
+FILL = {"fp32": 0x3C, "bf16": 0x3C}  # bytes that make ordinary small numbers in each format
+FILL_HALF = 0x2C  # in fp16, and in the fp16 scales of quantised formats
 
 
 @dataclass
@@ -62,7 +65,7 @@ class _Bench:
         alloc = self.rig.alloc_host if self.side == "cpu" else self.rig.alloc_gpu
         self.weight_bytes = weight_region_bytes(self.rig.gpu is not None and self.side == "gpu", _gpu_budget(self.rig.gpu))
         self.weights = alloc(self.weight_bytes)
-        self.rig.fill(self.weights, self.weight_bytes, FILL[spec.weight_dtype])
+        self.fill_weights(spec.weight_dtype)
         widths = {"wide": max(spec.intermediate_size, spec.q_size + 2 * spec.kv_size), "hidden": spec.hidden_size, "out": spec.hidden_size, "attn": spec.q_size}
         for name, width in widths.items():
             self.buffers[name] = alloc(4 * width * self.tokens)
@@ -78,15 +81,36 @@ class _Bench:
             self.rig.read_host(host_region_bytes() // 2)
         return self.run(rows)
 
-    def linears(self, dim: str) -> tuple[list[tuple[object, ...]], list[int]]:
-        """The layer's linears of one split dimension over and over, through all of the weight region once; and how many weights each has."""
+    def fill_weights(self, weights: str) -> None:
+        """Ordinary numbers in this format."""
+        self.rig.fill(self.weights, self.weight_bytes, FILL.get(weights, FILL_HALF))
+
+    @property
+    def most_common(self) -> str:
+        """The kind that most of the model's weights split along the output have."""
+        sizes = Counter[str]()
+        for op in self.spec.ops(64):
+            if op.split_dim == "out":
+                sizes[op.rate_key] += op.weight_bytes
+        return sizes.most_common(1)[0][0]
+
+    def ops(self, rate_key: str) -> list[OpSpec]:
+        """One layer's linears of a kind (`OpSpec.rate_key`), as if all that can be were of that kind: those of the model may be too few to cycle through."""
+        name, *fast, dim = rate_key.split("/")
+        weights = FORMATS[name]
         ops = [op for op in self.spec.layer_ops(0, 64).values() if op.split_dim == dim]
+        shapes = {op.name: (op.width, op.rows) if dim == "out" else (op.rows, op.width) for op in ops}  # (inputs, outputs)
+        return [replace(op, format=weights, fast=bool(fast)) for op in ops if weights.fits(*shapes[op.name], op.split_dim)]
+
+    def linears(self, rate_key: str) -> tuple[list[tuple[object, ...]], list[int]]:
+        """The layer's linears of a kind over and over, through all of the weight region once; and how many weights each has."""
+        ops = self.ops(rate_key)
         rows: list[tuple[object, ...]] = []
         elements: list[int] = []
         position = 0
         while True:
             op = ops[len(rows) % len(ops)]
-            count = max(1, min(op.rows, self.weight_bytes // 4 // (op.row_bytes * op.unit_rows) * op.unit_rows))
+            count = max(min(op.unit_rows, op.rows), min(op.rows, self.weight_bytes // 4 // (op.row_bytes * op.unit_rows) * op.unit_rows))
             if position + count * op.row_bytes > self.weight_bytes or len(rows) == MOST_INSTRUCTIONS:
                 return rows, elements
             rows.append(self._linear(op, count, self.weights + position))
@@ -95,17 +119,19 @@ class _Bench:
 
     def _linear(self, op: OpSpec, count: int, weight: int) -> tuple[object, ...]:
         spec, b = self.spec, self.buffers
-        dtype = DTYPE_CODES[spec.weight_dtype]
+        dtype = DTYPE_CODES[op.format.name]
+        fast = int(op.fast and self.side == "cpu")
         if op.split_dim == "in":
-            return instruction(Op.LINEAR_IN, (b["out"], spec.hidden_size, b["wide"], self.wide, weight, dtype, count, spec.hidden_size, 0))
+            return instruction(Op.LINEAR_IN, (b["out"], spec.hidden_size, b["wide"], self.wide, weight, dtype, count, spec.hidden_size, 0, fast))
         epilogue = {"gate_up_proj": Epilogue.ACT_MUL, "fc1": Epilogue.ACT}.get(op.name, Epilogue.NONE)
         where = (b["wide"], self.wide, b["hidden"], spec.hidden_size, weight, dtype)
-        return instruction(Op.LINEAR, (*where, count, op.width, op.unit_rows, epilogue, ACT_CODES[spec.activation], NULL, NULL))
+        return instruction(Op.LINEAR, (*where, count, op.width, op.unit_rows, epilogue, ACT_CODES[spec.activation], NULL, NULL, fast))
 
-    def curve(self, dim: str, grid: Sequence[int], budget_s: float) -> Curve:
+    def curve(self, rate_key: str, grid: Sequence[int], budget_s: float) -> Curve:
         """Seconds per weight at each token count. All weights while that is quick; where computing takes longer than reading, as many as the time allows."""
-        rows, elements = self.linears(dim)
-        cycle = len([op for op in self.spec.layer_ops(0, 64).values() if op.split_dim == dim])
+        self.fill_weights(rate_key.partition("/")[0])
+        rows, elements = self.linears(rate_key)
+        cycle = len(self.ops(rate_key))
         per_weight: list[float] = []
         for i, tokens in enumerate(grid):
             expected_s = per_weight[-1] * tokens / grid[i - 1] if per_weight else 0.0
@@ -216,7 +242,7 @@ def measure(
     quick: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> HardwareProfile:
-    """Measures this machine for models of ``spec``'s dtype and widths. ``quick`` takes about 2 s with fewer points, otherwise under 60 s."""
+    """Measures this machine for models of ``spec``'s formats and widths. ``quick`` takes about 2 s with fewer points, otherwise under 60 s."""
     grid: tuple[int, ...] = QUICK_GRID if quick else FULL_GRID
     budget_s = 0.3 if quick else 4.0
     rig_bytes = host_region_bytes() + GPU_CACHE_BYTES + 2 * packet_bytes(gpu)
@@ -252,7 +278,8 @@ def measure(
 
 def _measure_compute(bench: _Bench, grid: Sequence[int], budget_s: float, kv_dtype: str, threads: int, gpu: GpuDevice | None) -> ComputeProfile:
     dtype = bench.spec.weight_dtype
-    linear = {f"{dtype}/{dim}": bench.curve(dim, grid, budget_s) for dim in ("out", "in")}
+    linear = {key: bench.curve(key, grid, budget_s) for key in bench.spec.rate_keys}
+    bench.fill_weights(kv_dtype)
     # An emulated GPU computes on one core of the CPU's kind, so its peaks are one core's.
     read_rate, flop_rate = _cuda_peaks(dtype, gpu.name) if bench.side == "gpu" and gpu and not gpu.emulated else cpu_peaks(threads)
     attention_bytes, attention_flops = bench.attention(kv_dtype)
@@ -409,7 +436,7 @@ def _with_contention(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, Co
     found = {}
     for side, bench in benches.items():
         rig.set_tokens(CONTENTION_TOKENS)
-        rows, _ = bench.linears("out")
+        rows, _ = bench.linears(bench.most_common)
         alone_s = _typical_s(lambda rows=rows, side=side: float(work_s(rig.run({side: rows})[side]).sum()), 0.05)  # type: ignore[misc]
         count = 4 + int(3 * alone_s * link.up_bytes_per_s / size)
         sources = [region.weights + i * size for i in range(region.weight_bytes // size)]
@@ -433,7 +460,7 @@ def _beside(together: dict[Queue, np.ndarray], alone: dict[Queue, np.ndarray], s
 def _with_peers(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, ComputeProfile]) -> dict[Side, ComputeProfile]:
     """Each side's slow-down while the other one reads its weights, too: they may share one memory."""
     rig.set_tokens(CONTENTION_TOKENS)
-    rows = {side: bench.linears("out")[0] for side, bench in benches.items()}
+    rows = {side: bench.linears(bench.most_common)[0] for side, bench in benches.items()}
     alone_s = {side: _typical_s(lambda side=side: float(work_s(rig.run({side: rows[side]})[side]).sum()), 0.02) for side in rows}  # type: ignore[misc]
     for side, other in PEERS:  # both at work for about as long
         times = max(1, round(alone_s[other] / alone_s[side]))

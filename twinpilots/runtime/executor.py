@@ -251,7 +251,7 @@ class Executor:
             for index, task in enumerate(program.schedule.queue(queue)):
                 if task.kind in ("linear", "linear_in"):
                     op = ops[task.layer, task.op]
-                    indices, elements = found.setdefault((queue, f"{self.spec.weight_dtype}/{op.split_dim}", max(task.mb, 0), task.logit_rows), ([], []))
+                    indices, elements = found.setdefault((queue, op.rate_key, max(task.mb, 0), task.logit_rows), ([], []))
                     indices.append(index)
                     elements.append((task.row1 - task.row0) * op.row_elements)
         return tuple(_Linears(*key, np.array(indices), sum(elements)) for key, (indices, elements) in found.items())
