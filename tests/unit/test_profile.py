@@ -81,7 +81,7 @@ def test_the_presets_are_those_that_the_design_names_with_their_hosts() -> None:
         assert not PRESETS[name].emulated
         assert "not measured" in PRESETS[name].source
     assert PRESETS["demo"].emulated
-    assert PRESETS["demo"].gpu_memory_bytes == 84 << 20
+    assert PRESETS["demo"].gpu_memory_bytes == 32 << 20
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

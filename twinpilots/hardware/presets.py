@@ -163,7 +163,7 @@ def _demo() -> HardwareProfile:
         gpu=core("one AVX2 core that plays the GPU", 1.25),
         link=LinkProfile(up_bytes_per_s=2.5 * GB, down_bytes_per_s=2.5 * GB, packet_s=20e-6, copy_s=8e-6, handoff_s=15e-6),
         host_memory_bytes=8 * GIB,
-        gpu_memory_bytes=84 * MIB,
+        gpu_memory_bytes=32 * MIB,
         dram_bytes_per_s=dram,
         cpu_cores=2,
         emulated=True,
