@@ -133,6 +133,7 @@ int Queue::run(const Entry& entry) {
   const Insn* insns = ptr<const Insn>(entry.insns);
   int64_t(*trace)[3] = ptr<int64_t[3]>(entry.trace);
   meta_ = ptr<const int32_t>(entry.meta);
+  rounded_of_ = {};
   for (int32_t i = 0; i < entry.count; i++) {
     const Insn& insn = insns[i];
     if (word(&control(host_)->abort).load(std::memory_order_relaxed)) return ABORTED;
@@ -143,6 +144,7 @@ int Queue::run(const Entry& entry) {
     if (link_.seed()) dawdle();
     if (trace) trace[i][1] = now_ns();
     if (const int error = execute(insn)) return error;
+    forget_rounded(insn);
     if (trace) trace[i][2] = now_ns();
     if (insn.record >= 0) publish(host_, event_slot(host_, insn.record), (uint32_t)entry.pass_id);
   }
@@ -202,6 +204,15 @@ static bool known_weights(int64_t dtype, int64_t width) {
   return dtype >= FP32 && dtype <= Q6_K && (!is_quantized(dtype) || width % quant_format((int)dtype).block == 0);
 }
 static bool known_dtype(int64_t dtype) { return dtype == FP32 || dtype == BF16 || dtype == FP16; }
+
+// The rounded input is kept through instructions that write elsewhere.
+void Queue::forget_rounded(const Insn& insn) {
+  if (insn.op == LOAD || !rounded_of_.src) return;
+  const bool strided = insn.op == LINEAR || insn.op == COPY;
+  const float *dst = ptr<float>(insn.a[0]), *src = rounded_of_.src;
+  if (strided && (dst + rows(insn).last * insn.a[1] <= src || src + rounded_of_.last * rounded_of_.ld <= dst)) return;
+  rounded_of_ = {};
+}
 
 int Queue::execute(const Insn& insn) {
   if (insn.mb < 0 || insn.mb >= MAX_MICRO_BATCHES || insn.glo < 0 || insn.ghi < insn.glo || insn.ghi > 3 || insn.row_kind < 0 || insn.row_kind > 1) return BAD_INSTRUCTION;
@@ -271,11 +282,15 @@ constexpr int64_t CHUNK_WORK = 128 * 1024;  // multiply-adds below which handing
 
 static bool known_activations(int64_t activations) { return activations == NULL_ADDRESS || activations == EXACT || activations == FAST; }
 
-// Rows r of a linear's input, rounded once for all chunks; no rows for weights that are not quantised. Only nibbles are multiplied by bytes.
+// Rows r of a linear's input, rounded once for all chunks, and for the linears that follow over the same input (q, k and v; the pieces of one op);
+// no rows for weights that are not quantised. Only nibbles are multiplied by bytes.
 Rounded Queue::round(const float* src, int64_t src_ld, Rows r, int64_t width, int dtype, int64_t activations) {
   if (!is_quantized(dtype) || r.first >= r.last) return {nullptr, 0, 0, 0};
   const int bits = activations == FAST ? 8 : 16, code_bytes = bits == 8 && dtype != Q8_0 && dtype != Q6_K ? 1 : 2;
-  Rounded x = {nullptr, r.first, r.last - r.first, code_bytes};
+  const RoundedOf of = {src, src_ld, r.first, r.last, width, bits, code_bytes};
+  if (of == rounded_of_) return rounded_;
+  rounded_of_ = of;
+  Rounded& x = rounded_ = {nullptr, r.first, r.last - r.first, code_bytes};
   x.data = queue_scratch((size_t)x.bytes(width));
   const int64_t step = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
   parallel(pool_, (x.rows + step - 1) / step, [&](int64_t chunk) {

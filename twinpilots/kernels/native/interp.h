@@ -26,6 +26,14 @@ class Queue {
   struct Rows {
     int64_t first, last;
   };
+  struct RoundedOf {  // what the rounded activations were made of
+    const float* src = nullptr;
+    int64_t ld = 0, first = 0, last = 0, width = 0;
+    int bits = 0, code_bytes = 0;
+    bool operator==(const RoundedOf& o) const {
+      return src == o.src && ld == o.ld && first == o.first && last == o.last && width == o.width && bits == o.bits && code_bytes == o.code_bytes;
+    }
+  };
   int wait_for(const Insn& insn, const Entry& entry);
   int wait_event(int event, int32_t value, int32_t pass_id);
   int execute(const Insn& insn);
@@ -47,6 +55,7 @@ class Queue {
   int norm(const Insn& insn);
   int linear(const Insn& insn);
   int linear_in(const Insn& insn);
+  void forget_rounded(const Insn& insn);
   Rounded round(const float* src, int64_t src_ld, Rows r, int64_t width, int dtype, int64_t activations);
   int rope_append(const Insn& insn);
   int attend(const Insn& insn);
@@ -64,6 +73,8 @@ class Queue {
   Pool* pool_;
   Link link_;
   uint64_t random_;
+  Rounded rounded_ = {nullptr, 0, 0, 0};
+  RoundedOf rounded_of_;
   const int32_t* meta_ = nullptr;
   std::vector<int64_t> first_block_;  // attend: blocks before each sequence; kept to avoid allocating in the step loop
 };
