@@ -192,7 +192,7 @@ def document_text(document: Mapping[str, Any]) -> str:
     """The limits first, then a table per kernel."""
     limits, widths = document["limits"], document["widths"]
     lines = [
-        f"limits on {document['threads']} threads ({document['isa']}), the best of {limits['samples']} samples in between: "
+        f"limits on {document['threads']} thread{'s' * (document['threads'] > 1)} ({document['isa']}), the best of {limits['samples']} samples in between: "
         f"DRAM read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, multiply-add (fp32) {limits['flops_per_s'] / 1e9:.0f} GFLOP/s",
         f"{document['model']}: hidden {widths['hidden']}, intermediate {widths['intermediate']}, {widths['heads']} heads on {widths['kv_heads']} KV heads "
         f"of {widths['head_dim']}; % of the limit that binds (read or flops)",

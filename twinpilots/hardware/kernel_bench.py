@@ -152,6 +152,7 @@ class KernelBench:
         page_bytes = int(2 * spec.kv_size * fmt.bytes_per_weight * PAGE_TOKENS)
         layer_bytes = page_bytes * -(-case.context // PAGE_TOKENS) * case.sequences
         heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        copies = max(1, min(copies, self.region_bytes // layer_bytes))
 
         def attend(layer: int) -> Instruction:
             kv = self._weights + layer * layer_bytes
