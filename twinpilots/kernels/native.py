@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from twinpilots.kernels.abi import ABI_VERSION
 
-ISA_NAMES = ("portable", "avx2", "avx512")
+ISA_NAMES = ("portable", "avx2", "avx512", "avx512vnni")
 NO_MAILBOX = -1
 CANCELLED, ABORTED, TIMED_OUT, BAD_INSTRUCTION, QUEUE_FULL = 1, -1, -2, -3, -4
 

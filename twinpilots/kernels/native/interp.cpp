@@ -15,6 +15,7 @@ namespace tp {
 
 static const Kernels* table(int level) {
 #if defined(__x86_64__)
+  if (level == 3) return &kAvx512Vnni;
   if (level == 2) return &kAvx512;
   if (level == 1) return &kAvx2;
 #endif
@@ -26,7 +27,7 @@ int best_isa() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return wide ? 2 : 1;
+  return !wide ? 1 : __builtin_cpu_supports("avx512vnni") ? 3 : 2;
 #else
   return 0;
 #endif
@@ -52,8 +53,7 @@ struct Scratch {
   ~Scratch() { std::free(data); }
 };
 
-char* thread_scratch(size_t bytes) {
-  static thread_local Scratch scratch;
+static char* grown(Scratch& scratch, size_t bytes) {
   if (bytes > scratch.bytes) {
     std::free(scratch.data);
     scratch.bytes = (bytes + bytes / 4 + 4095) & ~(size_t)4095;
@@ -61,6 +61,17 @@ char* thread_scratch(size_t bytes) {
     if (!scratch.data) throw std::bad_alloc();
   }
   return scratch.data;
+}
+
+char* thread_scratch(size_t bytes) {
+  static thread_local Scratch scratch;
+  return grown(scratch, bytes);
+}
+
+// Memory of the queue that this thread runs, shared with the pool for one instruction.
+static char* queue_scratch(size_t bytes) {
+  static thread_local Scratch scratch;
+  return grown(scratch, bytes);
 }
 
 // ---- the queue
@@ -185,6 +196,9 @@ void Queue::each_row(const Insn& insn, int64_t elements_per_row, F&& fn) {
   });
 }
 
+static bool known_weights(int64_t dtype, int64_t width) {
+  return dtype >= FP32 && dtype <= Q6_K && (!is_quantized(dtype) || width % quant_format((int)dtype).block == 0);
+}
 static bool known_dtype(int64_t dtype) { return dtype == FP32 || dtype == BF16 || dtype == FP16; }
 
 int Queue::execute(const Insn& insn) {
@@ -211,7 +225,7 @@ int Queue::execute(const Insn& insn) {
 int Queue::embed(const Insn& insn) {
   const int64_t* a = insn.a;
   const EmbedArgs args = {at(a[2]), (int)a[3], (int)a[4], a[5], a[6], a[7], at(a[8]), (int)a[10], (float)insn.f[0]};
-  if (!known_dtype(a[4]) || (args.pos_table && !known_dtype(a[10])) || (a[3] != 0 && (a[3] != 1 || a[6] <= 0))) return BAD_INSTRUCTION;
+  if (!known_weights(a[4], a[5]) || (is_quantized(a[4]) && a[3] != 1) || (args.pos_table && !known_dtype(a[10])) || (a[3] != 0 && (a[3] != 1 || a[6] <= 0))) return BAD_INSTRUCTION;
   float* dst = ptr<float>(a[0]);
   each_row(insn, args.width, [&](int64_t row) { kernels().embed_row(dst + row * a[1], args, words(OFF_TOKEN)[row], words(OFF_POSITION)[row] + a[9]); });
   return OK;
@@ -253,18 +267,40 @@ int Queue::rope_append(const Insn& insn) {
 constexpr int64_t BLOCK_ROWS = 192;         // token rows whose sums stay in cache while a panel's weights pass by
 constexpr int64_t CHUNK_WORK = 128 * 1024;  // multiply-adds below which handing a chunk to another thread costs more than it saves
 
+static bool known_activations(int64_t activations) { return activations == NULL_ADDRESS || activations == EXACT || activations == FAST; }
+
+// Rows r of a linear's input, rounded once for all chunks; no rows for weights that are not quantised. Only nibbles are multiplied by bytes.
+Rounded Queue::round(const float* src, int64_t src_ld, Rows r, int64_t width, int dtype, int64_t activations) {
+  if (!is_quantized(dtype) || r.first >= r.last) return {nullptr, 0, 0};
+  const int bits = activations == FAST ? 8 : 16, code_bytes = bits == 8 && dtype != Q8_0 && dtype != Q6_K ? 1 : 2;
+  const int64_t ld = width / 32 * rounded_record_bytes(code_bytes), step = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
+  char* out = queue_scratch((size_t)((r.last - r.first) * ld));
+  parallel(pool_, (r.last - r.first + step - 1) / step, [&](int64_t chunk) {
+    const int64_t first = r.first + chunk * step, last = std::min(first + step, r.last);
+    for (int64_t row = first; row < last; row++) kernels().round_row(src + row * src_ld, width, bits, code_bytes, out + (row - r.first) * ld);
+  });
+  return {out - r.first * ld, ld, code_bytes};
+}
+
 int Queue::linear(const Insn& insn) {
   const int64_t* a = insn.a;
   const LinearArgs args = {ptr<float>(a[0]), a[1], ptr<float>(a[2]), a[3], at(a[4]), (int)a[5], a[6], a[7], a[8], (int)a[9], (int)a[10], ptr<float>(a[11]), ptr<float>(a[12]),
                            (float)insn.f[0]};
-  if (!known_dtype(a[5]) || a[8] <= 0 || a[9] < NONE || a[9] > SOFTCAP || a[10] < SILU || a[10] > RELU) return BAD_INSTRUCTION;
+  if (!known_weights(a[5], args.width) || !known_activations(a[13]) || a[8] <= 0 || a[9] < NONE || a[9] > SOFTCAP || a[10] < SILU || a[10] > RELU) return BAD_INSTRUCTION;
   const Rows r = rows(insn);
   const int64_t panels = (args.rows + args.unit_rows - 1) / args.unit_rows, blocks = (r.last - r.first + BLOCK_ROWS - 1) / BLOCK_ROWS;
   const int64_t work = args.unit_rows * args.width * std::min(BLOCK_ROWS, r.last - r.first), group = std::max<int64_t>(1, CHUNK_WORK / std::max<int64_t>(1, work));
   const int64_t groups = (panels + group - 1) / group;
+  const Rounded x = round(args.src, args.src_ld, r, args.width, args.dtype, a[13]);
   parallel(pool_, groups * blocks, [&](int64_t chunk) {
-    const int64_t row = r.first + chunk / groups * BLOCK_ROWS, first = chunk % groups * group;
-    for (int64_t panel = first; panel < std::min(first + group, panels); panel++) kernels().linear_panel(args, panel, row, std::min(row + BLOCK_ROWS, r.last));
+    const int64_t row = r.first + chunk / groups * BLOCK_ROWS, first = chunk % groups * group, last_row = std::min(row + BLOCK_ROWS, r.last);
+    for (int64_t panel = first; panel < std::min(first + group, panels); panel++) {
+      if (x.rows) {
+        kernels().quant_panel(args, x, panel, row, last_row);
+      } else {
+        kernels().linear_panel(args, panel, row, last_row);
+      }
+    }
   });
   return OK;
 }
@@ -272,14 +308,16 @@ int Queue::linear(const Insn& insn) {
 int Queue::linear_in(const Insn& insn) {
   const int64_t* a = insn.a;
   const LinearInArgs args = {ptr<float>(a[0]), a[1], ptr<float>(a[2]), a[3], at(a[4]), (int)a[5], a[6], a[7], a[8] != 0};
-  if (!known_dtype(a[5])) return BAD_INSTRUCTION;
+  if (!known_weights(a[5], args.rows) || !known_activations(a[9])) return BAD_INSTRUCTION;
   const Rows r = rows(insn);
+  const Rounded x = round(args.src, args.src_ld, r, args.rows, args.dtype, a[9]);
   const int64_t rows = r.last - r.first, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, threads = pool_ ? pool_->threads() : 1;
   const int64_t wanted = threads == 1 ? args.width : (args.width + 4 * threads - 1) / (4 * threads);  // wide blocks read long pieces of each weight row
   const int64_t columns = std::clamp<int64_t>(round_up(wanted, 64), 64, rows <= 12 ? 1024 : 256), count = (args.width + columns - 1) / columns;
   parallel(pool_, count * blocks, [&](int64_t chunk) {
-    const int64_t row = r.first + chunk / count * BLOCK_ROWS, column = chunk % count * columns;
-    kernels().linear_in_block(args, column, std::min(column + columns, args.width), row, std::min(row + BLOCK_ROWS, r.last));
+    const int64_t row = r.first + chunk / count * BLOCK_ROWS, column = chunk % count * columns, last = std::min(column + columns, args.width);
+    if (x.rows) return kernels().quant_in_block(args, x, column, last, row, std::min(row + BLOCK_ROWS, r.last));
+    kernels().linear_in_block(args, column, last, row, std::min(row + BLOCK_ROWS, r.last));
   });
   return OK;
 }

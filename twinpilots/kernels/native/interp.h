@@ -46,6 +46,7 @@ class Queue {
   int norm(const Insn& insn);
   int linear(const Insn& insn);
   int linear_in(const Insn& insn);
+  Rounded round(const float* src, int64_t src_ld, Rows r, int64_t width, int dtype, int64_t activations);
   int rope_append(const Insn& insn);
   int attend(const Insn& insn);
   int add(const Insn& insn);
