@@ -102,7 +102,7 @@ def test_an_instruction_set_can_be_chosen() -> None:
     [
         (["--formats", "int9"], "'int9'"), (["--formats", "bf16,bf16"], "once"), (["--kernels", "gemm"], "'gemm'"), (["--tokens", "0"], "--tokens"),
         (["--tokens", "5000"], "4096"), (["--tokens", "1,x"], "'x'"), (["dummy:nothing"], "dummy:nothing"), (["--isa", "sse9"], "sse9"),
-        (["dummy:smollm2-135m", "--formats", "q6_k", "--kernels", "decode-attention"], "q6_k"),
+        (["dummy:smollm2-135m", "--formats", "q6_k", "--kernels", "linear-out"], "linear-out q6_k"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(arguments: list[str], named: str) -> None:

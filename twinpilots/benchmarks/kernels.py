@@ -55,15 +55,17 @@ class KernelRow:
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Measure, then print the table or return the document."""
     spec = bench_spec(args)
-    cases = [case for case in chosen_cases(args) if fits(spec, case)]
+    chosen = chosen_cases(args)
+    cases = [case for case in chosen if fits(spec, case)]
+    left_out = sorted({f"{case.kernel} {case.format}" for case in chosen} - {f"{case.kernel} {case.format}" for case in cases})
     if not cases:
-        raise UserError(f"none of the chosen kernels fits the widths of {spec.name}; choose other --formats or --kernels")
+        raise UserError(f"none of the chosen kernels and formats ({', '.join(left_out) or 'none'}) fits {spec.name}; choose other --formats or --kernels")
     with instruction_set(args.isa) as isa, Progress("bench", total=ROUNDS * len(cases), unit="measurements") as bar:
         pilot = CpuPilot(args.threads)
         try:
             with PeakMeter(pilot.threads, pilot.cores) as meter:
                 rows = measure_cases(pilot, spec, cases, meter, args.seconds, bar)
-                document = document_of(spec, isa, pilot.threads, meter, rows)
+                document = document_of(spec, isa, pilot.threads, meter, rows) | {"left_out": left_out}
         finally:
             pilot.close()
     if args.json:
@@ -201,6 +203,8 @@ def document_text(document: Mapping[str, Any]) -> str:
         rows = [row for row in document["rows"] if row["kernel"] == kernel]
         if rows:
             lines += ["", options.table([kernel, "shape", "ms", "GB/s", "GFLOP/s", "%", "of"], [_cells(row) for row in rows])]
+    if document["left_out"]:
+        lines += ["", f"not measured, for the model's widths do not fit: {', '.join(document['left_out'])}"]
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from twinpilots.commands import options
 DEFAULT_POLICIES = ("auto", "stream", "cpu", "layer-split", "twinpilots")
 # The same words as hardware.kernel_bench.KERNELS and kernels.native.ISA_NAMES (a test compares them): importing those would slow --help.
 KERNELS = ("linear-out", "linear-in", "mlp-block", "decode-attention", "prefill-attention")
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512vnni")
 MOST_TOKENS = 4096
 
 
