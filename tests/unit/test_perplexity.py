@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twinpilots import cli
 from twinpilots.benchmarks import perplexity
 from twinpilots.benchmarks.perplexity import Evaluation, kl_divergence, log_softmax, paired, windows
 from twinpilots.errors import UserError
@@ -107,3 +108,14 @@ def test_texts(tmp_path: Path) -> None:
     binary.write_bytes(b"abc\xff")
     with pytest.raises(UserError, match="byte 3"):
         perplexity.read_text(binary)
+
+
+def test_a_reference_is_run_alike_but_keeps_its_weights_as_stored() -> None:
+    flags = cli.build_parser().parse_args(
+        ["eval", "perplexity", "toy", "--against", "native", "--quantization", "int4", "--kv-cache-dtype", "fp16", "--plan", "p.json", "--threads", "1"]
+    )
+    found = perplexity.reference_arguments(flags)
+    assert (found["model"], found["threads"]) == ("toy", 1)
+    assert not {"quantization", "kv_cache_dtype", "plan"} & set(found)
+    flags.against, flags.revision = "other", "main"
+    assert (perplexity.reference_arguments(flags)["model"], perplexity.reference_arguments(flags)["revision"]) == ("other", None)

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 DEFAULT_SEQS = 32  # logit rows of a pass: enough for the CPU to compute at its peak, few enough for their KV pages
 NATIVE = "native"
+# What a reference shares with the model that is measured: where and how it runs, and nothing of how its weights and KV are kept.
+SHARED_ARGUMENTS = (
+    "model", "tokenizer", "revision", "dtype", "device", "gpu_memory", "host_memory", "policy", "threads", "seed", "deterministic", "unit_rows", "strict",
+)  # fmt: skip
 Rows = NDArray[np.float32]  # [tokens, vocab]
 
 
@@ -65,8 +69,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     text, text_name = read_text(args.text)
     context, stride = lengths(args)
     with ExitStack() as stack:
-        llm = stack.enter_context(open_llm(args, context))
-        reference = stack.enter_context(open_reference(args, context)) if args.against is not None else None
+        llm = stack.enter_context(open_llm(args, options.llm_arguments(args), context))
+        reference = None if args.against is None else stack.enter_context(open_llm(args, reference_arguments(args), context))
         check_vocabulary(llm, reference, args.against)
         parts = windows(*encode(llm, text, args.num_tokens), context=context, stride=stride)
         num_scored = sum(len(part.tokens) - part.scored_from for part in parts)
@@ -109,23 +113,19 @@ def lengths(args: argparse.Namespace) -> tuple[int, int]:
     return context, stride
 
 
-def open_llm(args: argparse.Namespace, context: int, **changes: Any) -> LLM:
-    """The `LLM` of the flags, planned for windows of ``context`` tokens."""
+def open_llm(args: argparse.Namespace, arguments: dict[str, Any], context: int) -> LLM:
+    """An `LLM` planned for windows of ``context`` tokens."""
     from twinpilots.api import LLM
 
-    arguments = {**options.llm_arguments(args), **changes}
-    arguments["max_num_seqs"] = args.max_num_seqs or DEFAULT_SEQS
-    arguments["max_model_len"] = args.max_model_len or context + 1
+    sizes = {"max_num_seqs": args.max_num_seqs or DEFAULT_SEQS, "max_model_len": args.max_model_len or context + 1}
     with options.arguments_are_the_users():
-        return LLM(**arguments)
+        return LLM(**{**arguments, **sizes})
 
 
-def open_reference(args: argparse.Namespace, context: int) -> LLM:
+def reference_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What to compare with: the weights as stored, the KV cache in their type, planned on its own."""
-    changes: dict[str, Any] = {"quantization": None, "kv_cache_dtype": "auto", "plan": None}
-    if args.against != NATIVE:
-        changes |= {"model": args.against, "revision": None}
-    return open_llm(args, context, **changes)
+    arguments = {name: value for name, value in options.llm_arguments(args).items() if name in SHARED_ARGUMENTS}
+    return arguments if args.against == NATIVE else {**arguments, "model": args.against, "revision": None}
 
 
 def check_vocabulary(llm: LLM, reference: LLM | None, against: str) -> None:
