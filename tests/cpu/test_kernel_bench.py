@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.cpu.native_twin import native
 from twinpilots.device.cpu import CpuPilot
 from twinpilots.hardware.kernel_bench import KERNELS, KernelBench, KernelCase, fits, supported_formats, whole_work
 from twinpilots.hardware.peaks import PeakMeter, host_region_bytes
 from twinpilots.kernels.abi import INSN
-from twinpilots.kernels.native import ISA_NAMES, load
+from twinpilots.kernels.native import ISA_NAMES
 from twinpilots.model.dummy import dummy_spec
 
 SPEC = dummy_spec("smollm2-135m")
@@ -86,12 +87,11 @@ def test_the_command() -> None:
 
 
 def test_an_instruction_set_can_be_chosen() -> None:
-    native = load()
-    assert native is not None
+    best = native().best_isa
     done = run_cli("--kernels", "linear-in", "--formats", "bf16", "--tokens", "1", "--seconds", "1", "--isa", "portable", "--threads", "1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("limits on 1 thread (portable)")
-    for missing in ISA_NAMES[native.best_isa + 1 :]:
+    for missing in ISA_NAMES[best + 1 :]:
         refused = run_cli("--isa", missing)
         assert (refused.returncode, refused.stdout) == (2, "")
         assert missing in refused.stderr
