@@ -80,7 +80,10 @@ def test_the_document_and_its_lines() -> None:
     document = perplexity.document_of(arguments(), "cpu", found)
     assert document["perplexity"] == pytest.approx(4.0)
     assert document["perplexity_stderr"] == pytest.approx(4.0 * math.log(2.0) / math.sqrt(2))
-    assert document["against"] == {"model": "toy", "perplexity": pytest.approx(2.0)}
+    assert document["against"] == {
+        "model": "toy", "perplexity": pytest.approx(2.0), "increase_frac": pytest.approx(1.0),
+        "increase_stderr": pytest.approx(2.0 * math.log(2.0) / math.sqrt(2)),  # of the differences log 1 and log 4
+    }  # fmt: skip
     assert (document["kl_mean"], document["top1_agreement"]) == (pytest.approx(0.01), 0.5)
     text = perplexity.document_text(document | {"text": "t", "context": 8, "stride": 4})
     assert "perplexity 4.0000" in text

@@ -14,7 +14,7 @@ import argparse
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,7 +222,7 @@ def document_of(args: argparse.Namespace, device: str, evaluation: Evaluation) -
     return {
         "schema": 1, "model": args.model, "quantization": args.quantization, "device": device, "policy": args.policy, "tokens": len(evaluation.nll),
         "perplexity": perplexity(evaluation.nll), "perplexity_stderr": standard_error(evaluation.nll),
-        "against": None if other is None else {"model": reference_name, "perplexity": perplexity(other)},
+        "against": None if other is None else {"model": reference_name, "perplexity": perplexity(other), **asdict(increase(evaluation.nll, other))},
         "kl_mean": None if kl is None else float(kl.mean()), "kl_p99": None if kl is None else float(np.quantile(kl, 0.99)),
         "top1_agreement": None if same is None else float(same.mean()),
     }  # fmt: skip
@@ -237,6 +237,20 @@ def standard_error(nll: NDArray[np.float64]) -> float:
     return perplexity(nll) * float(nll.std()) / math.sqrt(len(nll))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Increase:
+    """How much higher a perplexity is than the reference's of the same tokens, as a fraction, and its standard error (to first order)."""
+
+    increase_frac: float
+    increase_stderr: float
+
+
+def increase(nll: NDArray[np.float64], reference: NDArray[np.float64]) -> Increase:
+    """The differences are paired token by token, so most of the text's own spread cancels."""
+    ratio = perplexity(nll) / perplexity(reference)
+    return Increase(increase_frac=ratio - 1, increase_stderr=ratio * float((nll - reference).std()) / math.sqrt(len(nll)))
+
+
 def document_text(document: dict[str, Any]) -> str:
     """The figures as lines."""
     quantization = document["quantization"] or "as stored"
@@ -247,9 +261,9 @@ def document_text(document: dict[str, Any]) -> str:
     ]
     other = document["against"]
     if other is not None:
-        ratio = document["perplexity"] / other["perplexity"] - 1
+        more, spread = 100 * other["increase_frac"], 100 * other["increase_stderr"]
         lines += [
-            f"against {other['model']} as stored: perplexity {other['perplexity']:.4f}, ours {100 * ratio:+.3f} %",
+            f"against {other['model']} as stored: perplexity {other['perplexity']:.4f}, ours {more:+.3f} % (standard error {spread:.3f} %)",
             f"KL divergence {document['kl_mean']:.3g} nats per token, 99th percentile {document['kl_p99']:.3g}; "
             f"the same best token {100 * document['top1_agreement']:.2f} %",
         ]
