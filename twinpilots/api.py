@@ -11,9 +11,12 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from twinpilots.config import EngineConfig
 from twinpilots.errors import LimitError, UserError
@@ -36,6 +39,15 @@ DEFAULT_LEN = 128  # and the prompt and output length (longer requests bring ano
 SHORTER_LENS = (64, 32, 16, 8)  # what these are cut to where memory is too small
 LEN_STEP = 32  # workloads are told apart by lengths rounded up to this: similar ones share a plan
 REPLAN_GAIN = 0.95  # another plan must take at most this fraction of the time, its loading included
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptLogits:
+    """Logits [rows, vocab] after the tokens ``first``, ``first`` + 1, ... of prompt number ``prompt``: a view, valid until the next one is drawn."""
+
+    prompt: int
+    first: int
+    rows: NDArray[np.float32]
 
 
 class LLM:
@@ -149,6 +161,34 @@ class LLM:
         finally:
             if not finished:
                 engine.abort(request_id)
+
+    def prompt_logits(self, prompts: Sequence[Sequence[int]]) -> Iterator[PromptLogits]:
+        """The raw logits after every token of every prompt, in the order of prompts and tokens, as many rows at a time as a pass gives."""
+        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=0)
+        slots = max(len(prompts), self.config.max_num_seqs or DEFAULT_NUM_SEQS)  # a pass gives no more rows than its plan has sequences
+        self._fit([prompts[i % len(prompts)] for i in range(slots)], [params] * slots)
+        numbers: dict[str, int] = {}
+        engine = self._open_session.engine
+        try:
+            for number, prompt in enumerate(prompts):
+                numbers[self._add((list(prompt), None), params)] = number
+            while engine.has_unfinished():
+                self._open_session.step()
+                yield from self._last_logits(numbers)
+        finally:
+            for request_id in numbers:
+                engine.abort(request_id)
+
+    def _last_logits(self, numbers: Mapping[str, int]) -> list[PromptLogits]:
+        """The last pass's rows by prompt: the older prompt first, whatever micro-batch it was in."""
+        assert self._open_session.last_pass is not None
+        batch, logits = self._open_session.last_pass
+        found, row = [], 0
+        for item in batch.items:
+            rows = logits[row : row + item.num_logits]
+            found.append(PromptLogits(prompt=numbers[item.sequence.request_id], first=item.end - item.num_logits, rows=rows))
+            row += item.num_logits
+        return sorted(found, key=lambda part: part.prompt)
 
     def _run(
         self, prompts: list[tuple[list[int], str | None]], params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: bool

@@ -75,11 +75,14 @@ class Session:
         )
         self.stats.weights = shares
         self._batch: StepBatch | None = None
+        self.last_pass: tuple[StepBatch, np.ndarray] | None = None  # its logits are a view, valid until the next pass
 
     def execute(self, batch: StepBatch, *, more: bool) -> np.ndarray:
         """The engine's executor: remembers the batch for the report."""
         self._batch = batch
-        return self.executor.execute(batch, more=more)
+        logits = self.executor.execute(batch, more=more)
+        self.last_pass = batch, logits
+        return logits
 
     @contextmanager
     def driving(self) -> Iterator[None]:

@@ -17,12 +17,12 @@ from typing import Literal
 import numpy as np
 
 from twinpilots.device.base import GpuDevice
-from twinpilots.device.cpu import SYSFS_CPUS, CpuPilot, allowed_cpus, choose_cores
+from twinpilots.device.cpu import CpuPilot, choose_cores
 from twinpilots.device.memory import host_memory_available_bytes
+from twinpilots.hardware.peaks import PeakMeter, host_region_bytes
 from twinpilots.hardware.profile import ComputeProfile, Curve, HardwareProfile, LinkProfile
 from twinpilots.hardware.rig import Rig, instruction, work_s
 from twinpilots.kernels.abi import ACT_CODES, DTYPE_CODES, NULL, Epilogue, NormKind, Op
-from twinpilots.kernels.native import load as load_native
 from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
 from twinpilots.model.weight_format import FORMATS
 from twinpilots.plan.tasks import Queue
@@ -32,17 +32,13 @@ PEERS: tuple[tuple[Side, Side], ...] = (("cpu", "gpu"), ("gpu", "cpu"))
 FULL_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUICK_GRID = (1, 4, 16, 64, 256)
 MIN_RUNS = 3
-PEAK_MS = 8  # short, so that some of the runs are not interrupted by a neighbour
 PEAK_RUNS = 12
 SLOWDOWN_RUNS = 7
 HANDOFFS = 100
 MOST_INSTRUCTIONS = 5000  # per queue: what the rig has room for. Only tiny models have so many linears in a cycle, and theirs lie in cache in a pass, too
 CONTENTION_TOKENS = 4  # still bound by memory, but with some work: where a GPU and a CPU most often share a pass
 PACKETS_PER_CARD = 128  # a plan's ring is a 32nd of GPU memory, in four packets
-L3_GUESS_PER_CORE_BYTES = 8 << 20
 PEAK_REPEATS = 10
-CACHE_BYTES = 160 << 20  # weights must come from DRAM, as in a real pass
-CACHE_MULTIPLE = 4  # a cycle through only a little more than the L3 still finds a fifth of it there
 GPU_CACHE_BYTES = 40 << 20
 FILL = {"fp32": 0x3C, "bf16": 0x3C}  # bytes that make ordinary small numbers in each format
 FILL_HALF = 0x2C  # in fp16, and in the fp16 scales of quantised formats
@@ -199,19 +195,6 @@ def weight_region_bytes(on_gpu: bool, gpu_budget_bytes: int) -> int:
     return min(max(GPU_CACHE_BYTES, gpu_budget_bytes // 4), gpu_budget_bytes // 2)  # a quarter of a GiB is more than any card's L2
 
 
-def host_region_bytes() -> int:
-    """As `weight_region_bytes` for the CPU: several times all the last-level caches that this process's cores share; servers have hundreds of MB."""
-    found: dict[str, int] = {}
-    cores = allowed_cpus()
-    for core in cores:
-        try:
-            shared, size = ((SYSFS_CPUS / f"cpu{core}/cache/index3" / name).read_text().strip() for name in ("shared_cpu_list", "size"))
-            found[shared] = int(size.removesuffix("K")) << 10
-        except (OSError, ValueError):  # a container that does not say
-            continue
-    return max(CACHE_BYTES, (sum(found.values()) or L3_GUESS_PER_CORE_BYTES * len(cores)) * CACHE_MULTIPLE)
-
-
 def packet_bytes(gpu: GpuDevice | None) -> int:
     """Size of the packets that the link is measured with: a CUDA queue takes tens of microseconds to launch one, so small ones would measure that."""
     return 2 << 20 if gpu is None or gpu.emulated else 32 << 20
@@ -222,15 +205,17 @@ def _gpu_budget(gpu: GpuDevice | None) -> int:
 
 
 def _typical_s(experiment: Callable[[], float], budget_s: float) -> float:
-    """The lower quartile of at least MIN_RUNS and at most 9 runs of an experiment that returns seconds, within a time budget after those.
-
-    Neighbours on a shared box only ever add time, so the lower part of the runs says more about the machine than their middle.
-    """
+    """The lower quartile of at least MIN_RUNS and at most 9 runs of an experiment that returns seconds, within a time budget after those."""
     began = time.perf_counter()
     found: list[float] = []
     while len(found) < MIN_RUNS or (len(found) < 9 and time.perf_counter() - began < budget_s):
         found.append(experiment())
-    return float(np.quantile(found, 0.25, method="lower"))
+    return typical_s(found)
+
+
+def typical_s(runs: Sequence[float]) -> float:
+    """What a run takes: the lower quartile. Neighbours on a shared box only ever add time, so the lower part says more about the machine than the middle."""
+    return float(np.quantile(runs, 0.25, method="lower"))
 
 
 def measure(
@@ -292,26 +277,10 @@ def _measure_compute(bench: _Bench, grid: Sequence[int], budget_s: float, kv_dty
 @cache
 def cpu_peaks(threads: int) -> tuple[float, float]:
     """(DRAM read bytes/s, FMA FLOP/s) of ``threads`` cores, by routines that share nothing with our kernels."""
-    native = load_native()
-    if native is None:
-        return _torch_cpu_peaks(threads)
-    data = np.ones(host_region_bytes(), np.uint8)
-    pool = native.pool_create(threads)
-    try:
-        read_rates = [native.read_rate(data, pool=pool, duration_ms=PEAK_MS) for _ in range(PEAK_RUNS)]
-        return max(read_rates), max(native.fma_rate(pool=pool, duration_ms=PEAK_MS) for _ in range(PEAK_RUNS))
-    finally:
-        native.pool_destroy(pool)
-
-
-def _torch_cpu_peaks(threads: int) -> tuple[float, float]:
-    import torch
-
-    torch.set_num_threads(threads)
-    big, square = torch.ones(16 << 20), torch.ones(512, 512)
-    read_s = _typical_s(lambda: _timed(lambda: big.sum()), 0.1)
-    gemm_s = _typical_s(lambda: _timed(lambda: square @ square), 0.1)
-    return big.numel() * 4 / read_s, 2 * 512**3 / gemm_s
+    with PeakMeter(threads) as meter:
+        for _ in range(PEAK_RUNS):
+            meter.sample()
+        return meter.read_bytes_per_s, meter.flops_per_s
 
 
 def _cuda_peaks(dtype: str, device: str) -> tuple[float, float]:
