@@ -130,7 +130,7 @@ def test_there_are_no_import_cycles() -> None:
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, f"import cycle: {' -> '.join((*path[path.index(name):], name))}"
+        assert name not in path, f"import cycle: {' -> '.join((*path[path.index(name) :], name))}"
         if name not in done:
             for imported in graph.get(name, ()):
                 visit(imported, (*path, name))
