@@ -14,9 +14,12 @@ import pytest
 from tests import zoo
 from tests.hand_plans import random_plan
 from tests.harness import NUM_TOKENS, PROMPTS, Rig, log_softmax, relative_rms
+from tests.planning import llama
 from tests.quantized import reference_model
 from twinpilots import LLM, SamplingParams
+from twinpilots.machine import measure_machine
 from twinpilots.model.checkpoint import open_checkpoint
+from twinpilots.model.quantization import quantized_spec
 from twinpilots.model.spec import ModelSpec
 
 pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("balanced_machine")]
@@ -113,6 +116,33 @@ def test_two_pilots_compute_the_same_logits_for_the_same_weights(quantised: Any)
         assert output.outputs[0].logprobs
         rows.append(np.array([output.outputs[0].logprobs[0][token].logprob for token in range(model.spec.vocab_size)]))
     assert relative_rms(rows[0], rows[1]) < 1e-5
+
+
+def test_a_gguf_that_mixes_formats_from_layer_to_layer_runs_packed_on_both_pilots(tmp_path: Path) -> None:
+    gguf_files = pytest.importorskip("tests.unit.test_checkpoint_gguf")
+    source = zoo.save("llama-256", 0, tmp_path / "source")
+
+    def kind_of(name: str) -> str:
+        part, layer = name.split(".")[-2], name.split(".")[1]
+        return "Q6_K" if part == "output" or (part in ("attn_v", "ffn_down") and layer != "1") else "Q4_0" if part == "attn_output" else "Q4_K"
+
+    path = gguf_files.write_gguf(source, tmp_path / "model.gguf", "llama", open_checkpoint(source), kind_of)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.spec.format_classes == (0, 1, 0)
+    assert checkpoint.spec.rate_keys == ("q4_0/in", "q4_k/in", "q4_k/out", "q6_k/in", "q6_k/out")
+    reference, logits = zoo.greedy(reference_model(source, checkpoint), PROMPTS[0], 4)
+    for plan in (random_plan(checkpoint.spec, 3, kv_dtype="fp32"), random_plan(checkpoint.spec, 5, gpu=False, kv_dtype="fp32")):
+        with Rig(open_checkpoint(path), plan) as rig:
+            (tokens,) = rig.generate(PROMPTS[:1], 4)
+        assert relative_rms(rig.logits["0"][0], logits[0]) < TOLERANCE["int4"]
+        assert tokens[0] == reference[0]
+
+
+def test_a_profile_has_the_formats_of_the_model() -> None:
+    spec = quantized_spec(llama(hidden=64, intermediate=160), {}, "int4-fast", ["*.o_proj"])
+    profile = measure_machine("cpu", spec, quick=True, store=False)
+    assert set(profile.cpu.linear) == set(spec.rate_keys) == {"q4_1/fast/out", "q4_1/fast/in", "q8_0/fast/out", "fp16/in"}
+    assert all(0 < curve.y[0] < 1e-6 for curve in profile.cpu.linear.values())
 
 
 def test_kept_weights_and_a_second_quantisation_of_the_same_model_are_told_apart(quantised: Any) -> None:
