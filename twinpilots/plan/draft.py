@@ -319,3 +319,5 @@ def size_text(num_bytes: int) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.2f}{unit}"
     return f"{num_bytes}B"
+
+
