@@ -113,10 +113,9 @@ static void round_row(const float* x, int64_t width, int bits, const Rounded& to
   }
 }
 
-// ---- scales: of `columns` columns of a panel block (w columns in all), one (scale, offset) pair of rows of SCALE_LD floats per group
+// ---- scales
 
-constexpr int SCALE_LD = 64;  // columns that are worked on at a time
-
+constexpr int SCALE_LD = 64;  // columns that are worked on at a time when there are many rows
 
 TP_INLINE vf load_halves(const char* p, int64_t left) {
   uint16_t t[W] = {};
@@ -134,49 +133,68 @@ TP_INLINE vi load_small(const char* p, int64_t left) {  // unsigned bytes
   } else {
     __builtin_memcpy(&b, p, left);
   }
+#if TP_ISA == 2
+  return (vi)_mm512_cvtepu8_epi32((__m128i)b);
+#elif TP_ISA == 1
+  return (vi)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)b));
+#else
   return __builtin_convertvector(b, vi);
+#endif
 }
 TP_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 
-// q4_k: group g's 6-bit scale and min of ggml's twelve bytes
-TP_INLINE void scales_q4_k(const char* packed, int64_t w, int g, int64_t left, vf d, vf dmin, float* out) {
-  vi scale, min;
-  if (g < 4) {
-    scale = load_small(packed + g * w, left) & 63;
-    min = load_small(packed + (g + 4) * w, left) & 63;
-  } else {
-    const vi both = load_small(packed + (g + 4) * w, left);
-    scale = (both & 15) | (load_small(packed + (g - 4) * w, left) >> 6 << 4);
-    min = both >> 4 | (load_small(packed + g * w, left) >> 6 << 4);
-  }
-  store(out, d * to_float(scale));
-  store(out + SCALE_LD, -(dmin * to_float(min)));
+struct ScalePair {
+  vf scale, offset;  // a weight is scale * code + offset
+};
+
+// Group g's 6-bit scale and min of ggml's twelve bytes.
+TP_INLINE ScalePair scales_q4_k(const char* packed, int64_t w, int64_t g, int64_t left, vf d, vf dmin) {
+  const vi third = load_small(packed + (g + 4) * w, left);
+  if (g < 4) return {d * to_float(load_small(packed + g * w, left) & 63), -(dmin * to_float(third & 63))};
+  const vi scale = (third & 15) | (load_small(packed + (g - 4) * w, left) >> 6 << 4), min = third >> 4 | (load_small(packed + g * w, left) >> 6 << 4);
+  return {d * to_float(scale), -(dmin * to_float(min))};
 }
 
-// Products of an 11-bit f16 and a small integer or another f16 are exact in fp32: nothing is rounded here.
-static void expand_scales(int dtype, const char* block, int64_t w, int64_t column, int64_t columns, float* out) {
-  for (int64_t c = 0; c < columns; c += W, out += W) {
-    const int64_t at = column + c, left = columns - c;
-    const vf d = load_halves(block + 2 * at, left);
-    if (dtype == Q6_K) {
-      for (int g = 0; g < 16; g++) {
-        const vf scale = d * to_float(load_small(block + (2 + g) * w + at, left) << 24 >> 24);
-        store(out + g * 2 * SCALE_LD, scale);
-        store(out + (g * 2 + 1) * SCALE_LD, splat(-32.0f) * scale);
-      }
-    } else if (dtype == Q4_K) {
-      const vf dmin = load_halves(block + 2 * (w + at), left);
-      for (int g = 0; g < 8; g++) scales_q4_k(block + 4 * w + at, w, g, left, d, dmin, out + g * 2 * SCALE_LD);
-    } else {
-      store(out, d);
-      if (dtype == Q8_0) continue;
-      const vf second = dtype == Q4_0 ? splat(-8.0f) : load_halves(block + 2 * (w + at), left);
-      store(out + SCALE_LD, dtype == Q4_1 ? second : dtype == Q4_0 ? second * d : -(d * second));
-    }
-  }
-}
+// ---- codes
 
-// ---- the inner loop
+enum QuantKind { BYTES, NIBBLES, NIBBLES_FAST, K_NIBBLES, K_NIBBLES_FAST, SIX_BITS };  // how codes and scales lie, and what they are multiplied by: 16 bits, or 8
+
+template <int KIND>
+struct Codes {
+  static constexpr bool fast = KIND == NIBBLES_FAST || KIND == K_NIBBLES_FAST;
+  static constexpr int words = KIND == BYTES ? 8 : 4;                           // 32-bit lanes of a column's group of 32
+  static constexpr int steps = KIND == BYTES || fast ? 2 : 4;   // integer products per lane
+  static constexpr int parts = KIND == SIX_BITS ? 2 : 1;                        // groups of 16 have scales of their own
+  static constexpr int record = sizeof(RoundedHead) + 32 * (fast ? 1 : 2);
+
+  // Step s of a lane: 16-bit pairs in the activations' order, or (fast) bytes. `upper`: the upper bits of six-bit codes, low nibbles' first.
+  TP_INLINE vi of(vi v, vi upper, int s) {
+    if (KIND == BYTES) return (vi)(s == 0 ? (vi16)v << 8 >> 8 : (vi16)v >> 8);
+    if (fast) return (s == 0 ? v : v >> 4) & 0x0f0f0f0f;
+    if (KIND != SIX_BITS && s == 3) return (vi)((vu16)v >> 12);
+    const vi four = (s == 0 ? v : s == 1 ? v >> 8 : s == 2 ? v >> 4 : v >> 12) & 0x000f000f;
+    if (KIND != SIX_BITS) return four;
+    return four | ((s == 0 ? upper << 4 : s == 1 ? upper >> 4 : s == 2 ? upper << 2 : upper >> 6) & 0x00300030);
+  }
+  TP_INLINE vi add(vi sum, vi codes, vi x) { return fast ? add_bytes(sum, codes, x) : add_pairs(sum, codes, x); }
+  TP_INLINE vf dot(vi sum) { return to_float(fast ? finish_bytes(sum) : sum); }
+};
+
+// Of W columns (`left` of them there) from column `at` on, group g (of 32; of 16 in q6_k) of a block. Products of an 11-bit f16 and a small integer or
+// another f16 are exact in fp32: nothing is rounded here.
+template <int KIND>
+TP_INLINE ScalePair scales_of(int dtype, const char* block, int64_t w, int64_t at, int64_t g, int64_t left) {
+  const vf d = load_halves(block + 2 * at, left);
+  if (KIND == BYTES) return {d, zero()};
+  if (KIND == SIX_BITS) {
+    const vf scale = d * to_float(load_small(block + (2 + g) * w + at, left) << 24 >> 24);
+    return {scale, splat(-32.0f) * scale};
+  }
+  if (KIND != K_NIBBLES && KIND != K_NIBBLES_FAST && dtype == Q4_0) return {d, splat(-8.0f) * d};
+  const vf second = load_halves(block + 2 * (w + at), left);
+  if (KIND == K_NIBBLES || KIND == K_NIBBLES_FAST) return scales_q4_k(block + 4 * w + at, w, g, left, d, second);
+  return {d, dtype == Q4_1 ? second : -(d * second)};
+}
 
 // The sum is in a register now: left alone, the compiler reorders integer sums, gathers products first and spills them.
 TP_INLINE void pin(vi& v) {
@@ -186,109 +204,184 @@ TP_INLINE void pin(vi& v) {
   (void)v;
 }
 
-enum QuantKind { BYTES, NIBBLES, NIBBLES_FAST, SIX_BITS };  // how codes lie and what they are multiplied by: 16-bit activations but for the fast kind
+// A panel of w columns in a quantised format, and the columns [column, column + columns) of it that are asked for.
+struct QuantPanel {
+  int dtype;
+  QuantFormat format;
+  const char* data;
+  int64_t w, column, columns;
 
-// Step t of a word of codes: 16-bit pairs in the activations' order, or (fast) bytes. `upper`: the upper bits of six-bit codes, low nibbles' first.
-template <int KIND>
-TP_INLINE vi codes_of(vi v, vi upper, int t) {
-  if (KIND == BYTES) return (vi)(t == 0 ? (vi16)v << 8 >> 8 : (vi16)v >> 8);
-  if (KIND == NIBBLES_FAST) return (t == 0 ? v : v >> 4) & 0x0f0f0f0f;
-  if (KIND == NIBBLES && t == 3) return (vi)((vu16)v >> 12);
-  const vi four = (t == 0 ? v : t == 1 ? v >> 8 : t == 2 ? v >> 4 : v >> 12) & 0x000f000f;
-  if (KIND == NIBBLES) return four;
-  return four | ((t == 0 ? upper << 4 : t == 1 ? upper >> 4 : t == 2 ? upper << 2 : upper >> 6) & 0x00300030);
-}
-
-// The part of a panel that one call of the inner loop works on: `groups` groups of 32 inputs, from the start of a block on.
-struct QuantTile {
-  const char* codes;    // of the first group and column
-  const char* upper;    // the same for the upper bits of six-bit codes
-  int64_t word;         // bytes between a column's words: 4 * w
-  int64_t block;        // bytes between blocks
-  int64_t block_groups, groups;
-  const float* scales;  // expand_scales' rows of the first group and column
-  const char* x;        // records of the first row and group
-  int64_t ldx;          // bytes
-  float* y;
-  int64_t ldy;
-  int64_t ahead;        // bytes to the codes that are prefetched meanwhile; 0: none
+  int64_t stride() const { return format.block_bytes * w; }
 };
 
-// One column block of NV vectors (TAIL: of one vector with `left` < W columns) times MR rows.
+template <int KIND>
+TP_INLINE vi load_upper(const char* upper, int64_t word, int64_t g, int i, int n, bool tail, int64_t left) {
+  if (KIND != SIX_BITS) return vi{};
+  const char* p = upper + (2 * g + i / 2) * word + n * W * 4;
+  return (tail ? load_words_n(p, left) : load_words(p)) >> 4 * (i & 1);
+}
+
+// ---- few rows: codes are unpacked where they are used, scales too. MR rows, NV vectors of columns at a time, all of k; TAIL: one vector of `columns` < W.
 template <int KIND, int MR, int NV, bool TAIL>
-static void quant_micro(const QuantTile& t, int64_t column, int64_t left) {
-  constexpr int words = KIND == BYTES ? 8 : 4, steps = KIND == BYTES || KIND == NIBBLES_FAST ? 2 : 4;
-  constexpr int code = KIND == NIBBLES_FAST ? 1 : 2, record = sizeof(RoundedHead) + 32 * code, parts = KIND == SIX_BITS ? 2 : 1;
-  constexpr int step_bytes = 4, word_bytes = steps * step_bytes;
-  const float* scales = t.scales + column;
-  const char *x = t.x, *block = t.codes + 4 * column, *upper_block = t.upper + 4 * column;
-  float* y = t.y + column;
-  const int64_t ldx = t.ldx, ldy = t.ldy, word = t.word, ahead = t.ahead, groups = t.groups, block_groups = t.block_groups;  // stores to y cannot change these
-  for (int64_t g = 0, in_block = 0; g < groups; g++, x += record) {
-    const char *w = block + in_block * words * word, *up = upper_block + in_block * 2 * word;
+static __attribute__((noinline)) void quant_direct(const QuantPanel& p, const Rounded& x, int64_t row, int64_t k, float* y, int64_t ldy, int64_t ahead) {
+  using C = Codes<KIND>;
+  const int64_t word = 4 * p.w, ldx = x.row_bytes(), groups = p.format.block / 32, left = TAIL ? p.columns : W, columns = p.columns, w = p.w;
+  const int dtype = p.dtype;
+  const char* block = p.data;
+  for (int64_t k0 = 0; k0 < k; k0 += p.format.block, block += p.stride()) {
+    const char* records = x.at(row, k0);
+    for (int64_t c = 0; c < columns; c += NV * W) {
+      const int64_t at = p.column + c;
+      const char *codes = block + p.format.header * w + 4 * at, *upper = codes + 128 * w;
+      __builtin_prefetch(block + 2 * at + ahead, 0, 2);
+      for (int64_t g = 0; g < groups; g++) {
+        const char* in = records + g * C::record;
 #pragma GCC unroll 2
-    for (int part = 0; part < parts; part++, scales += 2 * SCALE_LD) {
-      vi acc[MR][NV] = {};
+        for (int part = 0; part < C::parts; part++) {
+          vi acc[MR][NV] = {};
 #pragma GCC unroll 1
-      for (int i = part * words / parts; i < (part + 1) * words / parts; i++) {
-        vi v[NV], upper[NV] = {};
-#pragma GCC unroll 4
-        for (int n = 0; n < NV; n++) {
-          const char* p = w + i * word + n * W * 4;
-          if (n * W % 16 == 0) __builtin_prefetch(p + ahead, 0, 2);
-          v[n] = TAIL ? load_words_n(p, left) : load_words(p);
-          if (KIND == SIX_BITS) upper[n] = (TAIL ? load_words_n(up + part * word, left) : load_words(up + part * word + n * W * 4)) >> 4 * (i & 1);
-        }
-#pragma GCC unroll 4
-        for (int s = 0; s < steps; s++) {
-          vi codes[NV];
-#pragma GCC unroll 4
-          for (int n = 0; n < NV; n++) codes[n] = codes_of<KIND>(v[n], upper[n], s);
-#pragma GCC unroll 8
-          for (int m = 0; m < MR; m++) {
-            const vi b = splat_word(x + m * ldx + sizeof(RoundedHead) + i * word_bytes + s * step_bytes);
+          for (int i = part * C::words / C::parts; i < (part + 1) * C::words / C::parts; i++) {
+            vi v[NV], high[NV];
 #pragma GCC unroll 4
             for (int n = 0; n < NV; n++) {
-              acc[m][n] = KIND == NIBBLES_FAST ? add_bytes(acc[m][n], codes[n], b) : add_pairs(acc[m][n], codes[n], b);
-              pin(acc[m][n]);
+              const char* from = codes + (g * C::words + i) * word + n * W * 4;
+              if (n * W % 16 == 0) __builtin_prefetch(from + ahead, 0, 2);
+              v[n] = TAIL ? load_words_n(from, left) : load_words(from);
+              high[n] = load_upper<KIND>(upper, word, g, i, n, TAIL, left);
+            }
+#pragma GCC unroll 4
+            for (int s = 0; s < C::steps; s++) {
+              vi unpacked[NV];
+#pragma GCC unroll 4
+              for (int n = 0; n < NV; n++) {
+                unpacked[n] = C::of(v[n], high[n], s);
+                pin(unpacked[n]);
+              }
+#pragma GCC unroll 8
+              for (int m = 0; m < MR; m++) {
+                const vi b = splat_word(in + m * ldx + sizeof(RoundedHead) + (i * C::steps + s) * 4);
+#pragma GCC unroll 4
+                for (int n = 0; n < NV; n++) {
+                  acc[m][n] = C::add(acc[m][n], unpacked[n], b);
+                  pin(acc[m][n]);
+                }
+              }
+            }
+          }
+#pragma GCC unroll 4
+          for (int n = 0; n < NV; n++) {
+            const ScalePair pair = scales_of<KIND>(dtype, block, w, at + n * W, g * C::parts + part, left);
+#pragma GCC unroll 8
+            for (int m = 0; m < MR; m++) {
+              const char* head = in + m * ldx;
+              float* out = y + m * ldy + c + n * W;
+              vf value = fused(pair.scale, splat(get_float(head)) * C::dot(acc[m][n]), load(out));
+              if (KIND != BYTES) value = fused(pair.offset, splat(get_float(head + (C::parts == 1 ? 4 : 8 + 4 * part))), value);
+              store(out, value);
             }
           }
         }
       }
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; m++) {
-        const char* head = x + m * ldx;
-        const vf scale = splat(get_float(head)), sum = splat(get_float(head + (parts == 1 ? 4 : 8 + 4 * part)));
-#pragma GCC unroll 4
-        for (int n = 0; n < NV; n++) {
-          float* out = y + m * ldy + n * W;
-          const vf dot = to_float(KIND == NIBBLES_FAST ? finish_bytes(acc[m][n]) : acc[m][n]);
-          vf value = fused(load(scales + n * W), scale * dot, load(out));
-          if (KIND != BYTES) value = fused(load(scales + SCALE_LD + n * W), sum, value);
-          store(out, value);
-        }
-      }
-    }
-    if (++in_block == block_groups) {
-      in_block = 0;
-      block += t.block;
-      upper_block += t.block;
     }
   }
 }
 
-#if TP_ISA == 2
-constexpr int QUANT_MR = 6, QUANT_NV = 2;
-#else
-constexpr int QUANT_MR = 4, QUANT_NV = 2;
-#endif
-constexpr int quant_vectors(int mr) { return mr == 1 ? 4 : QUANT_NV; }
+// ---- many rows: a tile's codes and scales are unpacked once
 
-template <int KIND, int MR>
-static void quant_rows(const QuantTile& t, int64_t columns) {
-  constexpr int NV = quant_vectors(MR);
-  int64_t c = 0;
-  for (; c + NV * W <= columns; c += NV * W) quant_micro<KIND, MR, NV, false>(t, c, 0);
-  for (; c + W <= columns; c += W) quant_micro<KIND, MR, 1, false>(t, c, 0);
-  if (c < columns) quant_micro<KIND, MR, 1, true>(t, c, columns - c);
+// Of the panel's (at most SCALE_LD) columns, `groups` groups of 32 from `block` on; columns that do not exist are 0. Per group words * steps rows of codes
+// and parts pairs of rows of scales and offsets, each SCALE_LD wide.
+template <int KIND>
+static void expand_tile(const QuantPanel& p, const char* block, int64_t groups, char* codes, float* scales) {
+  using C = Codes<KIND>;
+  const int64_t word = 4 * p.w, per_block = p.format.block / 32, whole = p.columns / W * W, left = p.columns - whole;
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t in_block = g % per_block;
+    if (g && in_block == 0) block += p.stride();
+    const char *from = block + p.format.header * p.w + 4 * p.column, *upper = from + 128 * p.w;
+    for (int i = 0; i < C::words; i++, codes += C::steps * SCALE_LD * 4) {
+      const char* source = from + (in_block * C::words + i) * word;
+      for (int64_t c = 0; c < SCALE_LD; c += W) {
+        const bool there = c < whole, tail = c == whole && left;
+        const vi v = there ? load_words(source + 4 * c) : tail ? load_words_n(source + 4 * c, left) : vi{};
+        const vi high = there || tail ? load_upper<KIND>(upper + 4 * c, word, in_block, i, 0, tail, left) : vi{};
+#pragma GCC unroll 4
+        for (int s = 0; s < C::steps; s++) {
+          const vi unpacked = C::of(v, high, s);
+          __builtin_memcpy(codes + (s * SCALE_LD + c) * 4, &unpacked, sizeof unpacked);
+        }
+      }
+    }
+    for (int part = 0; part < C::parts; part++, scales += 2 * SCALE_LD)
+      for (int64_t c = 0; c < SCALE_LD; c += W) {
+        const ScalePair pair = c < p.columns ? scales_of<KIND>(p.dtype, block, p.w, p.column + c, in_block * C::parts + part, p.columns - c) : ScalePair{zero(), zero()};
+        store(scales + c, pair.scale);
+        store(scales + SCALE_LD + c, pair.offset);
+      }
+  }
+}
+
+// An expanded tile, and where the codes that are needed next lie: they are prefetched meanwhile.
+struct ExpandedTile {
+  const char* codes;
+  const float* scales;
+  int64_t groups, columns;  // columns: those that are computed
+  const char* next;         // header of the next tile's first block, at the first column's scale
+  int64_t header, word, block_groups, block;  // bytes from there to the first column's codes, and as in the panel
+};
+
+// MR rows times the tile, NV vectors of columns at a time.
+template <int KIND, int MR, int NV>
+static __attribute__((noinline)) void quant_expanded(const ExpandedTile& t, const char* x, int64_t ldx, float* y, int64_t ldy) {
+  using C = Codes<KIND>;
+  constexpr int words = C::words / C::parts, lines = NV * W * 4 / 64;
+  const int64_t word = t.word, columns = t.columns, groups = t.groups, header = t.header, per_block = t.block_groups;
+  for (int64_t c = 0; c < columns; c += NV * W) {
+    const char *in = x, *code = t.codes + 4 * c, *next = t.next + 2 * c, *next_codes = t.next + header + 4 * c;
+    const float* pairs = t.scales + c;
+    for (int64_t g = 0, in_block = 0; g < groups; g++, in += C::record) {
+      __builtin_prefetch(next, 0, 2);
+      for (int part = 0; part < C::parts; part++, pairs += 2 * SCALE_LD) {
+        const char* values = in + sizeof(RoundedHead) + part * words * C::steps * 4;
+        vi acc[MR][NV] = {};
+#pragma GCC unroll 1
+        for (int i = 0; i < words; i++, next_codes += word)
+#pragma GCC unroll 4
+          for (int s = 0; s < C::steps; s++, code += SCALE_LD * 4, values += 4) {
+            if (s < lines) __builtin_prefetch(next_codes + 64 * s, 0, 2);
+            vi v[NV];
+#pragma GCC unroll 4
+            for (int n = 0; n < NV; n++) {
+              v[n] = load_words(code + n * W * 4);
+              pin(v[n]);
+            }
+#pragma GCC unroll 8
+            for (int m = 0; m < MR; m++) {
+              const vi b = splat_word(values + m * ldx);
+#pragma GCC unroll 4
+              for (int n = 0; n < NV; n++) {
+                acc[m][n] = C::add(acc[m][n], v[n], b);
+                pin(acc[m][n]);
+              }
+            }
+          }
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; m++) {
+          const char* head = in + m * ldx;
+          const vf scale = splat(get_float(head)), sum = splat(get_float(head + (C::parts == 1 ? 4 : 8 + 4 * part)));
+#pragma GCC unroll 4
+          for (int n = 0; n < NV; n++) {
+            float* out = y + m * ldy + c + n * W;
+            vf value = fused(load(pairs + n * W), scale * C::dot(acc[m][n]), load(out));
+            if (KIND != BYTES) value = fused(load(pairs + SCALE_LD + n * W), sum, value);
+            store(out, value);
+          }
+        }
+      }
+      if (++in_block == per_block) {
+        in_block = 0;
+        next += t.block;
+        next_codes = next + header + 2 * c;
+      }
+    }
+  }
 }
