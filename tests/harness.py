@@ -72,7 +72,7 @@ class Rig:
         growth_tokens: int = GROWTH_TOKENS,
     ) -> None:  # fmt: skip
         with ExitStack() as stack:
-            self.checkpoint = open_checkpoint(path) if isinstance(path, Path) else path
+            self.checkpoint = open_checkpoint(path) if isinstance(path, str | Path) else path
             stack.callback(self.checkpoint.close)
             cores = choose_cores(gpu=plan.uses_gpu, emulated=plan.uses_gpu and (device is None or device.emulated))
             pilot = CpuPilot(cores=cores.pilot)

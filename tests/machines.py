@@ -12,7 +12,8 @@ LINK = LinkProfile(up_bytes_per_s=1e6, down_bytes_per_s=5e5, packet_s=1e-3, copy
 
 
 def processor(read: float, flops: float, **changes: Any) -> ComputeProfile:
-    kinds = {name: weights.bytes_per_weight for name, weights in FORMATS.items()} | {f"{name}/fast": FORMATS[name].bytes_per_weight for name in ("q8_0", "q4_1")}
+    kinds = {name: weights.bytes_per_weight for name, weights in FORMATS.items()}
+    kinds |= {f"{name}/fast": kinds[name] for name in ("q8_0", "q4_1")}
     curves = {f"{kind}/{dim}": roofline_curve(size, read, flops) for kind, size in kinds.items() for dim in ("out", "in")}
     plain = ComputeProfile(
         name="test", linear=curves, attention_bytes_per_s=read, attention_flops_per_s=flops, elementwise_bytes_per_s=read, task_s=1e-3, read_bytes_per_s=read,

@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 from tests import reference  # noqa: E402
 from twinpilots.errors import CheckpointError, UnsupportedModelError  # noqa: E402
-from twinpilots.model import convert_cache, gguf_file  # noqa: E402
+from twinpilots.model import convert_cache, gguf_file, quantized  # noqa: E402
 from twinpilots.model.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from twinpilots.model.tensor_names import gguf_spelling, hf_spelling, tensor_plan  # noqa: E402
 
@@ -60,6 +60,44 @@ def test_quantised_gguf_is_kept_converted_and_opens_without_gguf_the_second_time
         np.testing.assert_array_equal(second.tensor(name).data, value)
     wide = open_checkpoint(path, dtype="fp32")
     np.testing.assert_array_equal(wide.tensor("0.q_proj").data, values["0.q_proj"].astype(np.float32))
+
+
+KINDS = {
+    "llama-64": {"attn_q": "Q4_0", "attn_k": "Q8_0", "attn_v": "Q4_1", "ffn_gate": "Q4_0", "ffn_up": "Q4_1", "ffn_down": "Q5_0", "output": "Q8_0"},
+    "llama-256": {"attn_q": "Q4_K", "attn_k": "Q4_K", "attn_v": "Q6_K", "ffn_gate": "Q4_K", "ffn_up": "Q4_K", "token_embd": "Q4_K", "output": "Q6_K"},
+}  # fmt: skip
+PACKED = {
+    "llama-64": {"0.q_proj": "q4_0", "0.k_proj": "q8_0", "0.v_proj": "q4_1", "lm_head": "q8_0"},  # ffn_gate and ffn_up differ; q5_0 is not ours
+    "llama-256": {"0.q_proj": "q4_k", "1.k_proj": "q4_k", "2.v_proj": "q6_k", "0.gate_proj": "q4_k", "1.up_proj": "q4_k", "embed": "q4_k", "lm_head": "q6_k"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", sorted(KINDS))
+def test_packed_types_stay_packed_and_mean_what_gguf_says(family: str, tmp_path: Path) -> None:
+    original = open_checkpoint(zoo.save(family, 0, tmp_path / "model"))
+    path = write_gguf(tmp_path / "model", tmp_path / "model.gguf", "llama", original, lambda name: KINDS[family].get(name.split(".")[-2]))
+    checkpoint = open_checkpoint(path)
+    found = {name: quantized.tensor_format(checkpoint.spec, name) for name in PACKED[family]}
+    assert {name: chosen.name for name, chosen in found.items() if chosen} == PACKED[family]
+    assert checkpoint.spec.format_of(0, "down_proj").name == checkpoint.spec.format_of(0, "o_proj").name == checkpoint.spec.weight_dtype
+    reader = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors}
+    for tensor_id in PACKED[family]:
+        source = tensor_plan(checkpoint.spec, gguf_spelling(checkpoint.spec), "gguf")[tensor_id]
+        expected, heads = reader[source.name], source.unpermute_heads
+        if heads:
+            expected = expected.reshape(heads, -1, 2, expected.shape[-1]).swapaxes(1, 2).reshape(expected.shape)
+        np.testing.assert_array_equal(checkpoint.tensor(tensor_id).data, expected)
+    assert not (tmp_path / "cache").exists(), "nothing was converted"
+    assert open_checkpoint(path, dtype="fp16").spec.rate_keys == ("fp16/in", "fp16/out")
+
+
+def test_a_packed_file_opens_without_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = quantised_llama(tmp_path)
+    monkeypatch.setattr(gguf_file, "import_gguf", _never)
+    checkpoint = open_checkpoint(path)
+    assert set(checkpoint.spec.rate_keys) == {"q8_0/in", "q8_0/out"} and checkpoint.source_dtype == "Q8_0"
+    fast = open_checkpoint(path, quantization="int4-fast")  # an eight-bit file: made smaller
+    assert "q4_1/fast/in" in fast.spec.rate_keys and fast.tensor("0.q_proj").shape == (64, 64)
 
 
 def test_fused_tensors_of_a_quantised_phi3_survive_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.machines import machine
 from tests.planning import DEMO, llama, llama_70b, memory_of, smollm2, workload
 from twinpilots.errors import ProfileMissingError, UserError
+from twinpilots.hardware.store import latest_profile, load_profile, profile_key, save_profile
 from twinpilots.model.quantization import keeps_stored, quantized_spec, with_formats
 from twinpilots.model.spec import ModelSpec
 from twinpilots.model.weight_format import FORMATS
@@ -125,6 +127,20 @@ def test_a_profile_without_the_models_format_says_what_to_measure() -> None:
     with pytest.raises(ProfileMissingError, match=r"q4_0/fast/out.*twinpilots profile"):
         solve(spec, machine(), WORK, Limits(gpu_bytes=1 << 20, host_bytes=1 << 26), policy="stream", compare=False)
     assert machine().missing(spec.rate_keys) == ("q4_0/fast/out",)
+
+
+def test_profiles_of_several_formats_live_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native, small = llama(), quantized_spec(llama(), {}, "int4")
+    key = profile_key("emulated:demo", 1, native, "avx2")
+    assert key == profile_key("emulated:demo", 1, small, "avx2") != profile_key("emulated:demo", 1, llama(dtype="bf16"), "avx2")
+    for spec in (native, small):
+        whole = machine()
+        assert whole.gpu is not None
+        cpu, gpu = (replace(side, linear={name: side.linear[name] for name in spec.rate_keys}) for side in (whole.cpu, whole.gpu))
+        save_profile(key, replace(whole, cpu=cpu, gpu=gpu), latest_for="emulated:demo")
+    for found in (load_profile(key), latest_profile("emulated:demo")):
+        assert found is not None and found.missing((*native.rate_keys, *small.rate_keys)) == ()
 
 
 def test_the_formats_sizes() -> None:

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 pytest.importorskip("transformers")
-from tests import zoo  # noqa: E402
-from tests.quantized import pack_awq, pack_gptq  # noqa: E402
-from twinpilots.errors import CheckpointError, UserError  # noqa: E402
-from twinpilots.kernels.quant_format import dequantize, quantize  # noqa: E402
-from twinpilots.model import quantized  # noqa: E402
-from twinpilots.model.block_cache import BlockCache  # noqa: E402
-from twinpilots.model.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from twinpilots.model.safetensors_file import SafetensorsFile  # noqa: E402
-from twinpilots.model.weight_format import FORMATS  # noqa: E402
+from tests import zoo
+from tests.quantized import pack_awq, pack_gptq
+from twinpilots.errors import CheckpointError, UserError
+from twinpilots.kernels.quant_format import dequantize, quantize
+from twinpilots.model import quantized
+from twinpilots.model.block_cache import BlockCache
+from twinpilots.model.checkpoint import Checkpoint, open_checkpoint
+from twinpilots.model.safetensors_file import SafetensorsFile
+from twinpilots.model.weight_format import FORMATS
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -126,7 +126,7 @@ def test_infinite_weights_are_not_quantised(tmp_path: Path) -> None:
     head = tensors["lm_head.weight"].data.copy()
     head[3, 5] = np.inf
     rewrite(path, {**tensors, "lm_head.weight": head})
-    with pytest.raises(CheckpointError, match="lm_head.*infinite"):
+    with pytest.raises(CheckpointError, match=r"lm_head.*infinite"):
         open_checkpoint(path, quantization="int8").blocks("lm_head")
 
 

@@ -40,7 +40,8 @@ RULES: dict[Quantization, Rule] = {
 def quantized_spec(spec: ModelSpec, stored: Stored, quantization: Quantization | None, keep: Sequence[str] = ()) -> ModelSpec:
     """``spec`` with the formats that its weights are kept in, given those that its files have them in.
 
-    UserError when ``quantization`` can change nothing at all. ``keep``: patterns of weights that stay native, e.g. "lm_head", "*.down_proj", "0.*". UserError for one that no quantised weight matches.
+    UserError when ``quantization`` can change nothing at all. ``keep``: patterns of weights that stay native, e.g. "lm_head", "*.down_proj", "0.*"; UserError
+    for one that no quantised weight matches.
     """
     kept = keeps_stored(stored, quantization)
     formats = {}

@@ -318,5 +318,3 @@ def _bucket_terms(problem: Problem, bucket: BucketPlan, *, host_kv: bool) -> Pha
         each, where = prefill_pass(problem, max(1, tokens // problem.workload.input_len), tokens), bucket.host_prefill_attention
     batches = min(bucket.micro_batches, each.sequences[0].num_seqs)
     return planned_terms(problem, each, batches, where if host_kv else "none")
-
-

@@ -199,9 +199,7 @@ def residency_bytes(ops: Mapping[str, OpSpec], layer: Mapping[str, int]) -> int:
     return sum(align(rows * ops[name].row_bytes) for name, rows in layer.items())
 
 
-def fill_resident(
-    spec: ModelSpec, templates: Templates, budget_bytes: int, target: Mapping[str, float] | None = None, *, leftover: bool = True
-) -> Residency:
+def fill_resident(spec: ModelSpec, templates: Templates, budget_bytes: int, target: Mapping[str, float] | None = None, *, leftover: bool = True) -> Residency:
     """As many resident rows as fit ``budget_bytes``, evenly over the layers: the greatest common fraction of ``target`` (default: of every op) in whole units.
 
     What the rounding leaves over makes first layers resident, one after another (``leftover``): also a plan of few distinct layers prices fast.
@@ -317,5 +315,3 @@ def size_text(num_bytes: int) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.2f}{unit}"
     return f"{num_bytes}B"
-
-

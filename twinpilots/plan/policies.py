@@ -258,5 +258,3 @@ def build_policy(
 ) -> Plan:  # fmt: skip
     """The plan of one named policy (``auto`` is the solver's). Raises LimitError or DeviceUnavailableError."""
     return BUILDERS[policy](spec, profile, workload, limits, options)
-
-
