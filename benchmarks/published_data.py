@@ -190,6 +190,16 @@ LEDGER: tuple[Constant, ...] = (
     *_constants("accelerate", ("batch", 2, "sequences", f"{HF_BENCH}/bench_hf.py"), ("weights_on_gpu", 1.0, "share", f"{HF_BENCH}/bench_hf.py: device gpu"), model="opt-6.7b"),
     *_constants("accelerate", ("batch", 8, "sequences", f"{HF_BENCH}/bench_hf.py"), ("weights_on_gpu", 0.0, "share", f"{HF_BENCH}/hf_opt.py: all layers on cpu"), model="opt-30b"),
     *_constants("ZeRO-Inference", ("unpacks_to_16_bits", 1, "bool", "DeepSpeed, inference/quantization: weights are dequantised before each linear")),
+    *_constants(
+        "ZeRO-Inference",
+        ("live_parameters", 2, "hidden^2", f"{DEEPSPEED}/run_model.py: stage3_max_live_parameters; a weight that fills it keeps the next one from being fetched ahead"),
+        ("codes_per_parameter", 2, "codes", "DeepSpeed, inference/quantization: two 4-bit codes are one uint8 element, which is what live parameters count"),
+    ),
+    *_constants(
+        "transformers",
+        ("kv_passes", 3, "passes", "transformers 4.31, modeling_opt.py and modeling_llama.py: torch.cat reads and writes the whole cache at every step, bmm reads it again"),
+        ("repeats_kv", 1, "bool", "transformers 4.31, modeling_llama.py: repeat_kv writes every KV head once per query head of its group before bmm reads it"),
+    ),
     *_constants("ZeRO-Inference", ("host_kv_bytes", 4, "bytes", "tjruwase/transformers, modeling_opt.py: host attention multiplies fp32 queries with the cache")),
     *_constants(
         "ZeRO-Inference", ("batch", 24, "sequences", ZERO), ("host_kv", 0, "bool", f"{ZERO}: no KV offload"),
@@ -207,6 +217,11 @@ LEDGER: tuple[Constant, ...] = (
         "Pipelined Sharding",
         ("cpu_read", 111.5 * GB, "bytes/s", f"{ARTIFACT}, paper_results/benchmark_summary_5090_base.csv: plain llama.cpp on this machine, minitron-8b at 1K, 16 threads; "
          "51.8 ms more for 17 layers of 367 MB on the CPU than on the GPU, whose 0.24 ms a layer come on top"),
+    ),
+    *_constants(
+        "Pipelined Sharding",
+        ("head_on_gpu", 0, "bool", f"{ARTIFACT}, src/llama-pipeline.h: STRATEGY_CONFIGS, output -1 unless everything fits"),
+        ("attends_on_cpu_beside_streams", 0, "bool", f"{ARTIFACT}, src/llama-pipeline.h: FULL_SHARD brings a layer's KV along, the ATTN_PRIO strategies leave the MLP on the CPU"),
     ),
     *_constants("Pipelined Sharding", ("prefill_chunk", 1024, "tokens", f"{ARTIFACT}, paper_results/repro_table4.sh: -ub 1024")),
     Constant(

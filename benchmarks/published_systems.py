@@ -179,22 +179,33 @@ def accelerate(cell: Cell, ledger: Ledger) -> Run:
         num_seqs=int(ledger.get("accelerate", "batch", cell.model)), weights_on_gpu=ledger.get("accelerate", "weights_on_gpu", cell.model),
         head_on_gpu=True, overlaps=bool(ledger.get("accelerate", "overlaps_loads")),
     )  # fmt: skip
-    return _run(*block_plan(cell, spec_of(cell), profile, block))
+    spec = spec_of(cell)
+    return _run(*block_plan(cell, spec, transformers_attention(profile, spec, ledger), block))
+
+
+def transformers_attention(profile: HardwareProfile, spec: ModelSpec, ledger: Ledger) -> HardwareProfile:
+    """Attention of the transformers library on the GPU: the cache is copied at every step, and expanded to all query heads where KV heads are fewer."""
+    assert profile.gpu is not None
+    passes, group = ledger.get("transformers", "kv_passes"), spec.num_heads // spec.num_kv_heads
+    if group > 1 and ledger.get("transformers", "repeats_kv"):
+        passes += 2 * group  # written and read expanded; what bmm read before, the expansion reads
+    return replace(profile, gpu=replace(profile.gpu, attention_bytes_per_s=READ_FRAC * profile.gpu.read_bytes_per_s / passes))
 
 
 def zero_inference(cell: Cell, ledger: Ledger) -> Run:
-    """Unpinned copies and host attention are the work of the same thread, so they take turns."""
-    profile, pinned = hardware(cell), bool(ledger.get("ZeRO-Inference", "pins_weights", cell.model))
-    if not pinned:
+    spec, profile = spec_of(cell), hardware(cell)
+    if not ledger.get("ZeRO-Inference", "pins_weights", cell.model):
         profile = pageable(cell, profile)
     if ledger.get("ZeRO-Inference", "unpacks_to_16_bits"):
         profile = unpacking(profile, cell.weights)
     host_kv = bool(ledger.get("ZeRO-Inference", "host_kv", cell.model))
     kv_dtype = "fp32" if host_kv and ledger.get("ZeRO-Inference", "host_kv_bytes") == 4 else "fp16"
+    largest = spec.intermediate_size / spec.hidden_size / ledger.get("ZeRO-Inference", "codes_per_parameter")  # of its weights, in hidden^2 parameters
     block = Block(
-        num_seqs=int(ledger.get("ZeRO-Inference", "batch", cell.model)), overlaps=pinned, host_kv=host_kv, cpu_attention=host_kv, kv_dtype=kv_dtype
+        num_seqs=int(ledger.get("ZeRO-Inference", "batch", cell.model)), overlaps=largest < ledger.get("ZeRO-Inference", "live_parameters"),
+        host_kv=host_kv, cpu_attention=host_kv, kv_dtype=kv_dtype,
     )  # fmt: skip
-    return _run(*block_plan(cell, spec_of(cell), profile, block))
+    return _run(*block_plan(cell, spec, transformers_attention(profile, spec, ledger), block))
 
 
 def unpacking(profile: HardwareProfile, weights: str) -> HardwareProfile:
@@ -223,19 +234,26 @@ def hetegen(cell: Cell, ledger: Ledger) -> Run:  # noqa: ARG001 - it has no cons
 
 def pipelined_sharding(cell: Cell, ledger: Ledger) -> Run:
     """Whole layers first in GPU memory; the rest is computed on the CPU or streamed, in decode whichever its profile says is faster, in prefill streamed."""
-    profile, num_seqs = hardware(cell), cell.requests or 1
-    curve = profile.cpu.linear["fp16/out"]
-    rate = ledger.get("Pipelined Sharding", "cpu_read")
-    slowed = Curve(x=curve.x, y=tuple(max(seconds, HALF_BYTES / rate) for seconds in curve.y))
-    profile = replace(profile, cpu=replace(profile.cpu, linear={**profile.cpu.linear, "fp16/out": slowed, "fp16/in": slowed}, copy_slowdown=1.0))
+    profile, num_seqs = slow_reader(hardware(cell), ledger.get("Pipelined Sharding", "cpu_read")), cell.requests or 1
     problem = Problem.of(spec_of(cell), profile, workload(cell, num_seqs), cap(cell), PlanOptions())
     chunk = max(num_seqs, int(ledger.get("Pipelined Sharding", "prefill_chunk")))
-    runs = [_run(problem, plan) for cpu in (False, True) for kv in ("none", "cpu", "gpu") if (plan := _sharded(problem, chunk, cpu, kv)) is not None]
-    return min(runs, key=lambda run: run.price.step_s)
+    head = float(not ledger.get("Pipelined Sharding", "head_on_gpu"))
+    ways = [(1.0, "none"), (1.0, "cpu"), (0.0, "none"), (0.0, "gpu")]  # the CPU's part of the rest in decode, and who attends host KV
+    if ledger.get("Pipelined Sharding", "attends_on_cpu_beside_streams"):
+        ways.append((0.0, "cpu"))
+    plans = [_sharded(problem, chunk, cpu, kv, head) for cpu, kv in ways]
+    return min((_run(problem, plan) for plan in plans if problem.fits(plan)), key=lambda run: run.price.step_s)
 
 
-def _sharded(problem: Problem, chunk: int, cpu: bool, kv: str) -> Plan | None:
-    """The plan with the CPU's part of decode computed there or streamed, and KV on the GPU ("none") or in host memory; None when that does not fit."""
+def slow_reader(profile: HardwareProfile, read: float) -> HardwareProfile:
+    """A CPU whose products read 16-bit weights at this rate at most, measured beside the link's copies."""
+    curve = profile.cpu.linear["fp16/out"]
+    slowed = Curve(x=curve.x, y=tuple(max(seconds, HALF_BYTES / read) for seconds in curve.y))
+    return replace(profile, cpu=replace(profile.cpu, linear={**profile.cpu.linear, "fp16/out": slowed, "fp16/in": slowed}, copy_slowdown=1.0))
+
+
+def _sharded(problem: Problem, chunk: int, cpu: float, kv: str, head: float) -> Plan:
+    """One of its strategies: ``cpu`` and ``head`` are the CPU's share in decode of what is not resident; KV lies on the GPU ("none") or in host memory."""
     num_seqs = problem.workload.num_requests
     packet_bytes, depth = ring_rule(problem.limits.gpu_bytes)
     draft = Draft(
@@ -245,21 +263,17 @@ def _sharded(problem: Problem, chunk: int, cpu: bool, kv: str) -> Plan | None:
     )  # fmt: skip
 
     def share(phase: Phase, _tokens: int) -> Mapping[str, float]:
-        return dict.fromkeys(problem.ops, float(cpu and phase == "decode"))
+        return {**dict.fromkeys(problem.ops, cpu if phase == "decode" else 0.0), "lm_head": head}
 
-    whole_layers = fill(problem, draft, dict.fromkeys(problem.ops, 0.0))
-    plan = problem.plan(draft, whole_layers, share)
-    return plan if problem.fits(plan) else None
+    return problem.plan(draft, fill(problem, draft, dict.fromkeys(problem.ops, 0.0)), share)
 
 
 def twinpilots_kernels(cell: Cell, ledger: Ledger) -> HardwareProfile:
     """The paper's link, and torch's 16-bit kernels on its CPU: one rate of reading, of weights and of KV."""
-    profile = hardware(cell)
+    link, read = ledger.get("TwinPilots", "link"), ledger.get("TwinPilots", "cpu_read")
+    profile = slow_reader(hardware(cell), read)
     assert profile.link is not None
-    link, rate = ledger.get("TwinPilots", "link"), ledger.get("TwinPilots", "cpu_read")
-    curve = profile.cpu.linear["fp16/out"]
-    slowed = Curve(x=curve.x, y=tuple(max(seconds, HALF_BYTES / rate) for seconds in curve.y))
-    cpu = replace(profile.cpu, linear={**profile.cpu.linear, "fp16/out": slowed, "fp16/in": slowed}, attention_bytes_per_s=rate, copy_slowdown=1.0)
+    cpu = replace(profile.cpu, attention_bytes_per_s=read)
     return replace(profile, cpu=cpu, link=replace(profile.link, up_bytes_per_s=link, down_bytes_per_s=link))
 
 
