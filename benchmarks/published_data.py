@@ -131,7 +131,7 @@ def _twinpilots_cells() -> Iterator[Cell]:
     )  # fmt: skip
     yield Cell(
         system="Park, Jo & Egger", source="Park, Jo & Egger (APSys 2023), abstract", model="opt-175b", machine="a10g", input_len=512, output_len=32,
-        measure="speed-up", unit="x", published=1.4, gap="waits for the disk tier: GPU, DRAM and NVMe together; the models and lengths behind the figure are not in FACTS",
+        measure="speed-up", unit="x", published=1.4, gap="waits for the disk tier (GPU, DRAM and NVMe together); we know neither its models nor its lengths",
     )  # fmt: skip
 
 
@@ -155,20 +155,23 @@ class Constant:
 
 
 OPT_30B_PROJECTION_BYTES = 2 * 7168**2
-COST_MODEL = "FlexGen repository, experimental/cost_model.py, class CostModelConfig (fitted by its authors on the T4)"
+COST_MODEL = "FlexGen repository, experimental/cost_model.py, CostModelConfig (its authors' fit to the T4)"
 SUITE = "FlexGen repository, benchmark/flexllmgen/bench_suite.py"
 HF_BENCH = "FlexGen repository, benchmark/hf_ds"
 DEEPSPEED = "DeepSpeedExamples, inference/huggingface/zero_inference"
-ARTIFACT = "Pipelined Sharding artifact (deepshnv/pipeshard-mlsys26-ae)"
+ARTIFACT = "Pipelined Sharding artifact, deepshnv/pipeshard-mlsys26-ae"
+LLAMA_CPP_RUNS = (
+    f"{ARTIFACT}, paper_results/benchmark_summary_5090_base.csv: plain llama.cpp, minitron-8b at 1K, 16 threads, takes 51.8 ms longer with 17 more layers of "
+    "367 MB on the CPU, where the GPU took 0.24 ms for each"
+)
 
 
-def _constants(system: str, *rows: tuple[str, float, str, str], model: str = "") -> Iterator[Constant]:
-    for name, value, unit, source in rows:
-        yield Constant(system=system, name=name, value=value, unit=unit, source=source, model=model)
+def _of(system: str, *rows: tuple[str, float, str, str], model: str = "") -> tuple[Constant, ...]:
+    return tuple(Constant(system=system, name=name, value=value, unit=unit, source=source, model=model) for name, value, unit, source in rows)
 
 
-LEDGER: tuple[Constant, ...] = (
-    *_constants(
+FLEXGEN_LEDGER = (
+    *_of(
         "FlexGen",
         ("gpu_prefill_flops", 21.24 * TERA, "FLOP/s", f"{COST_MODEL}: mm_flops_p"),
         ("gpu_decode_flops", 4.3 * TERA, "FLOP/s", f"{COST_MODEL}: mm_flops_g"),
@@ -177,53 +180,65 @@ LEDGER: tuple[Constant, ...] = (
         ("cpu_attention_flops", 12.3e9, "FLOP/s", f"{COST_MODEL}: cpu_flops"),
         ("overlaps_loads_in_decode", 0, "bool", f"{COST_MODEL}: Tgen = ctogg + max(...)"),
     ),
-    *_constants("FlexGen", ("batch", 2, "sequences", f"{SUITE}: suite_6b7_1x1"), ("weights_on_gpu", 1.0, "share", f"{SUITE}: --percent 100 0 100 0"), model="opt-6.7b"),
-    *_constants(
-        "FlexGen",
-        ("batch", 144, "sequences", f"{SUITE}: suite_30b_1x1, --gpu-batch-size 48 --num-gpu-batches 3"),
+    *_of(
+        "FlexGen", ("batch", 2, "sequences", f"{SUITE}: suite_6b7_1x1"), ("gpu_batches", 1, "micro-batches", f"{SUITE}: suite_6b7_1x1"),
+        ("weights_on_gpu", 1.0, "share", f"{SUITE}: suite_6b7_1x1, --percent 100 0 100 0"), model="opt-6.7b",
+    ),
+    *_of(
+        "FlexGen", ("batch", 144, "sequences", f"{SUITE}: suite_30b_1x1, --gpu-batch-size 48 --num-gpu-batches 3"),
         ("gpu_batches", 3, "micro-batches", f"{SUITE}: suite_30b_1x1"),
-        ("weights_on_gpu", 0.2, "share", f"{SUITE}: --percent 20 80 0 100"),
-        model="opt-30b",
+        ("weights_on_gpu", 0.2, "share", f"{SUITE}: suite_30b_1x1, --percent 20 80 0 100"), model="opt-30b",
     ),
-    *_constants("accelerate", ("overlaps_loads", 0, "bool", "accelerate 0.15 hooks.py: AlignDevicesHook.pre_forward moves a module's weights when it runs")),
-    *_constants("accelerate", ("pins_weights", 0, "bool", f"{HF_BENCH}/hf_opt.py: from_pretrained with a device map; nothing is pinned")),
-    *_constants("accelerate", ("batch", 2, "sequences", f"{HF_BENCH}/bench_hf.py"), ("weights_on_gpu", 1.0, "share", f"{HF_BENCH}/bench_hf.py: device gpu"), model="opt-6.7b"),
-    *_constants("accelerate", ("batch", 8, "sequences", f"{HF_BENCH}/bench_hf.py"), ("weights_on_gpu", 0.0, "share", f"{HF_BENCH}/hf_opt.py: all layers on cpu"), model="opt-30b"),
-    *_constants("ZeRO-Inference", ("unpacks_to_16_bits", 1, "bool", "DeepSpeed, inference/quantization: weights are dequantised before each linear")),
-    *_constants(
-        "ZeRO-Inference",
-        ("live_parameters", 2, "hidden^2", f"{DEEPSPEED}/run_model.py: stage3_max_live_parameters; a weight that fills it keeps the next one from being fetched ahead"),
-        ("codes_per_parameter", 2, "codes", "DeepSpeed, inference/quantization: two 4-bit codes are one uint8 element, which is what live parameters count"),
-    ),
-    *_constants(
+)  # fmt: skip
+TRANSFORMERS_LEDGER = (
+    *_of(
         "transformers",
-        ("kv_passes", 3, "passes", "transformers 4.31, modeling_opt.py and modeling_llama.py: torch.cat reads and writes the whole cache at every step, bmm reads it again"),
-        ("repeats_kv", 1, "bool", "transformers 4.31, modeling_llama.py: repeat_kv writes every KV head once per query head of its group before bmm reads it"),
+        ("kv_passes", 3, "passes", "transformers 4.31, modeling_opt.py and modeling_llama.py: torch.cat reads and writes the cache each step, bmm reads it"),
+        ("repeats_kv", 1, "bool", "transformers 4.31, modeling_llama.py: repeat_kv writes a KV head once per query head of its group, and bmm reads that"),
     ),
-    *_constants("ZeRO-Inference", ("host_kv_bytes", 4, "bytes", "tjruwase/transformers, modeling_opt.py: host attention multiplies fp32 queries with the cache")),
-    *_constants(
+    *_of(
+        "accelerate",
+        ("overlaps_loads", 0, "bool", "accelerate 0.15, hooks.py: AlignDevicesHook.pre_forward moves a module's weights when it runs"),
+        ("pins_weights", 0, "bool", f"{HF_BENCH}/hf_opt.py: from_pretrained with a device map; nothing is pinned"),
+    ),
+    *_of(
+        "accelerate", ("batch", 2, "sequences", f"{HF_BENCH}/bench_hf.py"), ("weights_on_gpu", 1.0, "share", f"{HF_BENCH}/bench_hf.py: device gpu"),
+        model="opt-6.7b",
+    ),
+    *_of(
+        "accelerate", ("batch", 8, "sequences", f"{HF_BENCH}/bench_hf.py"),
+        ("weights_on_gpu", 0.0, "share", f"{HF_BENCH}/hf_opt.py: all layers on the CPU, lm_head on the GPU"), model="opt-30b",
+    ),
+)  # fmt: skip
+ZERO_LEDGER = (
+    *_of(
+        "ZeRO-Inference",
+        ("live_parameters", 2, "hidden^2", f"{DEEPSPEED}/run_model.py: stage3_max_live_parameters; with a weight of that size nothing is fetched ahead"),
+        ("codes_per_parameter", 2, "codes", "DeepSpeed, inference/quantization: two 4-bit codes are one uint8 parameter"),
+        ("unpacks_to_16_bits", 1, "bool", "DeepSpeed, inference/quantization: weights are dequantised before each linear"),
+        ("host_kv_bytes", 4, "bytes", "tjruwase/transformers, modeling_opt.py: host attention multiplies fp32 queries with the cache"),
+    ),
+    *_of(
         "ZeRO-Inference", ("batch", 24, "sequences", ZERO), ("host_kv", 0, "bool", f"{ZERO}: no KV offload"),
         ("pins_weights", 1, "bool", f"{DEEPSPEED}/run_opt30b_a6000.sh: --pin-memory 1"), model="opt-30b",
     ),
-    *_constants(
+    *_of(
         "ZeRO-Inference", ("batch", 64, "sequences", ZERO), ("host_kv", 1, "bool", f"{ZERO}: KV offload, attention on the CPU (model-support.md)"),
         ("pins_weights", 0, "bool", f"{DEEPSPEED}/run_opt66b_a6000.sh: --pin-memory 0"), model="opt-66b",
     ),
-    *_constants(
+    *_of(
         "ZeRO-Inference", ("batch", 96, "sequences", ZERO), ("host_kv", 0, "bool", f"{ZERO}: no KV offload"),
         ("pins_weights", 1, "bool", f"{DEEPSPEED}/run_llama2_70b_a6000.sh: --pin-memory 1"), model="llama-2-70b",
     ),
-    *_constants(
-        "Pipelined Sharding",
-        ("cpu_read", 111.5 * GB, "bytes/s", f"{ARTIFACT}, paper_results/benchmark_summary_5090_base.csv: plain llama.cpp on this machine, minitron-8b at 1K, 16 threads; "
-         "51.8 ms more for 17 layers of 367 MB on the CPU than on the GPU, whose 0.24 ms a layer come on top"),
-    ),
-    *_constants(
-        "Pipelined Sharding",
-        ("head_on_gpu", 0, "bool", f"{ARTIFACT}, src/llama-pipeline.h: STRATEGY_CONFIGS, output -1 unless everything fits"),
-        ("attends_on_cpu_beside_streams", 0, "bool", f"{ARTIFACT}, src/llama-pipeline.h: FULL_SHARD brings a layer's KV along, the ATTN_PRIO strategies leave the MLP on the CPU"),
-    ),
-    *_constants("Pipelined Sharding", ("prefill_chunk", 1024, "tokens", f"{ARTIFACT}, paper_results/repro_table4.sh: -ub 1024")),
+)  # fmt: skip
+SHARDING_LEDGER = _of(
+    "Pipelined Sharding",
+    ("cpu_read", 111.5 * GB, "bytes/s", LLAMA_CPP_RUNS),
+    ("prefill_chunk", 1024, "tokens", f"{ARTIFACT}, paper_results/repro_table4.sh: -ub 1024"),
+    ("head_on_gpu", 0, "bool", f"{ARTIFACT}, src/llama-pipeline.h: STRATEGY_CONFIGS has the output on the CPU unless everything fits"),
+    ("attends_on_cpu_beside_streams", 0, "bool", f"{ARTIFACT}, src/llama-pipeline.h: FULL_SHARD brings a layer's KV along with its weights"),
+)
+TWINPILOTS_LEDGER = (
     Constant(
         system="TwinPilots", name="cpu_read", value=22.6 * GB, unit="bytes/s", source=f"{FIGURE_6}: weights read per second by its CPU kernels",
         derived=(("q_proj/cpu", OPT_30B_PROJECTION_BYTES / 4.6e-3), ("fc1/cpu", 4 * OPT_30B_PROJECTION_BYTES / 18.0e-3)),
@@ -232,5 +247,6 @@ LEDGER: tuple[Constant, ...] = (
         system="TwinPilots", name="link", value=13.0 * GB, unit="bytes/s", source=f"{FIGURE_6}: weights loaded per second",
         derived=(("q_proj/gpu", OPT_30B_PROJECTION_BYTES / 7.9e-3), ("fc1/gpu", 4 * OPT_30B_PROJECTION_BYTES / 31.5e-3)),
     ),
-    *_constants("TwinPilots", ("baseline_weights_on_gpu", 0.0, "share", f"{FIGURE_6}: its all-GPU column loads every op, KV included (FlexGen with 0 100 0 100)")),
+    *_of("TwinPilots", ("baseline_weights_on_gpu", 0.0, "share", f"{FIGURE_6}: its all-GPU column loads every op, KV included")),
 )  # fmt: skip
+LEDGER: tuple[Constant, ...] = (*FLEXGEN_LEDGER, *TRANSFORMERS_LEDGER, *ZERO_LEDGER, *SHARDING_LEDGER, *TWINPILOTS_LEDGER)

@@ -16,8 +16,8 @@ from twinpilots.model.dummy import dummy_spec
 from twinpilots.model.quantization import fits, weight_names, with_formats
 from twinpilots.model.spec import ModelSpec
 from twinpilots.model.weight_format import FORMATS
-from twinpilots.plan.draft import Draft, PlanOptions, everything_resident, fill_resident, nothing_resident, ring_rule
-from twinpilots.plan.memory import streamed_bytes
+from twinpilots.plan.draft import Draft, PlanOptions, everything_resident, fill_resident, ring_rule
+from twinpilots.plan.packets import align
 from twinpilots.plan.plan import Phase, Plan
 from twinpilots.plan.policies import build_policy
 from twinpilots.plan.pricing import Price, price_plan
@@ -130,14 +130,14 @@ def block_plan(cell: Cell, spec: ModelSpec, profile: HardwareProfile, block: Blo
         residency = (*residency[:-1], {"lm_head": problem.ops["lm_head"].rows})
     plan = problem.plan(draft, residency, no_cpu)
     if draft.streams and not block.overlaps:  # a buffer of one layer: it is loaded when the last one has been used
-        one_layer = streamed_bytes(spec, plan, plan.buckets[0], problem.templates) // spec.num_layers
+        one_layer = sum(align(split.streamed * problem.ops[name].row_bytes) for name, split in plan.buckets[0].splits[0].items())
         plan = problem.plan(replace(draft, packet_bytes=one_layer, ring_depth=1), residency, no_cpu)
     return problem, plan
 
 
 def flexgen(cell: Cell, ledger: Ledger) -> Run:
     spec = spec_of(cell)
-    batches = int(ledger.get("FlexGen", "gpu_batches", cell.model)) if cell.model == "opt-30b" else 1
+    batches = int(ledger.get("FlexGen", "gpu_batches", cell.model))
     on_gpu = ledger.get("FlexGen", "weights_on_gpu", cell.model)
     block = Block(
         num_seqs=int(ledger.get("FlexGen", "batch", cell.model)), batches=batches, weights_on_gpu=on_gpu,
