@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import combinations
 from statistics import median
@@ -94,7 +94,10 @@ def _speed_up(cell: Cell, ledger: Ledger) -> float:
 
 
 def _traffic_saved(cell: Cell, ledger: Ledger) -> float:
-    return 100 * (1 - twinpilots_paper(cell, ledger).link_bytes / twinpilots_baseline(cell, ledger).link_bytes)
+    """Percent of a decode step's link traffic that the paper's plan saves, of the model with the least or the most."""
+    models = [replace(cell, model=name) for name in cell.model.split(", ")]
+    saved = [100 * (1 - twinpilots_paper(each, ledger).link_bytes / twinpilots_baseline(each, ledger).link_bytes) for each in models]
+    return min(saved) if cell.op == "least" else max(saved)
 
 
 def _whole_ops(_cell: Cell, _ledger: Ledger) -> float:
@@ -135,7 +138,7 @@ def our_best(cell: Cell) -> float | None:
     """The cell's quantity under the best plan of policy ``auto`` on this hardware as its sheet describes it; None where a plan has no such quantity."""
     if cell.measure in ("whole ops", "fractional"):
         return fractional_makespan(FIGURE_6_CPU_MS, FIGURE_6_GPU_MS)  # our plans split ops
-    if cell.measure == "op":
+    if cell.measure in ("op", "link traffic saved"):
         return None
     run = _our_run(cell.model, cell.weights, cell.machine, cell.gpu_memory, cell.requests, cell.input_len, cell.output_len)
     if run is None:
@@ -144,10 +147,7 @@ def our_best(cell: Cell) -> float | None:
         return run.decode_per_s
     if cell.measure == "throughput":
         return run.price.tokens_per_s
-    baseline = twinpilots_baseline(cell, Ledger())
-    if cell.measure == "speed-up":
-        return run.price.tokens_per_s / baseline.price.tokens_per_s
-    return 100 * (1 - run.link_bytes / baseline.link_bytes)
+    return run.price.tokens_per_s / twinpilots_baseline(cell, Ledger()).price.tokens_per_s  # measure "speed-up"
 
 
 @cache
@@ -261,8 +261,12 @@ def plot(found: Sequence[Row], path: str) -> None:
     axes.set_title("Published figures (tokens/s, ms, ratios) and their prediction")
     for row in shown:
         if row.error is not None and abs(row.error) >= 0.15:
-            axes.annotate(f"{row.model} {100 * row.error:+.0f} %", (row.published, row.predicted), textcoords="offset points", xytext=(7, -3), fontsize=8)
-    axes.legend()
+            name, left = row.measure.removeprefix("op ") if row.measure.startswith("op ") else row.model, row.error > 0
+            axes.annotate(
+                f"{name} {100 * row.error:+.0f} %", (row.published, row.predicted), textcoords="offset points", xytext=(-7 if left else 7, -3),
+                ha="right" if left else "left", fontsize=8,
+            )  # fmt: skip
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 

@@ -15,7 +15,7 @@ from benchmarks.published import Row, as_json, ordered_pairs, predict, row_of, r
 from benchmarks.published_data import CELLS, LEDGER, MACHINES, Cell
 from benchmarks.published_systems import Ledger, block_plan, hardware, simulated, spec_of
 
-MEDIAN_ERROR, WORST_ERROR = 0.09, 0.40  # measured 6.4 % and 39 % (docs/published.md), and a margin
+MEDIAN_ERROR, WORST_ERROR = 0.09, 0.40  # measured 6.2 % and 39 % (docs/published.md), and a margin
 
 
 @cache
@@ -27,9 +27,9 @@ def cell_of(system: str, model: str, **fields: object) -> Cell:
     return next(c for c in CELLS if (c.system, c.model) == (system, model) and all(getattr(c, name) == value for name, value in fields.items()))
 
 
-@pytest.mark.parametrize("row", predicted(), ids=lambda row: f"{row.system}-{row.model}-{row.measure}-{row.published}")
-def test_a_row_says_what_was_published_where_and_what_we_predict(row: Row) -> None:
-    found = json.loads(json.dumps(as_json(row)))
+@pytest.mark.parametrize("number", range(len(CELLS)), ids=lambda number: f"{CELLS[number].system}-{CELLS[number].model}-{CELLS[number].published}")
+def test_a_row_says_what_was_published_where_and_what_we_predict(number: int) -> None:
+    found = json.loads(json.dumps(as_json(predicted()[number])))
     assert {"system", "source", "model", "setup", "published", "predicted", "ours"} <= found.keys()
     assert found["published"] > 0 and found["unit"] in ("tokens/s", "ms", "x", "%") and found["source"]
     assert found["setup"].keys() == {"hardware", "gpu_memory_bytes", "host_memory_bytes", "input_len", "output_len", "requests"}
@@ -75,7 +75,7 @@ def test_an_estimate_is_the_mean_of_its_figures_and_can_leave_one_out() -> None:
 
 def test_the_median_error_stays_where_it_was_measured() -> None:
     summary = summarise(predicted())
-    assert summary.predicted == 22 and summary.without_prediction == 3
+    assert summary.predicted == 23 and summary.without_prediction == 3
     assert summary.median_error <= MEDIAN_ERROR and summary.end_to_end_median_error <= MEDIAN_ERROR + 0.02
     assert summary.median_left_out_error <= MEDIAN_ERROR and summary.worst_error <= WORST_ERROR
     assert summary.pairs == summary.pairs_in_order == 1
