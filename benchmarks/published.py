@@ -56,13 +56,13 @@ class Row:
         return None if self.left_out is None else self.left_out / self.published - 1
 
 
-def rows(*, ours: bool = True) -> list[Row]:
+def rows(*, ours: bool = True, ledger: Ledger | None = None) -> list[Row]:
     """All cells in their order. ``ours=False`` leaves our own plans out: they take minutes, the rest seconds."""
-    return [row_of(cell, ours=ours) for cell in CELLS]
+    return [row_of(cell, ours=ours, ledger=ledger) for cell in CELLS]
 
 
-def row_of(cell: Cell, *, ours: bool = True) -> Row:
-    predicted = None if cell.gap else predict(cell, Ledger())
+def row_of(cell: Cell, *, ours: bool = True, ledger: Ledger | None = None) -> Row:
+    predicted = None if cell.gap else predict(cell, ledger or Ledger())
     estimated = any(cell.op == name for constant in LEDGER for name, _ in constant.derived) and not cell.gap
     return Row(
         system=cell.system, source=cell.source, model=cell.model if cell.weights == "fp16" else f"{cell.model} ({cell.weights} weights)", setup=setup_of(cell),

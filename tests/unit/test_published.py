@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -17,10 +16,12 @@ from benchmarks.published_systems import Ledger, block_plan, hardware, simulated
 
 MEDIAN_ERROR, WORST_ERROR = 0.09, 0.40  # measured 6.2 % and 39 % (docs/published.md), and a margin
 
+USED = Ledger()  # what all predictions together asked of the ledger
+
 
 @cache
 def predicted() -> tuple[Row, ...]:
-    return tuple(rows(ours=False))
+    return tuple(rows(ours=False, ledger=USED))
 
 
 def cell_of(system: str, model: str, **fields: object) -> Cell:
@@ -44,17 +45,14 @@ def test_predictions_repeat_exactly() -> None:
 
 
 def test_the_ledger_holds_all_constants_and_no_others() -> None:
-    ledger = Ledger()
-    for cell in CELLS:
-        if not cell.gap:
-            predict(cell, ledger)
-    assert ledger.used == {(constant.system, constant.name, constant.model) for constant in LEDGER}
+    predicted()
+    assert USED.used == {(constant.system, constant.name, constant.model) for constant in LEDGER}
     assert all(constant.source and constant.unit for constant in LEDGER)
 
 
 def test_a_constant_that_the_ledger_lacks_is_refused() -> None:
-    with pytest.raises(KeyError, match="no constant 'batch' of FlexGen opt-66b"):
-        simulated(cell_of("ZeRO-Inference", "opt-66b"), Ledger()) and Ledger().get("FlexGen", "batch", "opt-66b")
+    with pytest.raises(KeyError, match="no constant 'gpu_batches' of FlexGen opt-66b"):
+        simulated(replace(cell_of("FlexGen", "opt-30b"), model="opt-66b"), Ledger())
 
 
 def test_no_constant_but_a_policy_choice_is_kept_for_one_model() -> None:
@@ -115,6 +113,12 @@ def test_machines_describe_what_the_sources_name() -> None:
         assert machine.pageable < machine.sheet.link and machine.pageable_source and machine.sheet.source
 
 
-def test_the_command_prints_the_rows_as_one_json_list() -> None:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.published", "--json", "--without-ours"], capture_output=True, text=True, timeout=240, check=True)
-    assert [row["published"] for row in json.loads(done.stdout)] == [cell.published for cell in CELLS]
+def test_the_command_prints_a_table_or_one_json_list_and_draws(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setattr(published, "rows", lambda *, ours: list(predicted()) if not ours else pytest.fail("our plans were not asked for"))
+    pytest.importorskip("matplotlib")
+    assert published.main(["--json", "--without-ours", "--plot", str(tmp_path / "published.svg")]) == 0
+    assert [row["published"] for row in json.loads(capsys.readouterr().out)] == [cell.published for cell in CELLS]
+    assert (tmp_path / "published.svg").stat().st_size > 10_000
+    assert published.main(["--without-ours"]) == 0
+    text = capsys.readouterr().out
+    assert "| FlexGen | opt-30b |" in text and "23 cells predicted, 3 without a prediction" in text
