@@ -29,7 +29,7 @@ class Machine:
     pageable_source: str
 
 
-PCIE3_PAGEABLE = 5.37 * GB, "NVIDIA developer blog, How to Optimize Data Transfers in CUDA C/C++ (2012): pageable 5.37 GB/s host to device on a desktop host"
+OLD_PAGEABLE = 5.37 * GB, "NVIDIA developer blog, How to Optimize Data Transfers in CUDA C/C++ (2012): i7-3930K, pageable 5.37, pinned 6.19 GB/s"
 PCIE4_PAGEABLE = 10.0 * GB, "CUDA bandwidthTest on a DGX A100 (PCIe 4.0 x16, EPYC 7742), gengwg's public notes: pageable 10.0, pinned 25.7 GB/s"
 A10 = Sheet(
     source="NVIDIA A10 data sheet (600 GB/s, 125 TFLOPS fp16, 31.2 fp32); HeteGen (MLSys 2024) section 5.1: PCIe at 25 GB/s, at most 16 cores at 2.3 GHz",
@@ -47,7 +47,7 @@ T4 = replace(  # this very card: what its users measured of its products
     SHEETS["t4"], gpu_flops_frac=21.24 / 65, source=f"{SHEETS['t4'].source}; 21.24 TFLOP/s of products (FlexGen repository, experimental/cost_model.py)"
 )
 MACHINES: dict[str, Machine] = {
-    "t4": Machine(title="T4 16 GB + 16 cores, 208 GB DRAM", sheet=T4, pageable=PCIE3_PAGEABLE[0], pageable_source=PCIE3_PAGEABLE[1]),
+    "t4": Machine(title="T4 16 GB + 16 cores, 208 GB DRAM", sheet=T4, pageable=OLD_PAGEABLE[0], pageable_source=OLD_PAGEABLE[1]),
     "a6000": Machine(title="RTX A6000 48 GB + 252 GB DRAM", sheet=SHEETS["a6000"], pageable=PCIE4_PAGEABLE[0], pageable_source=PCIE4_PAGEABLE[1]),
     "a10g": Machine(title="A10G 24 GB + EPYC 7R32", sheet=SHEETS["a10g"], pageable=PCIE4_PAGEABLE[0], pageable_source=PCIE4_PAGEABLE[1]),
     "a10": Machine(title="A10 24 GB + Xeon 2.3 GHz, 16 cores", sheet=A10, pageable=PCIE4_PAGEABLE[0], pageable_source=PCIE4_PAGEABLE[1]),
