@@ -41,6 +41,7 @@ class Sheet:
     cpu_flops_32: float
     dram: float
     disk: float
+    gpu_flops_frac: float = GPU_FLOPS_FRAC  # of the GPU's peak that products reach; less where power, not the arithmetic units, sets the clock
 
 
 SHEETS: dict[str, Sheet] = {
@@ -49,6 +50,7 @@ SHEETS: dict[str, Sheet] = {
         gpu="NVIDIA T4", gpu_memory_bytes=15 * GIB, gpu_read=320 * GB, gpu_flops_16=65 * TERA, gpu_flops_32=8.1 * TERA, link=12.9 * GB,
         host="GCP n1-highmem-32: 16 cores of a Skylake Xeon at 2.0 GHz, AVX-512, its share (16 of 28 cores) of 6 channels DDR4-2666",
         host_memory_bytes=int(208 * GB), cpu_cores=16, cpu_flops_16=2.0 * TERA, cpu_flops_32=2.0 * TERA, dram=73 * GB, disk=2 * GB,
+        gpu_flops_frac=0.37,  # 70 W cap its clock: cuBLAS reaches 24 TFLOP/s (NVIDIA developer forum, topic 264462)
     ),
     "a10g": Sheet(
         source="NVIDIA A10G data sheet (600 GB/s, 70 TFLOPS fp16, 35 fp32); link of TwinPilots (SYSTOR 2024) figure 6: 13.2 GB/s; AWS g5.16xlarge",
@@ -77,8 +79,8 @@ SHEETS: dict[str, Sheet] = {
     "h100": Sheet(
         source="NVIDIA H100 SXM data sheet (3350 GB/s, 989 TFLOPS bf16, 67 fp32); PCIe 5.0 x16 measured 55 GB/s; Intel Xeon 8480C sheet",
         gpu="NVIDIA H100 SXM 80 GB", gpu_memory_bytes=80 * GIB, gpu_read=3350 * GB, gpu_flops_16=989 * TERA, gpu_flops_32=67 * TERA, link=55 * GB,
-        host="Intel Xeon Platinum 8480C: 56 cores at 2.0 GHz, AVX-512 and AMX (1024 bf16 operations per cycle), 8 channels DDR5-4800, 512 GB",
-        host_memory_bytes=int(512 * GB), cpu_cores=56, cpu_flops_16=57 * TERA, cpu_flops_32=7.2 * TERA, dram=307 * GB, disk=7 * GB,
+        host="Intel Xeon Platinum 8480C: 56 cores at 2.0 GHz, AVX-512 and AMX (1024 bf16 operations per cycle and core), 8 channels DDR5-4800, 512 GB",
+        host_memory_bytes=int(512 * GB), cpu_cores=56, cpu_flops_16=114.7 * TERA, cpu_flops_32=7.2 * TERA, dram=307 * GB, disk=7 * GB,
     ),
 }  # fmt: skip
 
@@ -132,7 +134,7 @@ def from_sheet(name: str, sheet: Sheet) -> HardwareProfile:
             quantized=(sheet.cpu_flops_32, FAST_FLOPS_GAIN * sheet.cpu_flops_32), attention_flops=sheet.cpu_flops_32, task_s=4e-6, copy_slowdown=slowdown,
         ),
         gpu=_processor(
-            sheet.gpu, sheet.gpu_read, sheet.gpu_flops_16, sheet.gpu_flops_32, GPU_FLOPS_FRAC,
+            sheet.gpu, sheet.gpu_read, sheet.gpu_flops_16, sheet.gpu_flops_32, sheet.gpu_flops_frac,
             quantized=(sheet.gpu_flops_16, sheet.gpu_flops_16), attention_flops=sheet.gpu_flops_16, task_s=6e-6, copy_slowdown=1.0,
         ),
         link=LinkProfile(up_bytes_per_s=sheet.link, down_bytes_per_s=sheet.link, packet_s=10e-6, copy_s=10e-6, handoff_s=15e-6),

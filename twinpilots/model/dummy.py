@@ -78,6 +78,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3-8b": _llama(4096, 36, 32, 12288, 8, **_QWEN3),
     "qwen3-32b": _llama(5120, 64, 64, 25600, 8, **_QWEN3),
     "gemma-2-27b": _llama(4608, 46, 32, 36864, 16, **_GEMMA2, head_dim=128, query_pre_attn_scalar=144, sliding_window=4096, dtype="bfloat16"),
+    "minitron-8b": _llama(4096, 40, 32, 11520, 8, vocab_size=131072, head_dim=128, max_position_embeddings=8192, rope_theta=1e6),
     "smollm2-135m": _llama(576, 30, 9, 1536, 3, vocab_size=49152, max_position_embeddings=8192, rope_theta=1e5, tie_word_embeddings=True, dtype="bfloat16"),
 }
 
