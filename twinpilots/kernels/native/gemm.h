@@ -1,76 +1,129 @@
-// y[M, n] += x[M, K] @ w[K, n], w of a stored type with rows `ldw` apart. Included inside each instruction set's namespace.
+// y[M, N] += x[M, K] @ w[K, N], w of a stored type. Included inside each instruction set's namespace.
 // Every output is one chain of fused multiply-adds in ascending k. Tiles of k are cut for the caches only: partial sums are stored and reloaded in fp32,
 // which is exact, so a row's bits depend neither on the other rows nor on the tiles.
 
-#if TP_ISA == 2
-constexpr int MAX_MR = 12, STRIP_VECTORS = 2;
-constexpr int direct_vectors(int mr) { return mr <= 6 ? 4 : 2; }
-#else
-constexpr int MAX_MR = 6, STRIP_VECTORS = 2;
-constexpr int direct_vectors(int mr) { return mr == 1 ? 8 : mr <= 3 ? 4 : 2; }
-#endif
-constexpr int STRIP = STRIP_VECTORS * W;  // columns of a converted strip
-constexpr int DIRECT_ROWS = TP_ISA == 2 ? 12 : 7;  // up to here a tile is used in its stored type; beyond, it is converted to fp32 once
-constexpr int DIRECT_MR = MAX_MR;
-constexpr int MAX_TILE = 128;             // k rows of a converted tile
-constexpr int PACKED_LD = MAX_TILE + 16;  // not a multiple of 4 KiB: rows do not fall into one cache set
-constexpr int MAX_STRIP = 32;             // over all instruction sets
+// Some panels of weights, each [k][columns] with rows `ld` elements apart; panels lie `stride` elements apart.
+struct Panels {
+  const void* data;
+  int64_t count, columns, ld, stride;
+};
 
-// MR rows times NV vectors of columns. LDX: the compile-time row stride of x, or 0. One cache line per 64 weight bytes and k is prefetched from `ahead`.
-template <int D, int MR, int NV, int LDX>
-static void micro(const float* x, int64_t ldx_, const typename Element<D>::T* w, int64_t ldw, int64_t k, float* y, int64_t ldy, const char* ahead, int64_t ahead_ld) {
-  constexpr int lines = (NV * W * (int)sizeof(typename Element<D>::T) + 63) / 64;
-  const int64_t ldx = LDX ? LDX : ldx_;
+constexpr int MAX_MR = TP_ISA == 2 ? 12 : 6;  // rows of x that share one load of weights
+constexpr int STRIP = 2 * W;                  // columns of a converted strip
+constexpr int DIRECT_ROWS = 12;               // up to here a tile is used in its stored type; beyond, it is converted to fp32 once
+constexpr int MAX_TILE = 128;                 // k rows of a tile
+constexpr int PACKED_LD = MAX_TILE + 16;      // not a multiple of 4 KiB: rows do not fall into one cache set
+constexpr int CONVERTED_FLOATS = 32 * 1024;   // of a converted tile: 128 KiB stay in a second-level cache beside x and y
+constexpr int MAX_STRIP = 32;                 // over all instruction sets
+constexpr int direct_vectors(int mr) { return TP_ISA == 2 ? (mr <= 6 ? 4 : 2) : mr == 1 ? 8 : mr <= 3 ? 4 : 2; }
+
+// What is read next, and how many bytes of it to prefetch per two k.
+struct Ahead {
+  const char* data;
+  int64_t step;
+};
+
+// MR rows times NV vectors of sums, in registers. An even number of vectors is kept in the order in which bf16 comes (`load_pair`).
+template <int D, int MR, int NV>
+struct Sums {
+  using T = typename Element<D>::T;
   vf c[MR][NV];
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; m++)
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; n++) c[m][n] = load(y + m * ldy + n * W);
-  for (int64_t i = 0; i < k; i++) {
-#pragma GCC unroll 8
-    for (int l = 0; l < lines; l++) __builtin_prefetch(ahead + l * 64, 0, 2);
-    ahead += ahead_ld;
-    vf b[NV];
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; n++) b[n] = Element<D>::load_vector(w + n * W);
+
+  TP_INLINE void read(Sums& s, const float* y, int64_t ldy) {
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++) {
-      const vf a = splat(x[m * ldx + i]);
 #pragma GCC unroll 8
-      for (int n = 0; n < NV; n++) c[m][n] = fma(a, b[n], c[m][n]);
+      for (int n = 0; n < NV; n++) s.c[m][n] = load(y + m * ldy + n * W);
+#pragma GCC unroll 4
+      for (int n = 0; D == BF16 && n + 1 < NV; n += 2) unweave(s.c[m][n], s.c[m][n + 1]);
     }
-    w += ldw;
   }
+  TP_INLINE void write(Sums& s, float* y, int64_t ldy) {
 #pragma GCC unroll 16
-  for (int m = 0; m < MR; m++)
+    for (int m = 0; m < MR; m++) {
+#pragma GCC unroll 4
+      for (int n = 0; D == BF16 && n + 1 < NV; n += 2) weave(s.c[m][n], s.c[m][n + 1]);
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; n++) store(y + m * ldy + n * W, c[m][n]);
+      for (int n = 0; n < NV; n++) store(y + m * ldy + n * W, s.c[m][n]);
+    }
+  }
+  TP_INLINE void step(Sums& s, const float* x, int64_t ldx, const T* w) {  // one k
+    vf b[NV];
+#pragma GCC unroll 4
+    for (int n = 0; n + 1 < NV; n += 2) load_pair<D>(w + n * W, b[n], b[n + 1]);
+    if (NV == 1) b[0] = Element<D>::load_vector(w);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++) {
+      const vf a = splat(x[m * ldx]);
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; n++) s.c[m][n] = fma(a, b[n], s.c[m][n]);
+    }
+  }
+  TP_INLINE void steps(Sums& s, const float* x, int64_t ldx, const T* w, int64_t ldw, int64_t k, Ahead ahead) {
+    const char* until = ahead.data;
+    int64_t i = 0;
+    for (; i + 2 <= k; i += 2, w += 2 * ldw) {
+      for (until += ahead.step; ahead.data < until; ahead.data += 64) __builtin_prefetch(ahead.data, 0, 2);
+      step(s, x + i, ldx, w);
+      step(s, x + i + 1, ldx, w + ldw);
+    }
+    if (i < k) step(s, x + i, ldx, w);
+  }
+};
+
+// x is packed: its rows lie PACKED_LD apart.
+template <int D, int MR, int NV>
+static void micro(const float* x, const typename Element<D>::T* w, int64_t ldw, int64_t k, float* y, int64_t ldy, Ahead ahead) {
+  using S = Sums<D, MR, NV>;
+  S s;
+  S::read(s, y, ldy);
+  S::steps(s, x, PACKED_LD, w, ldw, k, ahead);
+  S::write(s, y, ldy);
 }
 
+static void pack_rows(const float* x, int64_t ldx, int64_t rows, int64_t k, float* out) {
+  for (int64_t m = 0; m < rows; m++, x += ldx, out += PACKED_LD) __builtin_memcpy(out, x, k * sizeof *x);
+}
+
+// All columns of a panel's tile. `next` is its next tile, or null: each call of the micro-kernel prefetches as many of its bytes as it reads.
 template <int D, int MR>
-static void direct_rows(const float* x, int64_t ldx, const typename Element<D>::T* w, int64_t ldw, int64_t k, int64_t columns, float* y, int64_t ldy, int64_t ahead) {
-  constexpr int NV = direct_vectors(MR);
+static void direct_rows(const float* x, const Panels& p, const typename Element<D>::T* w, int64_t k, float* y, int64_t ldy, const typename Element<D>::T* next) {
+  constexpr int NV = direct_vectors(MR), size = sizeof *w;
+  const int64_t row_bytes = p.columns * size;
   int64_t n = 0;
-  for (; n + NV * W <= columns; n += NV * W) micro<D, MR, NV, 0>(x, ldx, w + n, ldw, k, y + n, ldy, (const char*)(w + n + ahead), ldw * sizeof *w);
-  for (; n < columns; n += W) micro<D, MR, 1, 0>(x, ldx, w + n, ldw, k, y + n, ldy, (const char*)(w + n + ahead), ldw * sizeof *w);
+  auto ahead = [&](int vectors) {
+    const int64_t at = n * k * size, row = at / row_bytes;
+    return next ? Ahead{(const char*)(next + row * p.ld) + (at - row * row_bytes), 2 * vectors * W * size} : Ahead{nullptr, 0};
+  };
+  for (; n + NV * W <= p.columns; n += NV * W) micro<D, MR, NV>(x, w + n, p.ld, k, y + n, ldy, ahead(NV));
+  for (; n < p.columns; n += W) micro<D, MR, 1>(x, w + n, p.ld, k, y + n, ldy, ahead(1));
 }
 
-// Few rows: the tile is used where it lies; meanwhile the weights `ahead` k rows further on are prefetched. `columns` is a multiple of W.
 template <int D>
-static void gemm_direct(const float* x, int64_t ldx, int64_t rows, const typename Element<D>::T* w, int64_t ldw, int64_t k, int64_t columns, float* y, int64_t ldy,
-                        int64_t tile, int64_t ahead) {
-  using Fn = void (*)(const float*, int64_t, const typename Element<D>::T*, int64_t, int64_t, int64_t, float*, int64_t, int64_t);
-  static const Fn table[] = {direct_rows<D, 1>, direct_rows<D, 2>, direct_rows<D, 3>, direct_rows<D, 4>, direct_rows<D, 5>, direct_rows<D, 6>,
+using DirectFn = void (*)(const float*, const Panels&, const typename Element<D>::T*, int64_t, float*, int64_t, const typename Element<D>::T*);
+template <int D>
+static const DirectFn<D> direct_table[] = {
+    direct_rows<D, 1>, direct_rows<D, 2>, direct_rows<D, 3>, direct_rows<D, 4>, direct_rows<D, 5>, direct_rows<D, 6>,
 #if TP_ISA == 2
-                             direct_rows<D, 7>, direct_rows<D, 8>, direct_rows<D, 9>, direct_rows<D, 10>, direct_rows<D, 11>, direct_rows<D, 12>,
+    direct_rows<D, 7>, direct_rows<D, 8>, direct_rows<D, 9>, direct_rows<D, 10>, direct_rows<D, 11>, direct_rows<D, 12>,
 #endif
-  };
-  const int64_t blocks = (rows + DIRECT_MR - 1) / DIRECT_MR;
+};
+
+// Few rows: tiles of `tile` k rows are used where they lie, those of all panels in turn: as many streams from memory as there are panels.
+// `columns` is a multiple of W; y holds the panels' columns side by side.
+template <int D>
+static void gemm_direct(const float* x, int64_t ldx, int64_t rows, const Panels& p, int64_t k, float* y, int64_t ldy, int64_t tile, float* packed) {
+  const auto* data = (const typename Element<D>::T*)p.data;
+  const int64_t blocks = (rows + MAX_MR - 1) / MAX_MR;
   for (int64_t k0 = 0; k0 < k; k0 += tile) {
     const int64_t kb = k - k0 < tile ? k - k0 : tile;
-    for (int64_t b = 0; b < blocks; b++) {
-      const int64_t m = rows * b / blocks, mr = rows * (b + 1) / blocks - m;
-      table[mr - 1](x + m * ldx + k0, ldx, w + k0 * ldw, ldw, kb, columns, y + m * ldy, ldy, b ? 0 : ahead * ldw);
+    pack_rows(x + k0, ldx, rows, kb, packed);
+    for (int64_t panel = 0; panel < p.count; panel++) {
+      const auto *w = data + panel * p.stride + k0 * p.ld, *next = k0 + tile < k ? w + tile * p.ld : nullptr;
+      for (int64_t b = 0; b < blocks; b++) {
+        const int64_t m = rows * b / blocks, mr = rows * (b + 1) / blocks - m;
+        direct_table<D>[mr - 1](packed + m * PACKED_LD, p, w, kb, y + m * ldy + panel * p.columns, ldy, b ? nullptr : next);
+      }
     }
   }
 }
@@ -82,74 +135,68 @@ static void convert_tile(const typename Element<D>::T* w, int64_t ldw, int64_t k
     for (int64_t i = 0; i < k; i++, out += STRIP) {
       const auto* row = w + i * ldw + n;
       if (n + STRIP <= columns) {
-        for (int v = 0; v < STRIP_VECTORS; v++) store(out + v * W, Element<D>::load_vector(row + v * W));
+        store(out, Element<D>::load_vector(row));
+        store(out + W, Element<D>::load_vector(row + W));
       } else {
         for (int j = 0; j < STRIP; j++) out[j] = n + j < columns ? Element<D>::get(row[j]) : 0.0f;
       }
     }
 }
 
-static void pack_rows(const float* x, int64_t ldx, int64_t rows, int64_t k, float* out) {
-  for (int64_t m = 0; m < rows; m++, x += ldx, out += PACKED_LD) __builtin_memcpy(out, x, k * sizeof *x);
-}
-
-template <int MR>
-static void packed_rows(const float* x, const float* strips, int64_t k, int64_t columns, float* y, int64_t ldy, const char* ahead, int64_t ahead_ld, int64_t element) {
-  for (int64_t n = 0; n < columns; n += STRIP, strips += k * STRIP) {
-    const char* line = ahead_ld ? ahead + n * element : ahead;
-    micro<FP32, MR, STRIP_VECTORS, PACKED_LD>(x, 0, strips, STRIP, k, y + n, ldy, line, ahead_ld);
-  }
-}
-
-using PackedFn = void (*)(const float*, const float*, int64_t, int64_t, float*, int64_t, const char*, int64_t, int64_t);
-static const PackedFn packed_table[] = {
-    packed_rows<1>, packed_rows<2>, packed_rows<3>, packed_rows<4>, packed_rows<5>, packed_rows<6>,
+using StripFn = void (*)(const float*, const float*, int64_t, int64_t, float*, int64_t, Ahead);
+static const StripFn strip_table[] = {
+    micro<FP32, 1, 2>, micro<FP32, 2, 2>, micro<FP32, 3, 2>, micro<FP32, 4, 2>, micro<FP32, 5, 2>, micro<FP32, 6, 2>,
 #if TP_ISA == 2
-    packed_rows<7>, packed_rows<8>, packed_rows<9>, packed_rows<10>, packed_rows<11>, packed_rows<12>,
+    micro<FP32, 7, 2>, micro<FP32, 8, 2>, micro<FP32, 9, 2>, micro<FP32, 10, 2>, micro<FP32, 11, 2>, micro<FP32, 12, 2>,
 #endif
 };
 
-static int64_t tile_rows(int64_t columns) {  // 64 KiB of converted weights at most
-  const int64_t rows = 16384 / round_up(columns, STRIP);
-  return rows < 8 ? 8 : rows > MAX_TILE ? MAX_TILE : rows;
-}
-// Floats of scratch that `gemm` needs for `columns` columns.
-static int64_t gemm_scratch(int64_t columns) { return tile_rows(columns) * round_up(columns, STRIP) + (int64_t)MAX_MR * PACKED_LD; }
-
-// Many rows, or columns that are no multiple of W. y has room for round_up(columns, STRIP) columns.
+// Many rows, or columns that are no multiple of W: a tile is converted once; a strip of it stays in the first-level cache while the rows pass by.
+// y holds the panels side by side, each in round_up(columns, STRIP) columns.
 template <int D>
-static void gemm_converted(const float* x, int64_t ldx, int64_t rows, const typename Element<D>::T* w, int64_t ldw, int64_t k, int64_t columns, float* y, int64_t ldy,
-                           float* scratch) {
-  const int64_t tile = tile_rows(columns), blocks = (rows + MAX_MR - 1) / MAX_MR;
-  float *strips = scratch, *packed = scratch + tile * round_up(columns, STRIP);
+static void gemm_converted(const float* x, int64_t ldx, int64_t rows, const Panels& p, int64_t k, float* y, int64_t ldy, int64_t tile, float* packed) {
+  using T = typename Element<D>::T;
+  const int64_t blocks = (rows + MAX_MR - 1) / MAX_MR, padded = round_up(p.columns, STRIP);
+  float* strips = packed + rows * PACKED_LD;
   for (int64_t k0 = 0; k0 < k; k0 += tile) {
     const int64_t kb = k - k0 < tile ? k - k0 : tile;
-    convert_tile<D>(w + k0 * ldw, ldw, kb, columns, strips);
-    for (int64_t b = 0; b < blocks; b++) {
-      const int64_t m = rows * b / blocks, mr = rows * (b + 1) / blocks - m;
-      pack_rows(x + m * ldx + k0, ldx, mr, kb, packed);
-      const bool prefetch = b == 0 && k0 + tile < k;  // the next tile comes in while the first rows are multiplied
-      const char* ahead = prefetch ? (const char*)(w + (k0 + tile) * ldw) : (const char*)packed;
-      packed_table[mr - 1](packed, strips, kb, columns, y + m * ldy, ldy, ahead, prefetch ? ldw * sizeof *w : 0, sizeof *w);
+    pack_rows(x + k0, ldx, rows, kb, packed);
+    for (int64_t panel = 0; panel < p.count; panel++) {
+      const T *w = (const T*)p.data + panel * p.stride + k0 * p.ld, *next = k0 + tile < k ? w + tile * p.ld : nullptr;
+      convert_tile<D>(w, p.ld, kb, p.columns, strips);
+      for (int64_t n = 0; n < p.columns; n += STRIP) {
+        const int64_t at = n * kb, row = at / p.columns;
+        const Ahead ahead = next ? Ahead{(const char*)(next + row * p.ld + (at - row * p.columns)), 2 * STRIP * (int64_t)sizeof(T)} : Ahead{nullptr, 0};
+        for (int64_t b = 0; b < blocks; b++) {
+          const int64_t m = rows * b / blocks, mr = rows * (b + 1) / blocks - m;
+          strip_table[mr - 1](packed + m * PACKED_LD, strips + n * kb, STRIP, kb, y + m * ldy + panel * padded + n, ldy, b ? Ahead{nullptr, 0} : ahead);
+        }
+      }
     }
   }
 }
 
-// How a matrix is walked when there are few rows: k rows per tile, and k rows between a weight row and its prefetch.
-struct Direct {
-  int64_t tile, ahead;
-};
-
-template <int D>
-static void gemm(const float* x, int64_t ldx, int64_t rows, const void* w_, int64_t ldw, int64_t k, int64_t columns, float* y, int64_t ldy, Direct direct, float* scratch) {
-  const auto* w = (const typename Element<D>::T*)w_;
-  if (rows <= DIRECT_ROWS && columns % W == 0) return gemm_direct<D>(x, ldx, rows, w, ldw, k, columns, y, ldy, direct.tile, direct.ahead);
-  gemm_converted<D>(x, ldx, rows, w, ldw, k, columns, y, ldy, scratch);
+// Whether y holds a panel in `columns` columns (few rows), or in as many as fill whole strips.
+static bool is_direct(int64_t rows, int64_t columns) { return rows <= DIRECT_ROWS && columns % W == 0; }
+static int64_t gemm_columns(int64_t rows, int64_t columns) { return is_direct(rows, columns) ? columns : round_up(columns, STRIP); }
+static int64_t converted_tile(int64_t columns) {
+  const int64_t rows = CONVERTED_FLOATS / round_up(columns, STRIP);
+  return rows < 8 ? 8 : rows > MAX_TILE ? MAX_TILE : rows;
+}
+// Floats of scratch that `gemm` needs.
+static int64_t gemm_scratch(int64_t rows, int64_t columns) {
+  return rows * PACKED_LD + (is_direct(rows, columns) ? 0 : converted_tile(columns) * round_up(columns, STRIP));
 }
 
-TP_INLINE void gemm_any(int dtype, const float* x, int64_t ldx, int64_t rows, const void* w, int64_t ldw, int64_t k, int64_t columns, float* y, int64_t ldy,
-                        Direct direct, float* scratch) {
-  if (dtype == BF16) return gemm<BF16>(x, ldx, rows, w, ldw, k, columns, y, ldy, direct, scratch);
-  if (dtype == FP16) return gemm<FP16>(x, ldx, rows, w, ldw, k, columns, y, ldy, direct, scratch);
-  gemm<FP32>(x, ldx, rows, w, ldw, k, columns, y, ldy, direct, scratch);
+// y has count * gemm_columns columns. `tile`: k rows per tile when there are few rows.
+template <int D>
+static void gemm(const float* x, int64_t ldx, int64_t rows, const Panels& p, int64_t k, float* y, int64_t ldy, int64_t tile, float* scratch) {
+  if (is_direct(rows, p.columns)) return gemm_direct<D>(x, ldx, rows, p, k, y, ldy, tile, scratch);
+  gemm_converted<D>(x, ldx, rows, p, k, y, ldy, converted_tile(p.columns), scratch);
+}
+
+TP_INLINE void gemm_any(int dtype, const float* x, int64_t ldx, int64_t rows, const Panels& p, int64_t k, float* y, int64_t ldy, int64_t tile, float* scratch) {
+  if (dtype == BF16) return gemm<BF16>(x, ldx, rows, p, k, y, ldy, tile, scratch);
+  if (dtype == FP16) return gemm<FP16>(x, ldx, rows, p, k, y, ldy, tile, scratch);
+  gemm<FP32>(x, ldx, rows, p, k, y, ldy, tile, scratch);
 }

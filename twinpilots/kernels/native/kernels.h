@@ -72,7 +72,7 @@ struct Sequence {
 };
 
 struct Kernels {
-  void (*linear_panel)(const LinearArgs&, int64_t panel, int64_t row0, int64_t row1);
+  void (*linear_panels)(const LinearArgs&, int64_t panel0, int64_t panel1, int64_t row0, int64_t row1);
   void (*linear_in_block)(const LinearInArgs&, int64_t column0, int64_t column1, int64_t row0, int64_t row1);
   void (*norm_row)(float* dst, const float* src, const float* gain, const float* bias, int64_t width, int kind, float eps);
   void (*add_row)(float* x, const float* p, const float* q, const float* bias, const float* gain, const float* gain_bias, int64_t width, int kind, float eps);

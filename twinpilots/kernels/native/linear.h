@@ -1,7 +1,6 @@
 // LINEAR and LINEAR_IN, one panel or column block at a time. Included inside each instruction set's namespace.
 
-constexpr Direct PANEL = {64, 64};  // contiguous: 8 KiB of a 64-column 16-bit panel ahead
-constexpr Direct BLOCK = {16, 32};  // a column block's rows lie pages apart and share few sets of the first-level cache: prefetches go to the second
+constexpr int64_t PANEL_TILE = 64, BLOCK_TILE = 16;  // k rows of a tile when there are few rows: a panel's tile is contiguous, a column block's rows lie apart
 
 TP_INLINE vf bias_vector(const float* bias, int64_t c, int64_t left) {
   if (!bias) return zero();
@@ -29,24 +28,32 @@ static void epilogue_row(const LinearArgs& a, const float* y, int64_t first, int
   }
 }
 
-static void linear_panel(const LinearArgs& a, int64_t panel, int64_t row0, int64_t row1) {
-  const int64_t first = panel * a.unit_rows, outputs = a.rows - first < a.unit_rows ? a.rows - first : a.unit_rows;
-  const int64_t pair = a.epilogue == ACT_MUL ? 2 : 1, columns = outputs * pair, ldy = round_up(columns, STRIP), rows = row1 - row0;
-  float* y = (float*)thread_scratch((rows * ldy + gemm_scratch(columns)) * sizeof(float));
+// Panels [panel0, panel1), all as wide as the first.
+static void equal_panels(const LinearArgs& a, int64_t panel0, int64_t panel1, int64_t row0, int64_t row1) {
+  const int64_t first = panel0 * a.unit_rows, outputs = a.rows - first < a.unit_rows ? a.rows - first : a.unit_rows, count = panel1 - panel0;
+  const int64_t pair = a.epilogue == ACT_MUL ? 2 : 1, columns = outputs * pair, rows = row1 - row0, padded = gemm_columns(rows, columns), ldy = count * padded;
+  float* y = (float*)thread_scratch((round_up(rows * ldy, 16) + gemm_scratch(rows, columns)) * sizeof(float));
   __builtin_memset(y, 0, rows * ldy * sizeof(float));
-  const char* w = (const char*)a.w + first * pair * a.width * dtype_bytes(a.dtype);
-  gemm_any(a.dtype, a.src + row0 * a.src_ld, a.src_ld, rows, w, columns, a.width, columns, y, ldy, PANEL, y + rows * ldy);
-  for (int64_t m = 0; m < rows; m++) epilogue_row(a, y + m * ldy, first, outputs, a.dst + (row0 + m) * a.dst_ld + first);
+  const Panels panels = {(const char*)a.w + first * pair * a.width * dtype_bytes(a.dtype), count, columns, columns, columns * a.width};
+  gemm_any(a.dtype, a.src + row0 * a.src_ld, a.src_ld, rows, panels, a.width, y, ldy, PANEL_TILE, y + round_up(rows * ldy, 16));
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t p = 0; p < count; p++) epilogue_row(a, y + m * ldy + p * padded, first + p * outputs, outputs, a.dst + (row0 + m) * a.dst_ld + first + p * outputs);
+}
+
+static void linear_panels(const LinearArgs& a, int64_t panel0, int64_t panel1, int64_t row0, int64_t row1) {
+  const int64_t whole = a.rows / a.unit_rows, cut = panel1 < whole ? panel1 : whole;
+  if (panel0 < cut) equal_panels(a, panel0, cut, row0, row1);
+  if (cut < panel1) equal_panels(a, cut, panel1, row0, row1);  // the last one, narrower
 }
 
 // Accumulating continues the chain of the value that is there: two calls over two halves of K give the bits of one call over K.
 static void linear_in_block(const LinearInArgs& a, int64_t column0, int64_t column1, int64_t row0, int64_t row1) {
-  const int64_t columns = column1 - column0, ldy = round_up(columns, STRIP), rows = row1 - row0;
-  float* y = (float*)thread_scratch((rows * ldy + gemm_scratch(columns)) * sizeof(float));
+  const int64_t columns = column1 - column0, rows = row1 - row0, ldy = gemm_columns(rows, columns);
+  float* y = (float*)thread_scratch((round_up(rows * ldy, 16) + gemm_scratch(rows, columns)) * sizeof(float));
   __builtin_memset(y, 0, rows * ldy * sizeof(float));
   float* dst = a.dst + row0 * a.dst_ld + column0;
   for (int64_t m = 0; a.accumulate && m < rows; m++) __builtin_memcpy(y + m * ldy, dst + m * a.dst_ld, columns * sizeof(float));
-  const char* w = (const char*)a.w + column0 * dtype_bytes(a.dtype);
-  gemm_any(a.dtype, a.src + row0 * a.src_ld, a.src_ld, rows, w, a.width, a.rows, columns, y, ldy, BLOCK, y + rows * ldy);
+  const Panels panel = {(const char*)a.w + column0 * dtype_bytes(a.dtype), 1, columns, a.width, 0};
+  gemm_any(a.dtype, a.src + row0 * a.src_ld, a.src_ld, rows, panel, a.rows, y, ldy, BLOCK_TILE, y + round_up(rows * ldy, 16));
   for (int64_t m = 0; m < rows; m++) __builtin_memcpy(dst + m * a.dst_ld, y + m * ldy, columns * sizeof(float));
 }

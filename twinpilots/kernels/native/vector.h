@@ -12,6 +12,16 @@ constexpr int W = 4;
 #endif
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+
+#if TP_ISA == 2
+constexpr vi EVEN = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30},
+             LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, ZIP = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+#elif TP_ISA == 1
+constexpr vi EVEN = {0, 2, 4, 6, 8, 10, 12, 14}, LANE = {0, 1, 2, 3, 4, 5, 6, 7}, ZIP = {0, 8, 1, 9, 2, 10, 3, 11};
+#else
+constexpr vi EVEN = {0, 2, 4, 6}, LANE = {0, 1, 2, 3}, ZIP = {0, 4, 1, 5};
+#endif
 
 TP_INLINE vf load(const float* p) {
   vf v;
@@ -109,6 +119,50 @@ struct Element<FP32> {
   TP_INLINE float get(T f) { return f; }
   TP_INLINE T put(float f) { return f; }
 };
+
+// Two vectors of 2 W consecutive elements. bf16 comes woven (even elements, then odd ones): a shift and a mask of one load; `unweave` brings sums into
+// that order, `weave` back. Lanes are independent, so the order changes no bit.
+template <int D>
+TP_INLINE void load_pair(const typename Element<D>::T* p, vf& a, vf& b) {
+  if (D == BF16) {
+    vu v;
+    __builtin_memcpy(&v, p, sizeof v);
+    a = (vf)(v << 16);
+    b = (vf)(v & 0xffff0000u);
+  } else {
+    a = Element<D>::load_vector(p);
+    b = Element<D>::load_vector(p + W);
+  }
+}
+TP_INLINE void unweave(vf& a, vf& b) {
+  const vf even = __builtin_shuffle(a, b, EVEN), odd = __builtin_shuffle(a, b, EVEN + 1);
+  a = even;
+  b = odd;
+}
+TP_INLINE void weave(vf& a, vf& b) {
+  const vf low = __builtin_shuffle(a, b, ZIP), high = __builtin_shuffle(a, b, ZIP + W / 2);
+  a = low;
+  b = high;
+}
+
+// One stage of a transposition: lanes of `a` whose bit `stride` is set against lanes of `b` whose bit is not.
+template <int STRIDE>
+TP_INLINE void exchange(vf& a, vf& b) {
+  constexpr vi lane = LANE, upper = (lane & STRIDE) != 0;
+  const vf low = __builtin_shuffle(a, b, (lane & ~upper) | ((lane + W - STRIDE) & upper));
+  const vf high = __builtin_shuffle(a, b, ((lane + STRIDE) & ~upper) | ((lane + W) & upper));
+  a = low;
+  b = high;
+}
+template <int STRIDE>
+TP_INLINE void transpose_from(vf (&r)[W]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (!(i & STRIDE)) exchange<STRIDE>(r[i], r[i + STRIDE]);
+  if constexpr (2 * STRIDE < W) transpose_from<2 * STRIDE>(r);
+}
+// A W x W block of 32-bit words, in registers: rows become columns.
+TP_INLINE void transpose(vf (&r)[W]) { transpose_from<1>(r); }
 
 // The first n < W floats of a row; the other lanes are 0.
 TP_INLINE vf load_n(const float* p, int64_t n) {
