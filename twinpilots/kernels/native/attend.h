@@ -15,9 +15,9 @@ static AttendBlock attend_layout(const AttendArgs& a, int64_t queries) {
   b.group = a.heads / a.kv.kv_heads;
   b.rows = queries * b.group;
   b.dim = a.kv.head_dim;
-  b.padded_dim = round_up(b.dim, MAX_STRIP);
+  b.padded_dim = round_up(b.dim, 16);
   b.tokens = a.kv.page_size >= 64 ? a.kv.page_size : 64 / a.kv.page_size * a.kv.page_size;
-  b.padded_tokens = round_up(b.tokens, MAX_STRIP);
+  b.padded_tokens = round_up(b.tokens, KEYS);
   const int64_t sizes[] = {(b.dim + MAX_TILE - 1) / MAX_TILE * b.rows * PACKED_LD, b.dim * KEYS, b.rows * b.padded_tokens, b.rows * b.padded_dim, round_up(b.rows, 16),
                            round_up(b.rows, 16), b.tokens * W};
   float** parts[] = {&b.q, &b.keys, &b.scores, &b.sums, &b.peak, &b.total, &b.tail};
@@ -171,7 +171,7 @@ TP_INLINE void value_columns(const Pages& p, int64_t base, int64_t t0, int64_t t
 
 template <int D, int MR>
 static void value_rows(const Pages& p, int64_t base, int64_t t0, int64_t t1, int64_t row, const AttendBlock& b) {
-  constexpr int NV = direct_vectors(MR);
+  constexpr int NV = vectors_of(MR);
   int64_t column = 0;
   for (; column + NV * W <= b.dim; column += NV * W) value_columns<D, MR, NV>(p, base, t0, t1, row, column, b);
   for (; column + W <= b.dim; column += W) value_columns<D, MR, 1>(p, base, t0, t1, row, column, b);

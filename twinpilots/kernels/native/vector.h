@@ -104,6 +104,17 @@ TP_INLINE vf load_bf16(const uint16_t* p) { return vf{from_bf16(p[0]), from_bf16
 TP_INLINE vf load_fp16(const uint16_t* p) { return vf{from_fp16(p[0]), from_fp16(p[1]), from_fp16(p[2]), from_fp16(p[3])}; }
 #endif
 
+// c0 += *a * b0, c1 += *a * b1. Written out because the compiler, left alone, hoists loads of `a` until it has to spill sums.
+TP_INLINE void accumulate(vf& c0, vf& c1, const float* a, vf b0, vf b1) {
+#if TP_ISA >= 1
+  vf t;
+  __asm__("vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1" : "+v"(c0), "+v"(c1), "=&v"(t) : "m"(*a), "v"(b0), "v"(b1));
+#else
+  c0 = fma(splat(*a), b0, c0);
+  c1 = fma(splat(*a), b1, c1);
+#endif
+}
+
 // ---- elements of a stored type D (Dtype)
 template <int D>
 struct Element {
