@@ -12,8 +12,10 @@ struct Panels {
 constexpr int MAX_MR = TP_ISA == 2 ? 12 : 6;  // rows of x that share one load of weights
 constexpr int MAX_TILE = 128;                 // k rows of a tile
 constexpr int PACKED_LD = MAX_TILE + 16;      // not a multiple of 4 KiB: rows do not fall into one cache set
-constexpr int PLACE_ROWS = 3;                 // up to here panels that lie side by side are used in place; beyond, a tile of them is copied together
-constexpr int PLACE_TILE = 16;                // k rows of such a tile: they lie pages apart and share few sets of the caches
+constexpr int PLACE_ROWS = TP_ISA == 2 ? 12 : 4;  // up to here panels that lie side by side are used in place
+constexpr int PLACE_MR = TP_ISA == 2 ? 12 : 3;    // and so many rows at once: the micro-kernel then reads whole cache lines
+constexpr int PLACE_TILE = 32;                // k rows of such a tile: they lie pages apart and share few sets of the caches
+constexpr int64_t COPY_BYTES = 128 * 1024;    // of the copied tile of panels that lie side by side
 constexpr int64_t TILE_BYTES = 16 * 1024;     // of one panel's tile: it stays in the first-level cache while the rows pass by
 constexpr int vectors_of(int mr) { return TP_ISA == 2 ? (mr <= 6 ? 4 : 2) : mr == 1 ? 8 : mr <= 3 ? 4 : 2; }
 
@@ -23,7 +25,7 @@ struct Ahead {
   int64_t step;
 };
 
-// MR rows times NV vectors of sums, in registers. An even number of vectors is kept in the order in which bf16 comes (`load_pair`).
+// MR rows times NV vectors of sums, in registers. While bf16 is multiplied, sums lie in memory in the order in which its pairs of vectors come.
 template <int D, int MR, int NV>
 struct Sums {
   using T = typename Element<D>::T;
@@ -31,21 +33,15 @@ struct Sums {
 
   TP_INLINE void read(Sums& s, const float* y, int64_t ldy) {
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; m++) {
+    for (int m = 0; m < MR; m++)
 #pragma GCC unroll 8
       for (int n = 0; n < NV; n++) s.c[m][n] = load(y + m * ldy + n * W);
-#pragma GCC unroll 4
-      for (int n = 0; D == BF16 && n + 1 < NV; n += 2) unweave(s.c[m][n], s.c[m][n + 1]);
-    }
   }
-  TP_INLINE void write(Sums& s, float* y, int64_t ldy) {
+  TP_INLINE void write(const Sums& s, float* y, int64_t ldy) {
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; m++) {
-#pragma GCC unroll 4
-      for (int n = 0; D == BF16 && n + 1 < NV; n += 2) weave(s.c[m][n], s.c[m][n + 1]);
+    for (int m = 0; m < MR; m++)
 #pragma GCC unroll 8
       for (int n = 0; n < NV; n++) store(y + m * ldy + n * W, s.c[m][n]);
-    }
   }
   TP_INLINE void step(Sums& s, const float* x, int64_t ldx, const T* w) {  // one k
 #pragma GCC unroll 4
@@ -72,103 +68,144 @@ struct Sums {
   }
 };
 
-// x is packed: its rows lie PACKED_LD apart.
+// Where the next tile lies, and from which of its bytes on to prefetch: rows of `row_bytes` that lie `stride` bytes apart. No data: nothing.
+struct Next {
+  const char* data;
+  int64_t row_bytes, stride, from;
+};
+constexpr Next NOTHING = {nullptr, 0, 0, 0};
+
+// x is packed: its rows lie PACKED_LD apart. As many bytes of the next tile are prefetched as of this one are read.
 template <int D, int MR, int NV>
-static void micro(const float* x, const typename Element<D>::T* w, int64_t ldw, int64_t k, float* y, int64_t ldy, Ahead ahead) {
+static void micro(const float* x, const typename Element<D>::T* w, int64_t ldw, int64_t k, float* y, int64_t ldy, const Next& next) {
   using S = Sums<D, MR, NV>;
+  constexpr int64_t bytes = NV * W * sizeof(typename Element<D>::T);  // of one k
   S s;
   S::read(s, y, ldy);
-  S::steps(s, x, PACKED_LD, w, ldw, k, ahead);
+  if (!next.data) S::steps(s, x, PACKED_LD, w, ldw, k, {nullptr, 0});
+  for (int64_t i = 0, at = next.from; next.data && i < k;) {
+    const int64_t row = at / next.row_bytes, column = at - row * next.row_bytes, left = (next.row_bytes - column + bytes - 1) / bytes, kb = left < k - i ? left : k - i;
+    S::steps(s, x + i, PACKED_LD, w + i * ldw, ldw, kb, {next.data + row * next.stride + column, 2 * bytes});
+    i += kb;
+    at += kb * bytes;
+  }
   S::write(s, y, ldy);
+}
+
+// From the columns' order to the order of the pairs (`weave`: back), for as many columns of sums as are multiplied in pairs.
+template <bool WEAVE>
+static void reorder(float* y, int64_t columns) {
+  for (int64_t n = 0; n + 2 * W <= columns; n += 2 * W) {
+    vf a = load(y + n), b = load(y + n + W);
+    if (WEAVE) weave(a, b);
+    else unweave(a, b);
+    store(y + n, a);
+    store(y + n + W, b);
+  }
 }
 
 static void pack_rows(const float* x, int64_t ldx, int64_t rows, int64_t k, float* out) {
   for (int64_t m = 0; m < rows; m++, x += ldx, out += PACKED_LD) __builtin_memcpy(out, x, k * sizeof *x);
 }
 
-// Where the next tile lies, and from which of its bytes on this panel prefetches: rows of `row_bytes` that lie `stride` bytes apart. No data: nothing.
-struct Next {
-  const char* data;
-  int64_t row_bytes, stride, from;
+// How many of `rows` go together. On sixteen registers 3, 5 and 6 rows make enough independent chains, 4 just so, 1 and 2 do not.
+static int64_t rows_at_once(int64_t rows, int64_t most) {
+  constexpr int64_t best[] = {0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 5, 6};
+  if (most == 6) return rows < 12 ? best[rows] : 6;
+  return rows / ((rows + most - 1) / most);
+}
 
-  Ahead ahead(int64_t offset, int64_t step) const {
-    const int64_t row = (from + offset) / row_bytes;
-    return data ? Ahead{data + row * stride + (from + offset - row * row_bytes), step} : Ahead{nullptr, 0};
-  }
-};
-
-// All columns of one panel's tile; each call of the micro-kernel prefetches as many bytes of the next tile as it reads of this one.
+// All columns of one panel's tile.
 template <int D, int MR>
 static void tile_rows(const float* x, const typename Element<D>::T* w, int64_t ldw, int64_t columns, int64_t k, float* y, int64_t ldy, const Next& next) {
   constexpr int NV = vectors_of(MR), size = sizeof *w;
   int64_t n = 0;
-  for (; n + NV * W <= columns; n += NV * W) micro<D, MR, NV>(x, w + n, ldw, k, y + n, ldy, next.ahead(n * k * size, 2 * NV * W * size));
-  for (; n + W <= columns; n += W) micro<D, MR, 1>(x, w + n, ldw, k, y + n, ldy, next.ahead(n * k * size, 2 * W * size));
+  for (; n + NV * W <= columns; n += NV * W) micro<D, MR, NV>(x, w + n, ldw, k, y + n, ldy, Next{next.data, next.row_bytes, next.stride, next.from + n * k * size});
+  for (; NV > 2 && n + 2 * W <= columns; n += 2 * W) micro<D, MR, 2>(x, w + n, ldw, k, y + n, ldy, Next{next.data, next.row_bytes, next.stride, next.from + n * k * size});
+  if (n + W <= columns) {
+    micro<D, MR, 1>(x, w + n, ldw, k, y + n, ldy, Next{next.data, next.row_bytes, next.stride, next.from + n * k * size});
+    n += W;
+  }
   if (n == columns) return;
   float last[MAX_TILE * W];  // a panel that is no multiple of W wide
   for (int64_t i = 0; i < k; i++)
     for (int64_t j = 0; j < W; j++) last[i * W + j] = n + j < columns ? Element<D>::get(w[i * ldw + n + j]) : 0.0f;
-  micro<FP32, MR, 1>(x, last, W, k, y + n, ldy, {nullptr, 0});
+  micro<FP32, MR, 1>(x, last, W, k, y + n, ldy, NOTHING);
 }
 
 template <int D>
-static void tile_any_rows(const float* x, int64_t rows, const typename Element<D>::T* w, int64_t ldw, int64_t columns, int64_t k, float* y, int64_t ldy, const Next& next) {
+static void tile_any_rows(const float* x, int64_t rows, const typename Element<D>::T* w, int64_t ldw, int64_t columns, int64_t k, float* y, int64_t ldy, const Next& next,
+                          int64_t most) {
   using Fn = void (*)(const float*, const typename Element<D>::T*, int64_t, int64_t, int64_t, float*, int64_t, const Next&);
   static const Fn table[] = {tile_rows<D, 1>, tile_rows<D, 2>, tile_rows<D, 3>, tile_rows<D, 4>, tile_rows<D, 5>, tile_rows<D, 6>,
 #if TP_ISA == 2
                              tile_rows<D, 7>, tile_rows<D, 8>, tile_rows<D, 9>, tile_rows<D, 10>, tile_rows<D, 11>, tile_rows<D, 12>,
 #endif
   };
-  const int64_t blocks = (rows + MAX_MR - 1) / MAX_MR;
-  for (int64_t b = 0; b < blocks; b++) {
-    const int64_t m = rows * b / blocks, mr = rows * (b + 1) / blocks - m;
-    table[mr - 1](x + m * PACKED_LD, w, ldw, columns, k, y + m * ldy, ldy, b ? Next{nullptr, 1, 0, 0} : next);
+  for (int64_t m = 0, mr; m < rows; m += mr) {
+    mr = rows_at_once(rows - m, most);
+    table[mr - 1](x + m * PACKED_LD, w, ldw, columns, k, y + m * ldy, ldy, m ? NOTHING : next);
   }
 }
 
-// A tile of panels that lie side by side, copied to panels that follow each other.
+// Rows [k0, k1) of a tile of panels that lie side by side, copied to panels that follow each other.
 template <class T>
-static void copy_tile(const T* w, const Panels& p, int64_t k, T* out) {
-  for (int64_t i = 0; i < k; i++)
-    for (int64_t panel = 0; panel < p.count; panel++) __builtin_memcpy(out + (panel * k + i) * p.columns, w + i * p.ld + panel * p.columns, p.columns * sizeof(T));
+static void copy_rows(const T* w, const Panels& p, int64_t tile, int64_t k0, int64_t k1, T* out) {
+  constexpr int64_t step = sizeof(vf) / sizeof(T);
+  for (int64_t k = k0; k < k1; k++)
+    for (int64_t panel = 0; panel < p.count; panel++) {
+      const T* from = w + k * p.ld + panel * p.columns;
+      T* to = out + (panel * tile + k) * p.columns;
+      int64_t i = 0;
+      for (; i + step <= p.columns; i += step) store((float*)(to + i), load((const float*)(from + i)));
+      for (; i < p.columns; i++) to[i] = from[i];
+    }
 }
 
 static int64_t padded(int64_t columns) { return round_up(columns, W); }
-static bool in_place(const Panels& p, int64_t rows) { return p.ld == p.columns || rows <= PLACE_ROWS; }
+static bool side_by_side(const Panels& p) { return p.ld != p.columns; }
+static bool in_place(const Panels& p, int64_t rows) { return !side_by_side(p) || rows <= PLACE_ROWS; }
 static int64_t tile_of(const Panels& p, int64_t rows, int64_t element_bytes) {
-  if (p.ld != p.columns && in_place(p, rows)) return PLACE_TILE;
-  const int64_t k = TILE_BYTES / (p.columns * element_bytes);
+  if (side_by_side(p) && in_place(p, rows)) return PLACE_TILE;
+  const int64_t one = TILE_BYTES / (p.columns * element_bytes), all = COPY_BYTES / (p.count * p.columns * element_bytes), k = side_by_side(p) && all < one ? all : one;
   return k < 16 ? 16 : k > MAX_TILE ? MAX_TILE : k & ~(int64_t)1;
 }
 // Floats of scratch that `gemm` needs.
 static int64_t gemm_scratch(const Panels& p, int64_t rows, int64_t element_bytes) {
-  const int64_t copied = in_place(p, rows) ? 0 : p.count * tile_of(p, rows, element_bytes) * p.columns * element_bytes / (int64_t)sizeof(float);
-  return rows * PACKED_LD + copied + 16;
+  const int64_t copies = in_place(p, rows) ? 0 : 2 * p.count * tile_of(p, rows, element_bytes) * p.columns * element_bytes;
+  return rows * PACKED_LD + copies / (int64_t)sizeof(float) + 16;
 }
 
-// y holds the panels side by side, each in padded(columns) columns. Tiles of all panels are used in turn: as many streams from memory as there are panels.
+// y holds the panels side by side, each in padded(columns) columns. Panels that follow each other are used where they lie, a tile of each in turn: as many
+// streams from memory as there are panels. Rows of panels that lie side by side are pages apart and would share few sets of the caches: while a tile is
+// used, the next one is prefetched and copied, a few whole rows after each panel.
 template <int D>
 static void gemm(const float* x, int64_t ldx, int64_t rows, const Panels& p, int64_t k, float* y, int64_t ldy, float* scratch) {
   using T = typename Element<D>::T;
   constexpr int64_t size = sizeof(T);
-  const int64_t tile = tile_of(p, rows, size), width = p.count * p.columns;
-  T* copy = (T*)(scratch + rows * PACKED_LD);
+  const int64_t tile = tile_of(p, rows, size), panel_bytes = tile * p.columns * size, width = p.count * p.columns;
+  const bool copied = !in_place(p, rows);
+  T *now = (T*)(scratch + rows * PACKED_LD), *then = now + tile * width;
+  if (copied) copy_rows((const T*)p.data, p, tile, 0, k < tile ? k : tile, now);
   for (int64_t k0 = 0; k0 < k; k0 += tile) {
-    const T* w = (const T*)p.data + k0 * p.ld;
-    const int64_t kb = k - k0 < tile ? k - k0 : tile;
+    const T *w = (const T*)p.data + k0 * p.ld, *after = w + tile * p.ld;
+    const int64_t kb = k - k0 < tile ? k - k0 : tile, left = k - k0 - kb, kn = left < tile ? left : tile;
     pack_rows(x + k0, ldx, rows, kb, scratch);
-    if (!in_place(p, rows)) copy_tile(w, p, kb, copy);
     for (int64_t panel = 0; panel < p.count; panel++) {
-      Next next = {nullptr, 1, 0, 0};
-      if (k0 + tile < k) {
-        const T* after = w + tile * p.ld;
-        if (p.ld == p.columns) next = {(const char*)(after + panel * p.stride), p.columns * size, p.columns * size, 0};
-        else next = {(const char*)after, width * size, p.ld * size, panel * kb * p.columns * size};
-      }
       float* to = y + panel * padded(p.columns);
-      if (in_place(p, rows)) tile_any_rows<D>(scratch, rows, w + panel * p.stride, p.ld, p.columns, kb, to, ldy, next);
-      else tile_any_rows<D>(scratch, rows, copy + panel * kb * p.columns, p.columns, p.columns, kb, to, ldy, next);
+      if (copied) {
+        const Next next = {kn ? (const char*)after : nullptr, width * size, p.ld * size, (panel + 1) * panel_bytes};
+        tile_any_rows<D>(scratch, rows, now + panel * tile * p.columns, p.columns, p.columns, kb, to, ldy, next, MAX_MR);
+        copy_rows(after, p, tile, kn * panel / p.count, kn * (panel + 1) / p.count, then);
+      } else {
+        Next next = {kn ? (const char*)(after + panel * p.stride) : nullptr, panel_bytes, 0, 0};
+        if (kn && side_by_side(p)) next = {(const char*)after, width * size, p.ld * size, panel * panel_bytes};
+        tile_any_rows<D>(scratch, rows, w + panel * p.stride, p.ld, p.columns, kb, to, ldy, next, side_by_side(p) ? PLACE_MR : MAX_MR);
+      }
     }
+    T* swap = now;
+    now = then;
+    then = swap;
   }
 }
 

@@ -165,15 +165,28 @@ TP_INLINE void exchange(vf& a, vf& b) {
   a = low;
   b = high;
 }
-template <int STRIDE>
-TP_INLINE void transpose_from(vf (&r)[W]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < W; i++)
-    if (!(i & STRIDE)) exchange<STRIDE>(r[i], r[i + STRIDE]);
-  if constexpr (2 * STRIDE < W) transpose_from<2 * STRIDE>(r);
+// Four rows: their 4 x 4 blocks are transposed, by shuffles that stay within groups of four lanes (one instruction each).
+TP_INLINE void transpose_blocks(vf* r) {
+  constexpr vi group = LANE & ~3, odd = (LANE & 1) != 0, late = (LANE & 2) != 0;
+  constexpr vi zip = group + ((LANE & 3) >> 1) + (odd & W), pair = group + (LANE & 1) + (late & W);
+  const vf a = __builtin_shuffle(r[0], r[1], zip), b = __builtin_shuffle(r[0], r[1], zip + 2);
+  const vf c = __builtin_shuffle(r[2], r[3], zip), d = __builtin_shuffle(r[2], r[3], zip + 2);
+  r[0] = __builtin_shuffle(a, c, pair);
+  r[1] = __builtin_shuffle(a, c, pair + 2);
+  r[2] = __builtin_shuffle(b, d, pair);
+  r[3] = __builtin_shuffle(b, d, pair + 2);
 }
 // A W x W block of 32-bit words, in registers: rows become columns.
-TP_INLINE void transpose(vf (&r)[W]) { transpose_from<1>(r); }
+TP_INLINE void transpose(vf (&r)[W]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < W; i += 4) transpose_blocks(r + i);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (W > 4 && !(i & 4)) exchange<4 % W>(r[i], r[i + 4]);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (W > 8 && !(i & 8)) exchange<8 % W>(r[i], r[i + 8]);
+}
 
 // The first n < W floats of a row; the other lanes are 0.
 TP_INLINE vf load_n(const float* p, int64_t n) {
