@@ -108,12 +108,8 @@ static void pack_rows(const float* x, int64_t ldx, int64_t rows, int64_t k, floa
   for (int64_t m = 0; m < rows; m++, x += ldx, out += PACKED_LD) __builtin_memcpy(out, x, k * sizeof *x);
 }
 
-// How many of `rows` go together. On sixteen registers 3, 5 and 6 rows make enough independent chains, 4 just so, 1 and 2 do not.
-static int64_t rows_at_once(int64_t rows, int64_t most) {
-  constexpr int64_t best[] = {0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 5, 6};
-  if (most == 6) return rows < 12 ? best[rows] : 6;
-  return rows / ((rows + most - 1) / most);
-}
+// How many of `rows` go together when at most `most` can: as even as possible, because few rows make too few independent chains.
+TP_INLINE int64_t rows_at_once(int64_t rows, int64_t most) { return rows / ((rows + most - 1) / most); }
 
 // All columns of one panel's tile.
 template <int D, int MR>
