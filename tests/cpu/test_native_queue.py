@@ -290,6 +290,35 @@ def test_many_small_parallel_calls_and_a_late_worker(pool):
     np.testing.assert_allclose((found.astype(float) ** 2).mean(-1), 1, rtol=1e-4)
 
 
+def test_pools_on_disjoint_cores_run_side_by_side():
+    """Each pool's worker keeps to its own core, and two queues with a pool each do not disturb each other's results."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    tasks_before = set(os.listdir("/proc/self/task"))
+    pools = [native().pool_create(2, [core, core]) for core in cores]
+    workers = set(os.listdir("/proc/self/task")) - tasks_before
+    try:
+        assert sorted(tuple(os.sched_getaffinity(int(task))) for task in workers) == [(core,) for core in cores]
+        rng, results = np.random.default_rng(3), []
+        for _ in pools:
+            machine = Machine(1 << 22)
+            x = rng.standard_normal((40, 512)).astype(np.float32)
+            w = rng.standard_normal(512 * 320).astype(np.float32)
+            out = machine.put(np.zeros((40, 320), np.float32))
+            program = [insn(Op.LINEAR_IN, out, 320, machine.put(x), 512, machine.put(w), 0, 512, 320, 0)] * 30
+            results.append((machine, machine.entry(program, rows_batch(40)), machine.view(out, np.float32, (40, 320)), x.astype(float) @ w.reshape(512, 320)))
+        (m0, e0, _, _), (m1, e1, _, _) = results
+        with running(lambda: native().run(m0.host_base, m0.gpu_base, e0, pool=pools[0])) as other:
+            assert native().run(m1.host_base, m1.gpu_base, e1, pool=pools[1]) == 0
+        assert other == [0]
+        for _, _, found, wanted in results:
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3)
+    finally:
+        for pool in pools:
+            native().pool_destroy(pool)
+
+
 def test_a_pool_refuses_cores_that_it_may_not_use():
     with pytest.raises(ValueError, match="1023"):
         native().pool_create(2, [0, 1023])

@@ -1,155 +1,212 @@
-// y[M, n] += x[M, K] @ w[K, n], w of a stored type with rows `ldw` apart. Included inside each instruction set's namespace.
+// y[M, N] += x[M, K] @ w[K, N], w of a stored type. Included inside each instruction set's namespace.
 // Every output is one chain of fused multiply-adds in ascending k. Tiles of k are cut for the caches only: partial sums are stored and reloaded in fp32,
 // which is exact, so a row's bits depend neither on the other rows nor on the tiles.
 
-#if TP_ISA == 2
-constexpr int MAX_MR = 12, STRIP_VECTORS = 2;
-constexpr int direct_vectors(int mr) { return mr <= 6 ? 4 : 2; }
-#else
-constexpr int MAX_MR = 6, STRIP_VECTORS = 2;
-constexpr int direct_vectors(int mr) { return mr == 1 ? 8 : mr <= 3 ? 4 : 2; }
-#endif
-constexpr int STRIP = STRIP_VECTORS * W;  // columns of a converted strip
-constexpr int DIRECT_ROWS = TP_ISA == 2 ? 12 : 7;  // up to here a tile is used in its stored type; beyond, it is converted to fp32 once
-constexpr int DIRECT_MR = MAX_MR;
-constexpr int MAX_TILE = 128;             // k rows of a converted tile
-constexpr int PACKED_LD = MAX_TILE + 16;  // not a multiple of 4 KiB: rows do not fall into one cache set
-constexpr int MAX_STRIP = 32;             // over all instruction sets
+// Panels of weights, each [k][columns] with rows `ld` elements apart; panels lie `stride` elements apart: one after the other (ld = columns)
+// or side by side (stride = columns).
+struct Panels {
+  const void* data;
+  int64_t count, columns, ld, stride;
+};
 
-// MR rows times NV vectors of columns. LDX: the compile-time row stride of x, or 0. One cache line per 64 weight bytes and k is prefetched from `ahead`.
-template <int D, int MR, int NV, int LDX>
-static void micro(const float* x, int64_t ldx_, const typename Element<D>::T* w, int64_t ldw, int64_t k, float* y, int64_t ldy, const char* ahead, int64_t ahead_ld) {
-  constexpr int lines = (NV * W * (int)sizeof(typename Element<D>::T) + 63) / 64;
-  const int64_t ldx = LDX ? LDX : ldx_;
+constexpr int MAX_MR = TP_ISA == 2 ? 12 : 6;  // rows of x that share one load of weights
+constexpr int MAX_TILE = 128;                 // k rows of a tile
+constexpr int PACKED_LD = MAX_TILE + 16;      // not a multiple of 4 KiB: rows do not fall into one cache set
+constexpr int PLACE_ROWS = TP_ISA == 2 ? 12 : 4;  // up to here panels that lie side by side are used in place
+constexpr int PLACE_MR = TP_ISA == 2 ? 12 : 3;    // and so many rows at once: the micro-kernel then reads whole cache lines
+constexpr int PLACE_TILE = 32;                // k rows of such a tile: they lie pages apart and share few sets of the caches
+constexpr int64_t COPY_BYTES = 128 * 1024;    // of the copied tile of panels that lie side by side
+constexpr int64_t TILE_BYTES = 16 * 1024;     // of one panel's tile: it stays in the first-level cache while the rows pass by
+constexpr int vectors_of(int mr) { return TP_ISA == 2 ? (mr <= 6 ? 4 : 2) : mr == 1 ? 8 : mr <= 3 ? 4 : 2; }
+
+// What is read next, and how many bytes of it to prefetch per two k.
+struct Ahead {
+  const char* data;
+  int64_t step;
+};
+
+// MR rows times NV vectors of sums, in registers. While bf16 is multiplied, sums lie in memory in the order in which its pairs of vectors come.
+template <int D, int MR, int NV>
+struct Sums {
+  using T = typename Element<D>::T;
   vf c[MR][NV];
+
+  TP_INLINE void read(Sums& s, const float* y, int64_t ldy) {
 #pragma GCC unroll 16
-  for (int m = 0; m < MR; m++)
+    for (int m = 0; m < MR; m++)
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; n++) c[m][n] = load(y + m * ldy + n * W);
-  for (int64_t i = 0; i < k; i++) {
-#pragma GCC unroll 8
-    for (int l = 0; l < lines; l++) __builtin_prefetch(ahead + l * 64, 0, 2);
-    ahead += ahead_ld;
-    vf b[NV];
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; n++) b[n] = Element<D>::load_vector(w + n * W);
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; m++) {
-      const vf a = splat(x[m * ldx + i]);
-#pragma GCC unroll 8
-      for (int n = 0; n < NV; n++) c[m][n] = fma(a, b[n], c[m][n]);
-    }
-    w += ldw;
+      for (int n = 0; n < NV; n++) s.c[m][n] = load(y + m * ldy + n * W);
   }
+  TP_INLINE void write(const Sums& s, float* y, int64_t ldy) {
 #pragma GCC unroll 16
-  for (int m = 0; m < MR; m++)
+    for (int m = 0; m < MR; m++)
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; n++) store(y + m * ldy + n * W, c[m][n]);
-}
-
-template <int D, int MR>
-static void direct_rows(const float* x, int64_t ldx, const typename Element<D>::T* w, int64_t ldw, int64_t k, int64_t columns, float* y, int64_t ldy, int64_t ahead) {
-  constexpr int NV = direct_vectors(MR);
-  int64_t n = 0;
-  for (; n + NV * W <= columns; n += NV * W) micro<D, MR, NV, 0>(x, ldx, w + n, ldw, k, y + n, ldy, (const char*)(w + n + ahead), ldw * sizeof *w);
-  for (; n < columns; n += W) micro<D, MR, 1, 0>(x, ldx, w + n, ldw, k, y + n, ldy, (const char*)(w + n + ahead), ldw * sizeof *w);
-}
-
-// Few rows: the tile is used where it lies; meanwhile the weights `ahead` k rows further on are prefetched. `columns` is a multiple of W.
-template <int D>
-static void gemm_direct(const float* x, int64_t ldx, int64_t rows, const typename Element<D>::T* w, int64_t ldw, int64_t k, int64_t columns, float* y, int64_t ldy,
-                        int64_t tile, int64_t ahead) {
-  using Fn = void (*)(const float*, int64_t, const typename Element<D>::T*, int64_t, int64_t, int64_t, float*, int64_t, int64_t);
-  static const Fn table[] = {direct_rows<D, 1>, direct_rows<D, 2>, direct_rows<D, 3>, direct_rows<D, 4>, direct_rows<D, 5>, direct_rows<D, 6>,
-#if TP_ISA == 2
-                             direct_rows<D, 7>, direct_rows<D, 8>, direct_rows<D, 9>, direct_rows<D, 10>, direct_rows<D, 11>, direct_rows<D, 12>,
-#endif
-  };
-  const int64_t blocks = (rows + DIRECT_MR - 1) / DIRECT_MR;
-  for (int64_t k0 = 0; k0 < k; k0 += tile) {
-    const int64_t kb = k - k0 < tile ? k - k0 : tile;
-    for (int64_t b = 0; b < blocks; b++) {
-      const int64_t m = rows * b / blocks, mr = rows * (b + 1) / blocks - m;
-      table[mr - 1](x + m * ldx + k0, ldx, w + k0 * ldw, ldw, kb, columns, y + m * ldy, ldy, b ? 0 : ahead * ldw);
-    }
+      for (int n = 0; n < NV; n++) store(y + m * ldy + n * W, s.c[m][n]);
   }
+  TP_INLINE void step(Sums& s, const float* x, int64_t ldx, const T* w) {  // one k
+#pragma GCC unroll 4
+    for (int n = 0; n + 1 < NV; n += 2) {
+      vf b0, b1;
+      load_pair<D>(w + n * W, b0, b1);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; m++) accumulate(s.c[m][n], s.c[m][n + 1], x + m * ldx, b0, b1);
+    }
+    if (NV % 2 == 0) return;
+    const vf b = Element<D>::load_vector(w + (NV - 1) * W);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++) s.c[m][NV - 1] = fma(splat(x[m * ldx]), b, s.c[m][NV - 1]);
+  }
+  TP_INLINE void steps(Sums& s, const float* x, int64_t ldx, const T* w, int64_t ldw, int64_t k, Ahead ahead) {
+    const char* until = ahead.data;
+    int64_t i = 0;
+    for (; i + 2 <= k; i += 2, w += 2 * ldw) {
+      for (until += ahead.step; ahead.data < until; ahead.data += 64) __builtin_prefetch(ahead.data, 0, 2);
+      step(s, x + i, ldx, w);
+      step(s, x + i + 1, ldx, w + ldw);
+    }
+    if (i < k) step(s, x + i, ldx, w);
+  }
+};
+
+// Where the next tile lies, and from which of its bytes on to prefetch: rows of `row_bytes` that lie `stride` bytes apart. No data: nothing.
+struct Next {
+  const char* data;
+  int64_t row_bytes, stride, from;
+};
+constexpr Next NOTHING = {nullptr, 0, 0, 0};
+
+// x is packed: its rows lie PACKED_LD apart. As many bytes of the next tile are prefetched as of this one are read.
+template <int D, int MR, int NV>
+static void micro(const float* x, const typename Element<D>::T* w, int64_t ldw, int64_t k, float* y, int64_t ldy, const Next& next) {
+  using S = Sums<D, MR, NV>;
+  constexpr int64_t bytes = NV * W * sizeof(typename Element<D>::T);  // of one k
+  S s;
+  S::read(s, y, ldy);
+  if (!next.data) S::steps(s, x, PACKED_LD, w, ldw, k, {nullptr, 0});
+  for (int64_t i = 0, at = next.from; next.data && i < k;) {
+    const int64_t row = at / next.row_bytes, column = at - row * next.row_bytes, left = (next.row_bytes - column + bytes - 1) / bytes, kb = left < k - i ? left : k - i;
+    S::steps(s, x + i, PACKED_LD, w + i * ldw, ldw, kb, {next.data + row * next.stride + column, 2 * bytes});
+    i += kb;
+    at += kb * bytes;
+  }
+  S::write(s, y, ldy);
 }
 
-// A tile [k][columns] as fp32 strips [columns / STRIP][k][STRIP]; columns that do not exist become 0.
-template <int D>
-static void convert_tile(const typename Element<D>::T* w, int64_t ldw, int64_t k, int64_t columns, float* out) {
-  for (int64_t n = 0; n < columns; n += STRIP)
-    for (int64_t i = 0; i < k; i++, out += STRIP) {
-      const auto* row = w + i * ldw + n;
-      if (n + STRIP <= columns) {
-        for (int v = 0; v < STRIP_VECTORS; v++) store(out + v * W, Element<D>::load_vector(row + v * W));
-      } else {
-        for (int j = 0; j < STRIP; j++) out[j] = n + j < columns ? Element<D>::get(row[j]) : 0.0f;
-      }
-    }
+// From the columns' order to the order of the pairs (`weave`: back), for as many columns of sums as are multiplied in pairs.
+template <bool WEAVE>
+static void reorder(float* y, int64_t columns) {
+  for (int64_t n = 0; n + 2 * W <= columns; n += 2 * W) {
+    vf a = load(y + n), b = load(y + n + W);
+    if (WEAVE) weave(a, b);
+    else unweave(a, b);
+    store(y + n, a);
+    store(y + n + W, b);
+  }
 }
 
 static void pack_rows(const float* x, int64_t ldx, int64_t rows, int64_t k, float* out) {
   for (int64_t m = 0; m < rows; m++, x += ldx, out += PACKED_LD) __builtin_memcpy(out, x, k * sizeof *x);
 }
 
-template <int MR>
-static void packed_rows(const float* x, const float* strips, int64_t k, int64_t columns, float* y, int64_t ldy, const char* ahead, int64_t ahead_ld, int64_t element) {
-  for (int64_t n = 0; n < columns; n += STRIP, strips += k * STRIP) {
-    const char* line = ahead_ld ? ahead + n * element : ahead;
-    micro<FP32, MR, STRIP_VECTORS, PACKED_LD>(x, 0, strips, STRIP, k, y + n, ldy, line, ahead_ld);
+// How many of `rows` go together when at most `most` can: as even as possible, because few rows make too few independent chains.
+TP_INLINE int64_t rows_at_once(int64_t rows, int64_t most) { return rows / ((rows + most - 1) / most); }
+
+// All columns of one panel's tile.
+template <int D, int MR>
+static void tile_rows(const float* x, const typename Element<D>::T* w, int64_t ldw, int64_t columns, int64_t k, float* y, int64_t ldy, const Next& next) {
+  constexpr int NV = vectors_of(MR), size = sizeof *w;
+  int64_t n = 0;
+  for (; n + NV * W <= columns; n += NV * W) micro<D, MR, NV>(x, w + n, ldw, k, y + n, ldy, Next{next.data, next.row_bytes, next.stride, next.from + n * k * size});
+  for (; NV > 2 && n + 2 * W <= columns; n += 2 * W) micro<D, MR, 2>(x, w + n, ldw, k, y + n, ldy, Next{next.data, next.row_bytes, next.stride, next.from + n * k * size});
+  if (n + W <= columns) {
+    micro<D, MR, 1>(x, w + n, ldw, k, y + n, ldy, Next{next.data, next.row_bytes, next.stride, next.from + n * k * size});
+    n += W;
   }
+  if (n == columns) return;
+  float last[MAX_TILE * W];  // a panel that is no multiple of W wide
+  for (int64_t i = 0; i < k; i++)
+    for (int64_t j = 0; j < W; j++) last[i * W + j] = n + j < columns ? Element<D>::get(w[i * ldw + n + j]) : 0.0f;
+  micro<FP32, MR, 1>(x, last, W, k, y + n, ldy, NOTHING);
 }
 
-using PackedFn = void (*)(const float*, const float*, int64_t, int64_t, float*, int64_t, const char*, int64_t, int64_t);
-static const PackedFn packed_table[] = {
-    packed_rows<1>, packed_rows<2>, packed_rows<3>, packed_rows<4>, packed_rows<5>, packed_rows<6>,
+template <int D>
+static void tile_any_rows(const float* x, int64_t rows, const typename Element<D>::T* w, int64_t ldw, int64_t columns, int64_t k, float* y, int64_t ldy, const Next& next,
+                          int64_t most) {
+  using Fn = void (*)(const float*, const typename Element<D>::T*, int64_t, int64_t, int64_t, float*, int64_t, const Next&);
+  static const Fn table[] = {tile_rows<D, 1>, tile_rows<D, 2>, tile_rows<D, 3>, tile_rows<D, 4>, tile_rows<D, 5>, tile_rows<D, 6>,
 #if TP_ISA == 2
-    packed_rows<7>, packed_rows<8>, packed_rows<9>, packed_rows<10>, packed_rows<11>, packed_rows<12>,
+                             tile_rows<D, 7>, tile_rows<D, 8>, tile_rows<D, 9>, tile_rows<D, 10>, tile_rows<D, 11>, tile_rows<D, 12>,
 #endif
-};
-
-static int64_t tile_rows(int64_t columns) {  // 64 KiB of converted weights at most
-  const int64_t rows = 16384 / round_up(columns, STRIP);
-  return rows < 8 ? 8 : rows > MAX_TILE ? MAX_TILE : rows;
-}
-// Floats of scratch that `gemm` needs for `columns` columns.
-static int64_t gemm_scratch(int64_t columns) { return tile_rows(columns) * round_up(columns, STRIP) + (int64_t)MAX_MR * PACKED_LD; }
-
-// Many rows, or columns that are no multiple of W. y has room for round_up(columns, STRIP) columns.
-template <int D>
-static void gemm_converted(const float* x, int64_t ldx, int64_t rows, const typename Element<D>::T* w, int64_t ldw, int64_t k, int64_t columns, float* y, int64_t ldy,
-                           float* scratch) {
-  const int64_t tile = tile_rows(columns), blocks = (rows + MAX_MR - 1) / MAX_MR;
-  float *strips = scratch, *packed = scratch + tile * round_up(columns, STRIP);
-  for (int64_t k0 = 0; k0 < k; k0 += tile) {
-    const int64_t kb = k - k0 < tile ? k - k0 : tile;
-    convert_tile<D>(w + k0 * ldw, ldw, kb, columns, strips);
-    for (int64_t b = 0; b < blocks; b++) {
-      const int64_t m = rows * b / blocks, mr = rows * (b + 1) / blocks - m;
-      pack_rows(x + m * ldx + k0, ldx, mr, kb, packed);
-      const bool prefetch = b == 0 && k0 + tile < k;  // the next tile comes in while the first rows are multiplied
-      const char* ahead = prefetch ? (const char*)(w + (k0 + tile) * ldw) : (const char*)packed;
-      packed_table[mr - 1](packed, strips, kb, columns, y + m * ldy, ldy, ahead, prefetch ? ldw * sizeof *w : 0, sizeof *w);
-    }
+  };
+  for (int64_t m = 0, mr; m < rows; m += mr) {
+    mr = rows_at_once(rows - m, most);
+    table[mr - 1](x + m * PACKED_LD, w, ldw, columns, k, y + m * ldy, ldy, m ? NOTHING : next);
   }
 }
 
-// How a matrix is walked when there are few rows: k rows per tile, and k rows between a weight row and its prefetch.
-struct Direct {
-  int64_t tile, ahead;
-};
-
-template <int D>
-static void gemm(const float* x, int64_t ldx, int64_t rows, const void* w_, int64_t ldw, int64_t k, int64_t columns, float* y, int64_t ldy, Direct direct, float* scratch) {
-  const auto* w = (const typename Element<D>::T*)w_;
-  if (rows <= DIRECT_ROWS && columns % W == 0) return gemm_direct<D>(x, ldx, rows, w, ldw, k, columns, y, ldy, direct.tile, direct.ahead);
-  gemm_converted<D>(x, ldx, rows, w, ldw, k, columns, y, ldy, scratch);
+// Rows [k0, k1) of a tile of panels that lie side by side, copied to panels that follow each other.
+template <class T>
+static void copy_rows(const T* w, const Panels& p, int64_t tile, int64_t k0, int64_t k1, T* out) {
+  constexpr int64_t step = sizeof(vf) / sizeof(T);
+  for (int64_t k = k0; k < k1; k++)
+    for (int64_t panel = 0; panel < p.count; panel++) {
+      const T* from = w + k * p.ld + panel * p.columns;
+      T* to = out + (panel * tile + k) * p.columns;
+      int64_t i = 0;
+      for (; i + step <= p.columns; i += step) store((float*)(to + i), load((const float*)(from + i)));
+      for (; i < p.columns; i++) to[i] = from[i];
+    }
 }
 
-TP_INLINE void gemm_any(int dtype, const float* x, int64_t ldx, int64_t rows, const void* w, int64_t ldw, int64_t k, int64_t columns, float* y, int64_t ldy,
-                        Direct direct, float* scratch) {
-  if (dtype == BF16) return gemm<BF16>(x, ldx, rows, w, ldw, k, columns, y, ldy, direct, scratch);
-  if (dtype == FP16) return gemm<FP16>(x, ldx, rows, w, ldw, k, columns, y, ldy, direct, scratch);
-  gemm<FP32>(x, ldx, rows, w, ldw, k, columns, y, ldy, direct, scratch);
+static int64_t padded(int64_t columns) { return round_up(columns, W); }
+static bool side_by_side(const Panels& p) { return p.ld != p.columns; }
+static bool in_place(const Panels& p, int64_t rows) { return !side_by_side(p) || rows <= PLACE_ROWS; }
+static int64_t tile_of(const Panels& p, int64_t rows, int64_t element_bytes) {
+  if (side_by_side(p) && in_place(p, rows)) return PLACE_TILE;
+  const int64_t one = TILE_BYTES / (p.columns * element_bytes), all = COPY_BYTES / (p.count * p.columns * element_bytes), k = side_by_side(p) && all < one ? all : one;
+  return k < 16 ? 16 : k > MAX_TILE ? MAX_TILE : k & ~(int64_t)1;
+}
+// Floats of scratch that `gemm` needs.
+static int64_t gemm_scratch(const Panels& p, int64_t rows, int64_t element_bytes) {
+  const int64_t copies = in_place(p, rows) ? 0 : 2 * p.count * tile_of(p, rows, element_bytes) * p.columns * element_bytes;
+  return rows * PACKED_LD + copies / (int64_t)sizeof(float) + 16;
+}
+
+// y holds the panels side by side, each in padded(columns) columns. Panels that follow each other are used where they lie, a tile of each in turn: as many
+// streams from memory as there are panels. Rows of panels that lie side by side are pages apart and would share few sets of the caches: while a tile is
+// used, the next one is prefetched and copied, a few whole rows after each panel.
+template <int D>
+static void gemm(const float* x, int64_t ldx, int64_t rows, const Panels& p, int64_t k, float* y, int64_t ldy, float* scratch) {
+  using T = typename Element<D>::T;
+  constexpr int64_t size = sizeof(T);
+  const int64_t tile = tile_of(p, rows, size), panel_bytes = tile * p.columns * size, width = p.count * p.columns;
+  const bool copied = !in_place(p, rows);
+  T *now = (T*)(scratch + rows * PACKED_LD), *then = now + tile * width;
+  if (copied) copy_rows((const T*)p.data, p, tile, 0, k < tile ? k : tile, now);
+  for (int64_t k0 = 0; k0 < k; k0 += tile) {
+    const T *w = (const T*)p.data + k0 * p.ld, *after = w + tile * p.ld;
+    const int64_t kb = k - k0 < tile ? k - k0 : tile, left = k - k0 - kb, kn = left < tile ? left : tile;
+    pack_rows(x + k0, ldx, rows, kb, scratch);
+    for (int64_t panel = 0; panel < p.count; panel++) {
+      float* to = y + panel * padded(p.columns);
+      if (copied) {
+        const Next next = {kn ? (const char*)after : nullptr, width * size, p.ld * size, (panel + 1) * panel_bytes};
+        tile_any_rows<D>(scratch, rows, now + panel * tile * p.columns, p.columns, p.columns, kb, to, ldy, next, MAX_MR);
+        copy_rows(after, p, tile, kn * panel / p.count, kn * (panel + 1) / p.count, then);
+      } else {
+        Next next = {kn ? (const char*)(after + panel * p.stride) : nullptr, panel_bytes, 0, 0};
+        if (kn && side_by_side(p)) next = {(const char*)after, width * size, p.ld * size, panel * panel_bytes};
+        tile_any_rows<D>(scratch, rows, w + panel * p.stride, p.ld, p.columns, kb, to, ldy, next, side_by_side(p) ? PLACE_MR : MAX_MR);
+      }
+    }
+    T* swap = now;
+    now = then;
+    then = swap;
+  }
+}
+
+TP_INLINE void gemm_any(int dtype, const float* x, int64_t ldx, int64_t rows, const Panels& p, int64_t k, float* y, int64_t ldy, float* scratch) {
+  if (dtype == BF16) return gemm<BF16>(x, ldx, rows, p, k, y, ldy, scratch);
+  if (dtype == FP16) return gemm<FP16>(x, ldx, rows, p, k, y, ldy, scratch);
+  gemm<FP32>(x, ldx, rows, p, k, y, ldy, scratch);
 }

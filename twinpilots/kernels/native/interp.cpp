@@ -278,6 +278,8 @@ int Queue::rope_append(const Insn& insn) {
 // ---- linears
 
 constexpr int64_t BLOCK_ROWS = 192;         // token rows whose sums stay in cache while a panel's weights pass by
+constexpr int64_t CHUNK_COLUMNS = 256;      // outputs of a chunk: rows are packed once for all of them
+constexpr int64_t CHUNKS = 4;               // per thread, at least
 constexpr int64_t CHUNK_WORK = 128 * 1024;  // multiply-adds below which handing a chunk to another thread costs more than it saves
 
 static bool known_activations(int64_t activations) { return activations == NULL_ADDRESS || activations == EXACT || activations == FAST; }
@@ -306,19 +308,16 @@ int Queue::linear(const Insn& insn) {
                            (float)insn.f[0]};
   if (!known_weights(a[5], args.width) || !known_activations(a[13]) || a[8] <= 0 || a[9] < NONE || a[9] > SOFTCAP || a[10] < SILU || a[10] > RELU) return BAD_INSTRUCTION;
   const Rows r = rows(insn);
-  const int64_t panels = (args.rows + args.unit_rows - 1) / args.unit_rows, blocks = (r.last - r.first + BLOCK_ROWS - 1) / BLOCK_ROWS;
-  const int64_t work = args.unit_rows * args.width * std::min(BLOCK_ROWS, r.last - r.first), group = std::max<int64_t>(1, CHUNK_WORK / std::max<int64_t>(1, work));
-  const int64_t groups = (panels + group - 1) / group;
   const Rounded x = round(args.src, args.src_ld, r, args.width, args.dtype, a[13]);
+  const int64_t rows = r.last - r.first, panels = (args.rows + args.unit_rows - 1) / args.unit_rows, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  const int64_t columns = args.unit_rows * (args.epilogue == ACT_MUL ? 2 : 1), threads = pool_ ? pool_->threads() : 1;
+  const int64_t least = CHUNK_WORK / std::max<int64_t>(1, columns * args.width * std::min(BLOCK_ROWS, rows));
+  const int64_t together = x.data || rows <= 3 ? 1 : CHUNK_COLUMNS / columns;  // one stream from memory is the fastest while there is little to compute
+  const int64_t group = std::max({int64_t(1), least, std::min(together, panels * blocks / (CHUNKS * threads))}), groups = (panels + group - 1) / group;
   parallel(pool_, groups * blocks, [&](int64_t chunk) {
-    const int64_t row = r.first + chunk / groups * BLOCK_ROWS, first = chunk % groups * group, last_row = std::min(row + BLOCK_ROWS, r.last);
-    for (int64_t panel = first; panel < std::min(first + group, panels); panel++) {
-      if (x.data) {
-        kernels().quant_panel(args, x, panel, row, last_row);
-      } else {
-        kernels().linear_panel(args, panel, row, last_row);
-      }
-    }
+    const int64_t row = r.first + chunk / groups * BLOCK_ROWS, first = chunk % groups * group, last = std::min(first + group, panels), last_row = std::min(row + BLOCK_ROWS, r.last);
+    if (!x.data) return kernels().linear_panels(args, first, last, row, last_row);
+    for (int64_t panel = first; panel < last; panel++) kernels().quant_panel(args, x, panel, row, last_row);
   });
   return OK;
 }
@@ -330,8 +329,9 @@ int Queue::linear_in(const Insn& insn) {
   const Rows r = rows(insn);
   const Rounded x = round(args.src, args.src_ld, r, args.rows, args.dtype, a[9]);
   const int64_t rows = r.last - r.first, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, threads = pool_ ? pool_->threads() : 1;
-  const int64_t wanted = threads == 1 ? args.width : (args.width + 4 * threads - 1) / (4 * threads);  // wide blocks read long pieces of each weight row
-  const int64_t columns = std::clamp<int64_t>(round_up(wanted, 64), 64, rows <= 12 ? 1024 : 256), count = (args.width + columns - 1) / columns;
+  const int64_t widest = (rows <= 12 ? 2048 : 512) / (x.data ? 2 : 1), least = x.data ? CHUNKS : 1;  // wide blocks read long pieces of each weight row
+  const int64_t shares = threads == 1 ? 1 : threads * std::max<int64_t>(least, args.width / (threads * widest));
+  const int64_t columns = std::clamp<int64_t>(round_up((args.width + shares - 1) / shares, 64), 64, widest), count = (args.width + columns - 1) / columns;
   parallel(pool_, count * blocks, [&](int64_t chunk) {
     const int64_t row = r.first + chunk / count * BLOCK_ROWS, column = chunk % count * columns, last = std::min(column + columns, args.width);
     if (x.data) return kernels().quant_in_block(args, x, column, last, row, std::min(row + BLOCK_ROWS, r.last));

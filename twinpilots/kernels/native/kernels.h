@@ -88,7 +88,7 @@ struct Rounded {
 };
 
 struct Kernels {
-  void (*linear_panel)(const LinearArgs&, int64_t panel, int64_t row0, int64_t row1);
+  void (*linear_panels)(const LinearArgs&, int64_t panel0, int64_t panel1, int64_t row0, int64_t row1);
   void (*linear_in_block)(const LinearInArgs&, int64_t column0, int64_t column1, int64_t row0, int64_t row1);
   void (*round_row)(const float* x, int64_t width, int bits, const Rounded& to, int64_t row);
   void (*quant_panel)(const LinearArgs&, const Rounded&, int64_t panel, int64_t row0, int64_t row1);

@@ -53,7 +53,7 @@ static void quant_expanded_rows(const QuantPanel& p, const Rounded& x, int64_t r
   }
 }
 
-// y[rows, columns] += x[row .. row + rows) @ the panel's columns; y has room for round_up(columns, STRIP).
+// y[rows, columns] += x[row .. row + rows) @ the panel's columns; y has room for round_up(columns, QUANT_NV * W).
 template <int KIND>
 static void quant_gemm(const QuantPanel& p, const Rounded& x, int64_t row, int64_t rows, int64_t k, float* y, int64_t ldy) {
   switch (rows) {
@@ -75,7 +75,7 @@ static void quant_gemm_any(const QuantPanel& p, const Rounded& x, int64_t row, i
 
 static void quant_panel(const LinearArgs& a, const Rounded& x, int64_t panel, int64_t row0, int64_t row1) {
   const int64_t first = panel * a.unit_rows, outputs = a.rows - first < a.unit_rows ? a.rows - first : a.unit_rows;
-  const int64_t pair = a.epilogue == ACT_MUL ? 2 : 1, columns = outputs * pair, ldy = round_up(columns, STRIP), rows = row1 - row0;
+  const int64_t pair = a.epilogue == ACT_MUL ? 2 : 1, columns = outputs * pair, ldy = round_up(columns, QUANT_NV * W), rows = row1 - row0;
   float* y = (float*)thread_scratch(rows * ldy * sizeof(float));
   __builtin_memset(y, 0, rows * ldy * sizeof(float));
   const QuantPanel p = {a.dtype, quant_format(a.dtype), (const char*)a.w + weight_bytes(a.dtype, first * pair * a.width), columns, 0, columns};
@@ -85,7 +85,7 @@ static void quant_panel(const LinearArgs& a, const Rounded& x, int64_t panel, in
 
 // Accumulating continues the chain, as linear_in_block does.
 static void quant_in_block(const LinearInArgs& a, const Rounded& x, int64_t column0, int64_t column1, int64_t row0, int64_t row1) {
-  const int64_t columns = column1 - column0, ldy = round_up(columns, STRIP), rows = row1 - row0;
+  const int64_t columns = column1 - column0, ldy = round_up(columns, QUANT_NV * W), rows = row1 - row0;
   float* y = (float*)thread_scratch(rows * ldy * sizeof(float));
   __builtin_memset(y, 0, rows * ldy * sizeof(float));
   float* dst = a.dst + row0 * a.dst_ld + column0;

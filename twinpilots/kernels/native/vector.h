@@ -12,6 +12,16 @@ constexpr int W = 4;
 #endif
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+
+#if TP_ISA == 2
+constexpr vi EVEN = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30},
+             LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, ZIP = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+#elif TP_ISA == 1
+constexpr vi EVEN = {0, 2, 4, 6, 8, 10, 12, 14}, LANE = {0, 1, 2, 3, 4, 5, 6, 7}, ZIP = {0, 8, 1, 9, 2, 10, 3, 11};
+#else
+constexpr vi EVEN = {0, 2, 4, 6}, LANE = {0, 1, 2, 3}, ZIP = {0, 4, 1, 5};
+#endif
 
 TP_INLINE vf load(const float* p) {
   vf v;
@@ -94,6 +104,17 @@ TP_INLINE vf load_bf16(const uint16_t* p) { return vf{from_bf16(p[0]), from_bf16
 TP_INLINE vf load_fp16(const uint16_t* p) { return vf{from_fp16(p[0]), from_fp16(p[1]), from_fp16(p[2]), from_fp16(p[3])}; }
 #endif
 
+// c0 += *a * b0, c1 += *a * b1. Written out because the compiler, left alone, hoists loads of `a` until it has to spill sums.
+TP_INLINE void accumulate(vf& c0, vf& c1, const float* a, vf b0, vf b1) {
+#if TP_ISA >= 1
+  vf t;
+  __asm__("vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1" : "+v"(c0), "+v"(c1), "=&v"(t) : "m"(*a), "v"(b0), "v"(b1));
+#else
+  c0 = fma(splat(*a), b0, c0);
+  c1 = fma(splat(*a), b1, c1);
+#endif
+}
+
 // ---- elements of a stored type D (Dtype)
 template <int D>
 struct Element {
@@ -109,6 +130,63 @@ struct Element<FP32> {
   TP_INLINE float get(T f) { return f; }
   TP_INLINE T put(float f) { return f; }
 };
+
+// Two vectors of 2 W consecutive elements. bf16 comes woven (even elements, then odd ones): a shift and a mask of one load; `unweave` brings sums into
+// that order, `weave` back. Lanes are independent, so the order changes no bit.
+template <int D>
+TP_INLINE void load_pair(const typename Element<D>::T* p, vf& a, vf& b) {
+  if (D == BF16) {
+    vu v;
+    __builtin_memcpy(&v, p, sizeof v);
+    a = (vf)(v << 16);
+    b = (vf)(v & 0xffff0000u);
+  } else {
+    a = Element<D>::load_vector(p);
+    b = Element<D>::load_vector(p + W);
+  }
+}
+TP_INLINE void unweave(vf& a, vf& b) {
+  const vf even = __builtin_shuffle(a, b, EVEN), odd = __builtin_shuffle(a, b, EVEN + 1);
+  a = even;
+  b = odd;
+}
+TP_INLINE void weave(vf& a, vf& b) {
+  const vf low = __builtin_shuffle(a, b, ZIP), high = __builtin_shuffle(a, b, ZIP + W / 2);
+  a = low;
+  b = high;
+}
+
+// One stage of a transposition: lanes of `a` whose bit `stride` is set against lanes of `b` whose bit is not.
+template <int STRIDE>
+TP_INLINE void exchange(vf& a, vf& b) {
+  constexpr vi lane = LANE, upper = (lane & STRIDE) != 0;
+  const vf low = __builtin_shuffle(a, b, (lane & ~upper) | ((lane + W - STRIDE) & upper));
+  const vf high = __builtin_shuffle(a, b, ((lane + STRIDE) & ~upper) | ((lane + W) & upper));
+  a = low;
+  b = high;
+}
+// Four rows: their 4 x 4 blocks are transposed, by shuffles that stay within groups of four lanes (one instruction each).
+TP_INLINE void transpose_blocks(vf* r) {
+  constexpr vi group = LANE & ~3, odd = (LANE & 1) != 0, late = (LANE & 2) != 0;
+  constexpr vi zip = group + ((LANE & 3) >> 1) + (odd & W), pair = group + (LANE & 1) + (late & W);
+  const vf a = __builtin_shuffle(r[0], r[1], zip), b = __builtin_shuffle(r[0], r[1], zip + 2);
+  const vf c = __builtin_shuffle(r[2], r[3], zip), d = __builtin_shuffle(r[2], r[3], zip + 2);
+  r[0] = __builtin_shuffle(a, c, pair);
+  r[1] = __builtin_shuffle(a, c, pair + 2);
+  r[2] = __builtin_shuffle(b, d, pair);
+  r[3] = __builtin_shuffle(b, d, pair + 2);
+}
+// A W x W block of 32-bit words, in registers: rows become columns.
+TP_INLINE void transpose(vf (&r)[W]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < W; i += 4) transpose_blocks(r + i);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (W > 4 && !(i & 4)) exchange<4 % W>(r[i], r[i + 4]);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (W > 8 && !(i & 8)) exchange<8 % W>(r[i], r[i + 8]);
+}
 
 // The first n < W floats of a row; the other lanes are 0.
 TP_INLINE vf load_n(const float* p, int64_t n) {
