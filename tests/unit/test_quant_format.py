@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import gguf
 import numpy as np
 import pytest
@@ -19,13 +17,13 @@ any_format = st.sampled_from(QUANTIZED)
 
 
 @pytest.fixture(autouse=True, params=["numpy", "native"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every promise is kept with the native library and without it."""
     if request.param == "numpy":
         monkeypatch.setattr(native, "load", lambda: None)
     elif native.load() is None:
         pytest.skip("the native library is not built (python -m twinpilots.kernels.build)")
-    yield request.param
+    return str(request.param)
 
 
 def random_blocks(fmt, rows, blocks, seed=0):

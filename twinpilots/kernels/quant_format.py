@@ -1,11 +1,12 @@
-"""Quantised weights (docs/execution.md, "Quantised formats"): made, read, packed into panels and unpacked again. numpy, or the native library where there is one.
+"""Quantised weights (docs/execution.md, "Quantised formats"): made, read, packed into panels and unpacked again.
 
 Owns three forms of a weight ``[R outputs, K inputs]`` and the ways between them:
 - **row blocks**, uint8 ``[R, K / block, block_bytes]``: the interchange form between readers, quantisers and packers. q8_0, q4_0, q4_1, q4_k and q6_k are
   ggml's blocks as they lie in a GGUF file. q4_zG is ours: f16 s, f16 z, G / 2 bytes with the first G / 2 codes in the low nibbles, the others in the high ones.
 - **lane rows**, the same shape: each block with its bytes in the order in which one column of a panel holds them (a panel of one column is a lane row).
 - **panels**, flat uint8: what the kernels read; 32-bit lanes of neighbouring columns lie beside each other.
-Knows nothing of models, files or arenas. Shapes: R rows (outputs), K inputs, B blocks per row, w columns of a panel.
+In numpy; quantising and packing in the native library where there is one, byte for byte the same. Knows nothing of models, files or arenas.
+Shapes: R rows (outputs), K inputs, B blocks per row, w columns of a panel.
 """
 
 from __future__ import annotations
