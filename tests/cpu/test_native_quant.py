@@ -195,3 +195,17 @@ def test_malformed_instructions_are_refused():
         assert machine.run([insn(Op.LINEAR_IN, target, 64, target, 64, target, dtype, inputs, width, 0, mode)], rows_batch(1)) == BAD_INSTRUCTION
     for layout, dtype in ((0, DTYPE_CODES["q8_0"]), (1, 11)):
         assert machine.run([insn(Op.EMBED, target, 64, target, layout, dtype, 32, 64, 1, NULL, 0, 0)], rows_batch(1)) == BAD_INSTRUCTION
+
+
+@FORMAT
+def test_the_library_quantises_and_packs_on_a_pool(pool, fmt):
+    blocks = random_blocks(fmt, 21, 3)
+    panel = np.full((3, 30 * fmt.block_bytes), 7, np.uint8)
+    for column, part in ((0, blocks[:9]), (9, blocks[::-1])):
+        native().pack_columns(np.ascontiguousarray(part), DTYPE_CODES[fmt.name], panel, 30, column, pool=pool)
+    wanted = quant_format.dequantize(np.concatenate([blocks[:9], blocks[::-1]]), fmt)
+    assert np.array_equal(quant_format.unpack_in(panel.reshape(-1), fmt, 3 * fmt.block, 30), wanted)
+    if fmt.name in ("q8_0", "q4_1"):
+        weights, made = np.ascontiguousarray(wanted), np.zeros((30, 3, fmt.block_bytes), np.uint8)
+        native().quantize(weights, DTYPE_CODES[fmt.name], made, pool=pool)
+        np.testing.assert_allclose(quant_format.dequantize(made, fmt), weights, atol=0 if fmt.name == "q4_1" else 0.6)

@@ -5,15 +5,25 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from twinpilots.kernels import quant_format
+from twinpilots.kernels import native, quant_format
 from twinpilots.model.weight_format import FORMATS
 
 QUANTIZED = [fmt for fmt in FORMATS.values() if fmt.is_quantized]
 GGML = {name: gguf.GGMLQuantizationType[name.upper()] for name in ("q8_0", "q4_0", "q4_1", "q4_k", "q6_k")}
 any_format = st.sampled_from(QUANTIZED)
+
+
+@pytest.fixture(autouse=True, params=["numpy", "native"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every promise is kept with the native library and without it."""
+    if request.param == "numpy":
+        monkeypatch.setattr(native, "load", lambda: None)
+    elif native.load() is None:
+        pytest.skip("the native library is not built (python -m twinpilots.kernels.build)")
+    return str(request.param)
 
 
 def random_blocks(fmt, rows, blocks, seed=0):
@@ -60,7 +70,7 @@ def test_a_panel_of_nibbles_pairs_an_input_with_the_one_four_further_on():
     assert lanes.tolist() == [[int(codes[8 * i + j]) | int(codes[8 * i + 4 + j]) << 4 for j in range(4)] for i in range(4)]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(any_format, st.integers(1, 70), st.integers(1, 3), st.integers(1, 64))
 def test_unpacking_gives_the_dequantised_weights(fmt, rows, blocks, unit):
     a, b = random_blocks(fmt, rows, blocks), random_blocks(fmt, rows, blocks, 1)
@@ -73,7 +83,7 @@ def test_unpacking_gives_the_dequantised_weights(fmt, rows, blocks, unit):
     assert np.array_equal(quant_format.unpack_in(quant_format.pack_in(a, fmt), fmt, width, rows), wanted)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(any_format, st.integers(1, 40), st.integers(1, 4), st.integers(1, 16), st.data())
 def test_a_row_range_is_the_same_bytes_as_in_the_whole(fmt, rows, blocks, unit, data):
     a, b = random_blocks(fmt, rows, blocks), random_blocks(fmt, rows, blocks, 1)
@@ -162,3 +172,24 @@ def test_q8_0_uses_its_whole_range():
     codes = quant_format.quantize(np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32), FORMATS["q8_0"])[:, :, 2:].view(np.int8)
     assert codes.min() == -127
     assert codes.max() == 127
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_1"])
+def test_both_quantisers_write_the_same_bytes(name, monkeypatch):
+    fmt, rng = FORMATS[name], np.random.default_rng(5)
+    weights = rng.standard_normal((60, 256)).astype(np.float32) * np.exp(rng.uniform(-12, 8, (60, 1))).astype(np.float32)
+    weights[:20] = quant_format.dequantize(random_blocks(fmt, 20, 8), fmt)
+    weights[20:30] = np.round(weights[20:30])
+    weights[30, :64], weights[31, 5] = 0, 1e5
+    found = quant_format.quantize(weights, fmt)
+    monkeypatch.setattr(native, "load", lambda: None)
+    assert np.array_equal(found, quant_format.quantize(weights, fmt))
+
+
+@pytest.mark.parametrize("fmt", QUANTIZED, ids=lambda fmt: fmt.name)
+def test_both_packers_write_the_same_bytes(fmt, monkeypatch):
+    blocks = random_blocks(fmt, 37, 3)
+    found = quant_format.pack_out(blocks, fmt, 20), quant_format.pack_gate_up(blocks, blocks[::-1], fmt, 20), quant_format.pack_in(blocks[:, ::-1], fmt)
+    monkeypatch.setattr(native, "load", lambda: None)
+    wanted = quant_format.pack_out(blocks, fmt, 20), quant_format.pack_gate_up(blocks, blocks[::-1], fmt, 20), quant_format.pack_in(blocks[:, ::-1], fmt)
+    assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -1,11 +1,12 @@
-"""Quantised weights (docs/execution.md, "Quantised formats"): made, read, packed into panels and unpacked again. numpy only.
+"""Quantised weights (docs/execution.md, "Quantised formats"): made, read, packed into panels and unpacked again.
 
 Owns three forms of a weight ``[R outputs, K inputs]`` and the ways between them:
 - **row blocks**, uint8 ``[R, K / block, block_bytes]``: the interchange form between readers, quantisers and packers. q8_0, q4_0, q4_1, q4_k and q6_k are
   ggml's blocks as they lie in a GGUF file. q4_zG is ours: f16 s, f16 z, G / 2 bytes with the first G / 2 codes in the low nibbles, the others in the high ones.
 - **lane rows**, the same shape: each block with its bytes in the order in which one column of a panel holds them (a panel of one column is a lane row).
 - **panels**, flat uint8: what the kernels read; 32-bit lanes of neighbouring columns lie beside each other.
-Knows nothing of models, files or arenas. Shapes: R rows (outputs), K inputs, B blocks per row, w columns of a panel.
+In numpy; quantising and packing in the native library where there is one, byte for byte the same. Knows nothing of models, files or arenas.
+Shapes: R rows (outputs), K inputs, B blocks per row, w columns of a panel.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from twinpilots.kernels import native
+from twinpilots.kernels.abi import DTYPE_CODES
 from twinpilots.model.weight_format import WeightFormat
 
 Bytes = NDArray[np.uint8]
@@ -28,14 +31,17 @@ _TILE_BYTES = 1 << 20  # row blocks converted at a time: they stay in cache
 # ---- row blocks: quantise and dequantise
 
 
-def quantize(weights: Floats, fmt: WeightFormat) -> Bytes:
-    """Row blocks of ``weights [R, K]``. q8_0: the scale maps the largest magnitude to 127. q4_1: see `_quantize_q4_1`."""
+def quantize(weights: Floats, fmt: WeightFormat, *, pool: int = 0) -> Bytes:
+    """Row blocks of ``weights [R, K]``. q8_0: the scale maps the largest magnitude to 127. q4_1: see `_quantize_q4_1`. ``pool``: native compute threads."""
     if fmt.name not in _QUANTIZERS:
         raise ValueError(f"weights can be quantised to {', '.join(_QUANTIZERS)}, not to {fmt.name}")
     rows, width = weights.shape
     if width % fmt.block:
         raise ValueError(f"rows of {width} weights are no whole number of {fmt.name}'s blocks of {fmt.block}")
     result = np.empty((rows, width // fmt.block, fmt.block_bytes), np.uint8)
+    if (library := native.load()) is not None:
+        library.quantize(np.ascontiguousarray(weights, np.float32), DTYPE_CODES[fmt.name], result, pool=pool)
+        return result
     step = max(1, _TILE_BYTES // 4 // max(1, width))
     for row in range(0, rows, step):
         tile = np.ascontiguousarray(weights[row : row + step], np.float32).reshape(-1, fmt.block)
@@ -69,6 +75,7 @@ _SHRINK = tuple((np.float32(lo), np.float32(hi)) for lo, hi in (
 
 def _quantize_q4_1(x: Floats) -> Bytes:
     """The best of some guesses of (d, m) in squared error, each refined once by least squares. Weights that lie on a q4_1 grid (d > 0) come back exactly."""
+    x = x + np.float32(0)  # one zero: no block depends on the order of a minimum
     best = _Best(x)
     low, high = x.min(1, keepdims=True), x.max(1, keepdims=True)
     width = high - low
@@ -206,10 +213,15 @@ def _pack_panels(sources: tuple[Bytes, ...], fmt: WeightFormat, unit_rows: int, 
 
 
 def _fill_panel(panel: Bytes, sources: tuple[Bytes, ...], fmt: WeightFormat) -> None:
-    """``panel [B, w * block_bytes]`` from the row blocks of its columns, in tiles that stay in cache."""
+    """``panel [B, w * block_bytes]`` from the row blocks of its columns, in tiles that stay in cache (as many rows of each source)."""
     if not panel.size:
         return
     columns = sum(len(source) for source in sources)
+    if (library := native.load()) is not None:
+        for part, source in enumerate(sources):
+            whole = source if source.strides[1:] == (fmt.block_bytes, 1) else np.ascontiguousarray(source)
+            library.pack_columns(whole, DTYPE_CODES[fmt.name], panel, columns, part * len(source))
+        return
     step = max(16, _TILE_BYTES // max(1, panel.shape[0] * fmt.block_bytes))
     at = 0
     for source in sources:

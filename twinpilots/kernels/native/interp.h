@@ -14,6 +14,10 @@ const Kernels& kernels();  // of the chosen instruction set
 int best_isa();
 int set_isa(int level);  // the level now in use, or -1 when this machine cannot
 
+// quantize.cpp: row blocks of `blocks` blocks of 32 weights (Q8_0 or Q4_1), and row blocks to columns of a panel
+void quantize(int dtype, const float* weights, int64_t blocks, char* out, Pool* pool);
+void pack_columns(int dtype, const char* row_blocks, int64_t row_stride, int64_t rows, int64_t blocks, char* panel, int64_t w, int64_t column, Pool* pool);
+
 class Queue {
  public:
   Queue(void* host, void* gpu, int64_t mailbox_offset, Pool* pool, const LinkParams* link);
