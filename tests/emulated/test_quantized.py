@@ -21,6 +21,7 @@ from twinpilots.machine import measure_machine
 from twinpilots.model.checkpoint import open_checkpoint
 from twinpilots.model.quantization import quantized_spec
 from twinpilots.model.spec import ModelSpec
+from twinpilots.runtime.serial import SerialGpu
 
 pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("balanced_machine")]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=-1)
@@ -104,6 +105,16 @@ def test_hand_plans_with_all_three_shares(quantization: str, seed: int, quantise
         if quantization != "int4-fast":
             gaps = np.sort(logits, -1)
             assert same == len(reference) or gaps[same, -1] - gaps[same, -2] < 1e-2
+
+
+def test_the_torch_twin_reads_the_same_weights(quantised: Any) -> None:
+    for quantization in QUANTIZATIONS:
+        model = quantised("llama-64", quantization)
+        checkpoint = open_checkpoint(model.path, quantization=quantization)  # type: ignore[arg-type]
+        device = SerialGpu(1 << 24)
+        with Rig(checkpoint, random_plan(checkpoint.spec, 1), device=device, runner=device) as rig:
+            rig.generate(PROMPTS[:1], 2)
+        assert relative_rms(rig.logits["0"][0], model.references[0][1][0]) < TOLERANCE[quantization]
 
 
 def test_two_pilots_compute_the_same_logits_for_the_same_weights(quantised: Any) -> None:
