@@ -194,7 +194,9 @@ static void gemm(const float* x, int64_t ldx, int64_t rows, const Panels& p, int
         tile_any_rows<D>(scratch, rows, now + panel * tile * p.columns, p.columns, p.columns, kb, to, ldy, next, MAX_MR);
         copy_rows(after, p, tile, kn * panel / p.count, kn * (panel + 1) / p.count, then);
       } else {
-        Next next = {kn ? (const char*)(after + panel * p.stride) : nullptr, panel_bytes, 0, 0};
+        // after a panel's last tile: the first one of the panel that the next group starts with, in case this thread gets it
+        const T* follows = kn ? after + panel * p.stride : (const T*)p.data + (panel + p.count) * p.stride;
+        Next next = {side_by_side(p) ? nullptr : (const char*)follows, panel_bytes, 0, 0};
         if (kn && side_by_side(p)) next = {(const char*)after, width * size, p.ld * size, panel * panel_bytes};
         tile_any_rows<D>(scratch, rows, w + panel * p.stride, p.ld, p.columns, kb, to, ldy, next, side_by_side(p) ? PLACE_MR : MAX_MR);
       }

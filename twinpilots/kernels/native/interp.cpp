@@ -329,8 +329,10 @@ int Queue::linear_in(const Insn& insn) {
   const Rows r = rows(insn);
   const Rounded x = round(args.src, args.src_ld, r, args.rows, args.dtype, a[9]);
   const int64_t rows = r.last - r.first, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, threads = pool_ ? pool_->threads() : 1;
-  const int64_t widest = (rows <= 12 ? 2048 : 512) / (x.data ? 2 : 1), least = x.data ? CHUNKS : 1;  // wide blocks read long pieces of each weight row
-  const int64_t shares = threads == 1 ? 1 : threads * std::max<int64_t>(least, args.width / (threads * widest));
+  const int64_t widest = (rows <= 12 ? 2048 : 512) / (x.data ? 2 : 1);  // wide blocks read long pieces of each weight row
+  const bool narrow = x.data || args.width < 1024 * threads;
+  const int64_t each = narrow ? CHUNKS : std::max<int64_t>(1, args.width / (threads * widest));  // chunks per thread
+  const int64_t shares = threads == 1 ? 1 : threads * each;
   const int64_t columns = std::clamp<int64_t>(round_up((args.width + shares - 1) / shares, 64), 64, widest), count = (args.width + columns - 1) / columns;
   parallel(pool_, count * blocks, [&](int64_t chunk) {
     const int64_t row = r.first + chunk / count * BLOCK_ROWS, column = chunk % count * columns, last = std::min(column + columns, args.width);
