@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,11 +23,12 @@ from twinpilots.plan.load import GroupLoad, PassLoad
 from twinpilots.plan.memory import plan_memory
 from twinpilots.plan.plan import BucketPlan, Plan, Policy
 from twinpilots.plan.pricing import price_plan
-from twinpilots.plan.simulate import PassEstimator
+from twinpilots.plan.simulate import PassEstimator, PassTiming
 from twinpilots.plan.solver import Solution, solve
 from twinpilots.plan.tasks import PassShape
 from twinpilots.plan.workload import Limits, Workload
 from twinpilots.runtime.batch import StepBatch
+from twinpilots.runtime.stats import BusySeconds
 from twinpilots.stats.tracker import OpTime, Tracker
 from twinpilots.units import format_bytes
 
@@ -41,6 +42,14 @@ MOST_GAIN = 0.5  # another plan for the same policy hardly ever saves more than 
 KV_STEP = 32  # predictions are remembered per this many tokens of context: a pass's time changes by less than a percent between them
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassPrediction:
+    """One pass before it ran: its seconds, the driver's included, and how long each resource works, counted as a pass reports it."""
+
+    seconds: float
+    busy_s: BusySeconds
+
+
 class Planner:
     """Solves, freezes, compares and prices plans under the limits of ``config``."""
 
@@ -49,7 +58,7 @@ class Planner:
         self.limits = limits_of(config, profile)
         self._solved: dict[tuple[Workload, int | None, bool], Solution] = {}  # by workload, and whether all policies were compared
         self._estimators: dict[tuple[int, PassShape], tuple[BucketPlan, PassEstimator]] = {}
-        self._predicted: dict[tuple[int, PassLoad], float] = {}
+        self._predicted: dict[tuple[int, PassLoad], PassTiming] = {}
         self._tracker = Tracker(profile)
         self._observed_passes = 0
         self._driver_s = 0.0  # scheduling and sampling of a pass, as measured lately
@@ -113,13 +122,14 @@ class Planner:
 
     # -- single passes -------------------------------------------------------------------------------------------------------------------
 
-    def predict(self, plan: Plan, batch: StepBatch) -> float:
-        """Seconds that the simulator gives this pass, context lengths rounded to `KV_STEP`."""
+    def predict(self, plan: Plan, batch: StepBatch) -> PassPrediction:
+        """What the simulator says of this pass, context lengths rounded to `KV_STEP`."""
         load = pass_load_of(batch)
         key = (id(batch.bucket), load)
         if key not in self._predicted:
-            self._predicted[key] = self._estimator(plan, batch.bucket, load.shape).timing(load).seconds
-        return self._predicted[key] + self._driver_s
+            self._predicted[key] = self._estimator(plan, batch.bucket, load.shape).timing(load)
+        timing = self._predicted[key]
+        return PassPrediction(seconds=timing.seconds + self._driver_s, busy_s=BusySeconds(**timing.resource_s))
 
     def observe(self, records: list[OpTime], driver_s: float) -> None:
         """Take in a pass's op times, and what the driver took beside it. Predictions follow the corrected profile, renewed every `RENEW_PASSES` passes:

@@ -83,9 +83,9 @@ class Session:
         outputs = self.engine.step()
         seconds = time.perf_counter() - began
         if self._batch is not None and self.executor.last_report is not None:
-            predicted_s = self._planner.predict(self.plan, self._batch)  # before this pass's own times become known to the planner
+            predicted = self._planner.predict(self.plan, self._batch)  # before this pass's own times become known to the planner
             self._planner.observe(self.executor.op_times(), seconds - self.executor.last_report.seconds)
-            self.stats.add(replace(self.executor.last_report, seconds=seconds, predicted_s=predicted_s))
+            self.stats.add(replace(self.executor.last_report, seconds=seconds, predicted_s=predicted.seconds, predicted_busy_s=predicted.busy_s))
             self._batch = None
         return outputs
 

@@ -117,7 +117,8 @@ def _draw_gantt(axes: Any, document: Mapping[str, Any]) -> list[str]:
     for number, task in enumerate(timeline):
         kind, row = category(task), rows.index(task["queue"])
         start_ms, length_ms = 1e3 * task["start_s"], 1e3 * (task["end_s"] - task["start_s"])
-        box = Rectangle((start_ms, row - 0.4), length_ms, 0.8, facecolor=COLOURS[kind], edgecolor="white", linewidth=0.4, clip_on=True)
+        line = 0.4 if length_ms > 0.005 * whole_ms else 0.0  # around a thin task it would leave nothing of it
+        box = Rectangle((start_ms, row - 0.4), length_ms, 0.8, facecolor=COLOURS[kind], edgecolor="white", linewidth=line, clip_on=True)
         box.set_gid(f"task{number}")
         axes.add_patch(box)
         titles.append(_title(task))
