@@ -50,6 +50,23 @@ class PassPrediction:
     busy_s: BusySeconds
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanChange:
+    """A plan to change to, and why: predicted seconds of the workload now and then, and what switching costs. ``now_s`` is None when the present plan
+    cannot hold the workload at all."""
+
+    plan: Plan
+    now_s: float | None
+    then_s: float
+    switch_s: float
+
+    @property
+    def reason(self) -> str:
+        if self.now_s is None:
+            return f"the present plan cannot hold it; predicted {self.then_s:.3g} s after {self.switch_s:.2g} s of loading"
+        return f"predicted {self.then_s:.3g} s plus {self.switch_s:.2g} s of loading, instead of {self.now_s:.3g} s"
+
+
 class Planner:
     """Solves, freezes, compares and prices plans under the limits of ``config``."""
 
@@ -95,18 +112,20 @@ class Planner:
             kv_dtype=cast(Any, config.kv_dtype), max_model_len=max_model_len, compare=compare,
         )  # fmt: skip
 
-    def better_plan(self, current: Plan, workload: Workload, longest: int, load_s: float, gain: float) -> Plan | None:
+    def better_plan(self, current: Plan, workload: Workload, longest: int, load_s: float, gain: float) -> PlanChange | None:
         """Another plan that does ``workload`` in at most ``gain`` of the current one's time, its loading included; or, when the current one cannot
         hold a sequence of ``longest`` tokens, any that can (LimitError when none does). None: stay."""
         if self.is_fixed:
             return None
         if not holds(current, longest):
-            return self.solve(workload, longest=longest).plan
+            found = self.solve(workload, longest=longest).plan
+            return PlanChange(plan=found, now_s=None, then_s=self._seconds(found, workload), switch_s=load_s)
         now_s = self._seconds(current, workload)
         if now_s * MOST_GAIN < load_s + self._solve_s:
             return None  # not worth the search
         found = self.solve(workload, longest=longest).plan
-        return found if self._seconds(found, workload) + load_s < gain * now_s else None
+        change = PlanChange(plan=found, now_s=now_s, then_s=self._seconds(found, workload), switch_s=load_s)
+        return change if change.then_s + load_s < gain * now_s else None
 
     def _seconds(self, plan: Plan, workload: Workload) -> float:
         price = price_plan(self.spec, self.profile, workload, plan)

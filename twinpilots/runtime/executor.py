@@ -27,7 +27,7 @@ from twinpilots.runtime.batch import StepBatch, metadata_words, write_metadata
 from twinpilots.runtime.compile import Compiler, Program
 from twinpilots.runtime.interrupts import deferred_interrupts
 from twinpilots.runtime.layout import Layout, lay_out, page_bytes
-from twinpilots.runtime.stats import BusySeconds, BytesMoved, PassReport, WeightShares
+from twinpilots.runtime.stats import BusySeconds, BytesMoved, PassReport, PassTimes, QueueTimes, WeightShares
 from twinpilots.runtime.weights import OFFSET_MASK, TensorSource, load_weights
 from twinpilots.stats.tracker import OpTime
 
@@ -91,7 +91,8 @@ class Executor:
         self._compiler = Compiler(spec, plan, self.host_layout, self.gpu_layout)
         self._placed: dict[tuple[int, PassShape], Placed] = {}
         self._pass_id = self._stream_began = 0
-        self._ahead: tuple[bytes, int] | None = None  # what link_in is already doing for the next pass: (stream, pass id)
+        self._ahead: tuple[Placed, int] | None = None  # what link_in is already doing for the next pass: (its program, pass id)
+        self._link_in: Placed | None = None  # whose weight stream the last pass had: another program's with the same stream, when link_in ran ahead
         self._last: Placed | None = None
         self.last_report: PassReport | None = None
         self.plan_changes = 0
@@ -133,7 +134,7 @@ class Executor:
                     self.gpu.submit(queue, self._entry(placed, queue, self._pass_id, first_pass))
             if more and len(placed.program.queues["link_in"]):
                 self.gpu.submit("link_in", self._entry(placed, "link_in", self._pass_id + 1, first_pass))
-                self._ahead = (placed.program.stream, self._pass_id + 1)
+                self._ahead = (placed, self._pass_id + 1)
         self.pilot.run(self._entry(placed, "cpu", self._pass_id, first_pass), self.host)
         if self.gpu:
             self.gpu.wait("gpu", PASS_TIMEOUT_S)
@@ -148,11 +149,12 @@ class Executor:
 
     def _take_stream(self, placed: Placed) -> tuple[int, bool]:
         """Opens the next pass. Returns (the first pass of its weight stream, whether link_in is already working for it)."""
-        if self._ahead and self._ahead[0] == placed.program.stream:
-            self._pass_id = self._ahead[1]
+        if self._ahead and self._ahead[0].program.stream == placed.program.stream:
+            self._link_in, self._pass_id = self._ahead
             self._ahead = None
             return self._stream_began, True
         self._drop_ahead()
+        self._link_in = placed
         self._pass_id += 1
         self._stream_began = self._pass_id
         return self._stream_began, False
@@ -259,6 +261,7 @@ class Executor:
 
     def _times(self, placed: Placed, queue: Queue) -> np.ndarray:
         """int64 [count][3] of the last pass: wait began, work began, work ended (ns)."""
+        placed = self._link_in if queue == "link_in" and self._link_in is not None else placed
         return self.host.view(placed.traces[queue][self._pass_id % 2], np.int64, (len(placed.program.queues[queue]), 3))
 
     def _put(self, data: np.ndarray) -> int:
@@ -284,37 +287,52 @@ class Executor:
             else:
                 busy["link"] += float(work_s[copies].sum())
                 busy[queue] += float(work_s[~copies & (ops != Op.EMBED)].sum())
-            moved["link_weights"] += int(insns["a"][ops == Op.LOAD, 2].sum())
-            moved["link_activations"] += self._activation_bytes(insns[copies])
-            moved["link_kv"] += self._kv_bytes(insns[(ops == Op.LOAD_KV) | (ops == Op.STORE_KV)])
+            num_bytes = self._bytes_moved(insns)
+            moved["link_weights"] += int(num_bytes[ops == Op.LOAD].sum())
+            moved["link_activations"] += int(num_bytes[copies].sum())
+            moved["link_kv"] += int(num_bytes[(ops == Op.LOAD_KV) | (ops == Op.STORE_KV)].sum())
         return PassReport(
             seconds=seconds, predicted_s=None, busy_s=BusySeconds(**busy), bytes=BytesMoved(**moved), weights=placed.shares,
             num_prompt_tokens=batch.num_prompt_tokens, num_generated=batch.num_generated,
         )  # fmt: skip
 
-    def _activation_bytes(self, copies: np.ndarray) -> int:
-        if not len(copies):
-            return 0
+    def _rows(self, insns: np.ndarray) -> np.ndarray:
+        """Rows of the last pass that each instruction works on: of its micro-batch and groups, or the logit rows."""
         bounds = self._meta[Meta.ROWS : Meta.ROWS + 32].reshape(8, 4)
-        rows = bounds[copies["mb"], copies["ghi"]] - bounds[copies["mb"], copies["glo"]]
-        rows = np.where(copies["row_kind"] == 1, self._meta[Meta.NUM_LOGITS], rows)
-        return int((rows * copies["a"][:, 4]).sum()) * 4
+        rows = bounds[insns["mb"], insns["ghi"]] - bounds[insns["mb"], insns["glo"]]
+        return np.where(insns["row_kind"] == 1, self._meta[Meta.NUM_LOGITS], rows)
 
-    def _kv_bytes(self, insns: np.ndarray) -> int:
+    def _bytes_moved(self, insns: np.ndarray) -> np.ndarray:
+        """Bytes that each instruction of the last pass moved over the link; 0 for those that compute."""
+        ops, moved = insns["op"], np.zeros(len(insns), np.int64)
+        loads, copies = ops == Op.LOAD, ops == Op.COPY
+        moved[loads] = insns["a"][loads, 2]
+        moved[copies] = 4 * self._rows(insns[copies]) * insns["a"][copies, 4]
+        for index in np.flatnonzero((ops == Op.LOAD_KV) | (ops == Op.STORE_KV)):
+            moved[index] = self._kv_bytes(insns[index])
+        return moved
+
+    def _kv_bytes(self, insn: np.void) -> int:
         """Streamed KV moves earlier tokens' whole pages up and the new tokens down."""
-        meta, total = self._meta, 0
-        if not len(insns):
-            return 0
+        meta = self._meta
         seqs = meta[Meta.SEQS : Meta.SEQS + 32].reshape(8, 4)
         lens, ends = (meta[meta[word] : meta[word] + meta[Meta.NUM_SEQS]] for word in (Meta.OFF_SEQ_LEN, Meta.OFF_SEQ_KV))
-        token_bytes = page_bytes(self.spec, self.plan) // self.plan.page_size
-        for insn in insns:
-            group = slice(seqs[insn["mb"], insn["glo"]], seqs[insn["mb"], insn["ghi"]])
-            if insn["op"] == Op.STORE_KV:
-                total += int(lens[group].sum()) * token_bytes
-            else:
-                total += int((-(-(ends[group] - lens[group]) // self.plan.page_size)).sum()) * page_bytes(self.spec, self.plan)
-        return total
+        group = slice(seqs[insn["mb"], insn["glo"]], seqs[insn["mb"], insn["ghi"]])
+        page = page_bytes(self.spec, self.plan)
+        if insn["op"] == Op.STORE_KV:
+            return int(lens[group].sum()) * (page // self.plan.page_size)
+        return int((-(-(ends[group] - lens[group]) // self.plan.page_size)).sum()) * page
+
+    def pass_times(self) -> PassTimes | None:
+        """A copy of the last pass's times and what its tasks worked on, for a trace; None before the first pass."""
+        placed = self._last
+        if placed is None:
+            return None
+        queues = {
+            queue: QueueTimes(times=self._times(placed, queue).copy(), rows=self._rows(insns), num_bytes=self._bytes_moved(insns))
+            for queue, insns in placed.program.queues.items() if len(insns)
+        }  # fmt: skip
+        return PassTimes(schedule=placed.program.schedule, queues=queues)
 
     def close(self) -> None:
         """Stops the device's queues and returns all memory."""

@@ -5,8 +5,13 @@ Owns the accumulation and the shape of the document (docs/cli.md). Knows nothing
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+
+from twinpilots.plan.tasks import Queue, Schedule
 
 LINK_KINDS = ("link_weights", "link_kv", "link_activations", "disk")
 DEVICES = ("cpu", "gpu", "link")
@@ -50,6 +55,24 @@ class PassReport:
     num_prompt_tokens: int
     num_generated: int
     predicted_busy_s: BusySeconds | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QueueTimes:
+    """What one queue did in a pass, task by task in its order. ``times``: int64 [tasks][3] in ns of the monotonic clock: wait began, work began, work
+    ended. ``rows``: token or logit rows worked on. ``num_bytes``: moved over the link."""
+
+    times: np.ndarray
+    rows: np.ndarray
+    num_bytes: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassTimes:
+    """One pass, task by task; `Schedule.queue` gives the tasks in the order of `QueueTimes`."""
+
+    schedule: Schedule
+    queues: Mapping[Queue, QueueTimes]
 
 
 @dataclass(kw_only=True, slots=True)
