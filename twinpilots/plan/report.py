@@ -138,7 +138,8 @@ def _prediction_lines(prediction: Mapping[str, Any], emulated: str) -> list[str]
     return [
         f"predicted{emulated}: {prediction['tokens_per_s']:.4g} tokens/s (prefill {prediction['prefill_s']:.4g} s, step {prediction['step_s'] * 1e3:.4g} ms)",
         f"  bounds: plan {prediction['plan_bound']:.4g}, hardware {prediction['hardware_bound']:.4g} tokens/s",
-        f"  busy: GPU {busy['gpu']:.0%}, CPU {busy['cpu']:.0%}, link {busy['link_in']:.0%}; bottleneck {prediction['bottleneck']}: {because}",
+        f"  busy: GPU {busy['gpu']:.0%}, CPU {busy['cpu']:.0%}, link {busy['link_in']:.0%}",
+        f"  bottleneck {prediction['bottleneck']}: {because}",
     ]
 
 
