@@ -107,7 +107,7 @@ def what_ifs(problem: Problem, plan: Plan, tokens_per_s: float, point: GridPoint
     """Every change that makes sense here, for a plan that the simulator gives ``tokens_per_s``."""
     found = []
     for name, (alter, takes_gpu) in CHANGES.items():
-        if not takes_gpu or (plan.uses_gpu and problem.profile.gpu is not None):
+        if not takes_gpu or problem.profile.gpu is not None:
             altered = alter(problem)
             promised = _dual_ratio(altered, point)
             again = _rate_again(altered, plan, tokens_per_s, tokens_per_s * (promised or 1.0))
@@ -142,7 +142,7 @@ def _by_rule(altered: Problem, plan: Plan) -> Plan:
 
 def _solved_again(altered: Problem, plan: Plan) -> Trial | None:
     """The best of the program's answers that keeps the limits, wherever KV then lies, at the plan's chunk and micro-batches."""
-    if altered.profile.gpu is None or not plan.uses_gpu:
+    if altered.profile.gpu is None:
         return None
     ranked: list[tuple[float, int, Draft, Choice]] = []
     for draft, choice in grid(altered, plan.max_pass_tokens):
