@@ -195,7 +195,7 @@ def _draw_rates(axes: Any, document: Mapping[str, Any]) -> None:
     for name in sorted(document["policies"], key=lambda name: name == "auto"):  # auto last: on top of those it equals
         colour, style, marker = LINES.get(name, ("#333333", "-", "x"))
         points = [(batch["max_num_seqs"], rate) for batch in batches if (rate := batch["policies"].get(name)) is not None]
-        label = name if points else f"{name} (infeasible)"
+        label = f"{name}{'' if points else ' (infeasible)'}{' = auto' if name != 'auto' and _same_as_auto(batches, name) else ''}"
         axes.plot([x for x, _ in points], [y for _, y in points], linestyle=style, marker=marker, color=colour, label=label, markersize=5,
                   linewidth=2.4 if name == "auto" else 1.3)  # fmt: skip
     axes.set_xscale("log", base=2)
@@ -208,6 +208,12 @@ def _draw_rates(axes: Any, document: Mapping[str, Any]) -> None:
     axes.set_ylabel("generated tokens/s")
     axes.set_title("throughput against the batch, every policy", loc="left", fontsize=11)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, frameon=False)
+
+
+def _same_as_auto(batches: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Whether a policy's curve lies under auto's: it would not be seen."""
+    pairs = [(batch["policies"].get(name), batch["policies"].get("auto")) for batch in batches]
+    return all(rate is not None and best is not None and abs(rate - best) < 0.005 * best for rate, best in pairs)
 
 
 def _label_decades(axes: Any) -> None:
