@@ -78,10 +78,10 @@ def test_one_more_core_computes_more_and_reads_what_dram_has_left() -> None:
     roomy = one_more_core(problem_of(machine())).profile
     assert roomy.cpu_cores == 3
     assert roomy.cpu.read_bytes_per_s == pytest.approx(3e6) and roomy.cpu.flops_per_s == pytest.approx(12e6)
-    assert roomy.cpu.linear_s("fp16", "out", 1.0, 1) == pytest.approx(machine().cpu.linear_s("fp16", "out", 1.0, 1) / 1.5)
+    assert roomy.cpu.linear["fp16/out"](1) == pytest.approx(machine().cpu.linear["fp16/out"](1) / 1.5)
     short = one_more_core(problem_of(machine(dram_bytes_per_s=2e6))).profile
-    assert short.cpu.linear_s("fp16", "out", 1.0, 1) == machine().cpu.linear_s("fp16", "out", 1.0, 1)
-    assert short.cpu.linear_s("fp16", "out", 1.0, 512) == pytest.approx(machine().cpu.linear_s("fp16", "out", 1.0, 512) / 1.5)
+    assert short.cpu.linear["fp16/out"](1) == machine().cpu.linear["fp16/out"](1)
+    assert short.cpu.linear["fp16/out"](512) == pytest.approx(machine().cpu.linear["fp16/out"](512) / 1.5)
 
 
 def test_twice_the_link_takes_twice_as_much_from_host_memory_at_a_time() -> None:
