@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from twinpilots.plan.draft import PAGE_TOKENS, Draft, Residency, chunk_choices, most_sequences, nothing_resident, pages_of, ring_rule, split_of
+from twinpilots.plan.draft import PAGE_TOKENS, Draft, Residency, chunk_choices, most_sequences, nothing_resident, pages_of, ring_rule, split_of, unit_edge
 from twinpilots.plan.memory import plan_memory
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Split
 from twinpilots.plan.pricing import bucket_seconds, prefill_shape, price_phase
@@ -26,6 +26,7 @@ CHUNKS_TRIED = 2
 ROUNDED_PRICED = 3  # answers of the program that the simulator prices
 SCALES = (0.85, 1.15, 0.94, 1.06)  # factors tried on the CPU's shares, coarse then fine
 PHASES: tuple[Phase, ...] = ("decode", "prefill")  # in the order that the search takes them
+ROOMY = 1.05  # resident bytes beyond the program's by more than this are no rounding: memory does not bind
 GAIN = 1.002  # an improvement worth keeping
 
 
@@ -156,10 +157,20 @@ def rounded(problem: Problem, draft: Draft, shares: Shares) -> Trial | None:
     """Whole sequences on the GPU, whole units resident; None when the rounding breaks a limit."""
     draft = replace(draft, gpu_seqs=draft.num_seqs if draft.gpu_seqs else int(draft.num_seqs * shares.gpu_kv + 1e-6))
     trial = Trial(
-        draft=draft, residency=fill(problem, draft, shares.resident),
+        draft=draft, residency=_uncrowded(problem, fill(problem, draft, shares.resident), shares),
         shares={"prefill": shares.phases[0].cpu, "decode": shares.phases[1].cpu},
     )  # fmt: skip
     return trial if problem.fits(trial.plan(problem)) else None
+
+
+def _uncrowded(problem: Problem, residency: Residency, shares: Shares) -> Residency:
+    """Where memory has room for more than the program wants resident, filling it would leave the CPU no rows: what a phase wants there stays out."""
+    wanted = sum(shares.resident[name] * op.weight_bytes * (problem.spec.num_layers if op.layer >= 0 else 1) for name, op in problem.ops.items())
+    if sum(rows * problem.ops[name].row_bytes for layer in residency for name, rows in layer.items()) <= ROOMY * wanted:
+        return residency
+    most = {name: unit_edge(op, op.rows * (1.0 - max(phase.cpu[name] for phase in shares.phases))) for name, op in problem.ops.items()}
+    made = {id(layer): {name: min(rows, most[name]) for name, rows in layer.items()} for layer in residency}  # layers alike stay one mapping
+    return tuple(made[id(layer)] for layer in residency)
 
 
 def least_memory(problem: Problem) -> tuple[tuple[Draft, Place], ...]:
