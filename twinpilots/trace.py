@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 import numpy as np
@@ -131,6 +133,19 @@ def read_events(path: Path) -> Iterator[Event]:
         for line in file:
             if line.startswith('{"ph"'):
                 yield json.loads(line.rstrip().rstrip(","))
+
+
+@contextmanager
+def joint_trace(path: Path | None, labels: Sequence[str], num_passes: int, notes: Mapping[str, Any]) -> Iterator[Callable[[int], dict[str, Any] | None]]:
+    """Several engines in one file. Gives a function from an engine's number in ``labels`` to the arguments of its `LLM.trace` (None when ``path`` is None),
+    each with a temporary file of its own; at the end these are put together."""
+    if path is None:
+        yield lambda _number: None
+        return
+    with TemporaryDirectory(prefix="twinpilots-") as folder:
+        files = [Path(folder) / f"{number}.json" for number in range(len(labels))]
+        yield lambda number: {"path": str(files[number]), "num_passes": num_passes, "label": labels[number], "contender": number}
+        write_trace(path, (event for file in files if file.exists() for event in read_events(file)), notes)
 
 
 def _part(path: Path) -> Path:

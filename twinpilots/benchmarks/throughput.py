@@ -11,9 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from twinpilots.benchmarks.contender import Contender, Run
@@ -21,7 +19,7 @@ from twinpilots.benchmarks.summary import best_other, compare
 from twinpilots.commands import options
 from twinpilots.errors import UserError
 from twinpilots.progress import Progress
-from twinpilots.trace import read_events, write_trace
+from twinpilots.trace import joint_trace
 
 if TYPE_CHECKING:
     from twinpilots.hardware.profile import HardwareProfile
@@ -94,27 +92,14 @@ def limits_text(profile: HardwareProfile) -> str:
     return "limits, measured now:\n" + profile_text(profile)
 
 
-Tracer = Callable[[int, int], dict[str, Any] | None]  # (round, contender) -> the arguments of `LLM.trace`, None for a run without
+Tracer = Callable[[int, str], dict[str, Any] | None]  # (round, policy) -> the arguments of `LLM.trace`, None for a run without
 
 
 @contextmanager
 def traces(args: argparse.Namespace) -> Iterator[Tracer]:
-    """The last round of every contender is traced, each into a file of its own; afterwards these are put together in --trace FILE."""
-    if args.trace is None:
-        yield lambda _round, _contender: None
-        return
-    with TemporaryDirectory(prefix="twinpilots-") as folder:
-
-        def tracer(number: int, contender: int) -> dict[str, Any] | None:
-            if number != args.rounds - 1:
-                return None
-            part = Path(folder) / f"{contender}.json"
-            return {"path": str(part), "num_passes": args.trace_passes, "label": args.policies[contender], "contender": contender}
-
-        yield tracer
-        parts = [part for contender in range(len(args.policies)) if (part := Path(folder) / f"{contender}.json").exists()]
-        notes = {"model": args.model, "policies": list(args.policies), "round": args.rounds}
-        write_trace(args.trace, (event for part in parts for event in read_events(part)), notes)
+    """The last round of every contender is traced; all of them together are --trace FILE."""
+    with joint_trace(args.trace, args.policies, args.trace_passes, {"model": args.model, "policies": list(args.policies), "round": args.rounds}) as arguments:
+        yield lambda number, policy: arguments(args.policies.index(policy)) if number == args.rounds - 1 else None
 
 
 def play_loaded(standings: Sequence[Standing], args: argparse.Namespace, bar: Progress, tracer: Tracer) -> None:
@@ -127,7 +112,7 @@ def play_loaded(standings: Sequence[Standing], args: argparse.Namespace, bar: Pr
         for number in range(args.rounds):
             for standing in turn(standings, number):
                 if standing.policy in contenders:
-                    standing.runs.append(contenders[standing.policy].run(tracer(number, args.policies.index(standing.policy))))
+                    standing.runs.append(contenders[standing.policy].run(tracer(number, standing.policy)))
                 bar.update(note=f"round {number + 1} of {args.rounds}, {standing.policy}")
     except BaseException:
         for contender in contenders.values():
@@ -147,7 +132,7 @@ def play_reloading(standings: Sequence[Standing], args: argparse.Namespace, bar:
                 enter(standing, args, contenders)
                 for contender in contenders.values():
                     try:
-                        standing.runs.append(contender.run(tracer(number, args.policies.index(standing.policy))))
+                        standing.runs.append(contender.run(tracer(number, standing.policy)))
                     except BaseException:
                         contender.kill()
                         raise
