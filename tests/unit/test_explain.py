@@ -100,9 +100,7 @@ def test_one_more_gib_raises_the_limit_and_the_memory() -> None:
 # -- whole explanations ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "case", [(llama(layers=8), DEMO, workload(4, 64, 16)), (llama_70b(), RTX_4090, workload(16, 512, 128))], ids=["demo", "70b"]
-)
+@pytest.mark.parametrize("case", [(llama(layers=8), DEMO, workload(4, 64, 16)), (llama_70b(), RTX_4090, workload(16, 512, 128))], ids=["demo", "70b"])
 def test_what_ifs_are_solved_again_and_never_lose(case: tuple[ModelSpec, HardwareProfile, Workload]) -> None:
     found, tokens_per_s = explained(*case)
     assert [answer.change for answer in found.what_if] == list(CHANGES)
