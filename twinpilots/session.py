@@ -128,6 +128,7 @@ class Session:
         self.stats.plan_changes += 1
 
     def close(self) -> None:
+        self.last_pass = None  # a view that is still held would keep the arena's file open
         self._stack.close()
 
 
