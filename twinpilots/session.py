@@ -110,6 +110,7 @@ class Session:
         self.stats.plan_changes += 1
 
     def close(self) -> None:
+        self.last_pass = None  # its view would outlive the memory
         self._stack.close()
 
 
