@@ -223,8 +223,7 @@ class Planner:
         parts = (
             self.fingerprint,
             self.spec.weight_dtype,
-            self.spec.rate_keys,
-            self.spec.linear_bytes,
+            self.spec.formats,
             c.device,
             c.gpu_bytes,
             c.host_bytes,

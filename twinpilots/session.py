@@ -128,7 +128,7 @@ class Session:
         self.stats.plan_changes += 1
 
     def close(self) -> None:
-        self.last_pass = None  # a view that is still held would keep the arena's file open
+        self.last_pass = None  # its view would outlive the memory
         self._stack.close()
 
 

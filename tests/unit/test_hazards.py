@@ -16,7 +16,7 @@ from twinpilots.plan.hazards import find_races, queue_order_is_serial
 from twinpilots.plan.packets import smallest_ring
 from twinpilots.plan.plan import BucketPlan, Plan, Split
 from twinpilots.plan.schedule import expand, without_wait
-from twinpilots.plan.tasks import Schedule
+from twinpilots.plan.tasks import Access, Schedule
 
 
 @settings(max_examples=80, deadline=None)
@@ -27,6 +27,20 @@ def test_nothing_races_and_no_cycle_of_waits_can_exist(case: Case) -> None:
         assert find_races(schedule.tasks) == []
         assert queue_order_is_serial(schedule.tasks)
         assert max(len(task.waits) for task in schedule.tasks) <= MAX_WAITS
+
+
+@settings(max_examples=80, deadline=None)
+@given(cases(max_layers=2))
+def test_no_other_queue_writes_an_input_that_linears_share(case: Case) -> None:
+    """The native queue rounds the input of quantised linears once, until one of its own instructions may have written it (`Queue::forget_rounded`)."""
+    tasks = expand(case.spec, case.plan, case.bucket, case.shape).tasks
+    inputs: dict[tuple[str, Access], int] = {}  # by queue: what its linears read, and the first that does
+    for task in tasks:
+        if task.kind == "linear":
+            inputs.setdefault((task.queue, task.reads[0]), task.index)
+    for (queue, access), first in inputs.items():
+        late = [task.kind for task in tasks[first:] if task.queue != queue and any(access.overlaps(write) for write in task.writes)]
+        assert not late, f"{late} of other queues write {access} after a linear of {queue} has read it"
 
 
 @settings(max_examples=20, deadline=None)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.machines import machine
 from tests.planning import DEMO, llama, llama_70b, memory_of, smollm2, workload
+from twinpilots.config import EngineConfig
 from twinpilots.errors import ProfileMissingError, UserError
 from twinpilots.hardware.store import latest_profile, load_profile, profile_key, save_profile
 from twinpilots.model.quantization import keeps_stored, quantized_spec, with_formats
@@ -18,6 +19,7 @@ from twinpilots.plan.memory import plan_memory, resident_bytes, streamed_bytes
 from twinpilots.plan.packets import cut_packets
 from twinpilots.plan.solver import solve
 from twinpilots.plan.workload import Limits
+from twinpilots.planner import Planner
 
 WORK = workload(num=4, input_len=32, output_len=8)
 
@@ -146,3 +148,17 @@ def test_profiles_of_several_formats_live_together(tmp_path: Path, monkeypatch: 
 def test_the_formats_sizes() -> None:
     bits = {name: 8 * weights.bytes_per_weight for name, weights in FORMATS.items() if weights.is_quantized}
     assert bits == {"q8_0": 8.5, "q4_0": 4.5, "q4_1": 5.0, "q4_z32": 5.0, "q4_z64": 4.5, "q4_z128": 4.25, "q4_k": 4.5, "q6_k": 6.5625}
+
+
+def test_a_frozen_plan_belongs_to_the_formats_of_every_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where as many bytes are quantised, only others: their layouts differ."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    variants = (("int4", ()), ("int4-fast", ()), ("int8", ()), ("int4", ("0.q_proj",)), ("int4", ("1.q_proj",)), ("int4", ("embed",)))
+    config = EngineConfig.of(
+        dtype="auto", quantization=None, device="cpu", gpu_memory=None, host_memory=None, max_model_len=None, max_num_seqs=None, kv_cache_dtype="auto",
+        policy="cpu", plan=None, threads=None, seed=0, deterministic=True, unit_rows=None,
+    )  # fmt: skip
+    for quantization, keep in (*variants, *variants):
+        spec = quantized_spec(llama(), {}, quantization, keep)  # type: ignore[arg-type]
+        Planner(config, spec, DEMO, "fingerprint").plan_for(WORK)
+    assert len(list(tmp_path.rglob("plans/*.json"))) == len(variants)

@@ -18,6 +18,7 @@ from twinpilots.kernels.quant_format import dequantize, quantize
 from twinpilots.model import quantized
 from twinpilots.model.block_cache import BlockCache
 from twinpilots.model.checkpoint import Checkpoint, open_checkpoint
+from twinpilots.model.gptq import PackedConfig, PackedWeights
 from twinpilots.model.safetensors_file import SafetensorsFile
 from twinpilots.model.weight_format import FORMATS
 
@@ -119,6 +120,20 @@ def test_dummy_weights_are_quantised_at_once_and_alike_every_time() -> None:
     assert abs(one.tensor("3.down_proj").data.std() * 1536**0.5 - 1) < 0.1
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_weights_beyond_the_range_of_scales_are_refused(quantization: Any, tmp_path: Path) -> None:
+    path = zoo.save("llama-64", 0, tmp_path / "m")
+    import safetensors.numpy
+
+    tensors = safetensors.numpy.load_file(path / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][3, 5] = 1e7
+    safetensors.numpy.save_file(tensors, path / "model.safetensors")
+    checkpoint = open_checkpoint(path, quantization=quantization)
+    checkpoint.blocks("0.q_proj")
+    with pytest.raises(CheckpointError, match=r"1\.q_proj.*1e\+07.*65504.*--keep"):
+        checkpoint.blocks("1.q_proj")
+
+
 def test_infinite_weights_are_not_quantised(tmp_path: Path) -> None:
     path = zoo.save("llama-64", 0, tmp_path / "m", dtype="float16")
     file = SafetensorsFile(path / "model.safetensors")
@@ -215,6 +230,31 @@ def test_other_packings_are_refused_by_name(config: dict[str, Any], message: str
     packed_directory(llama, tmp_path / "m", "gptq", 32, **config)
     with pytest.raises(UserError, match=message):
         open_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp32"])
+def test_infinite_scales_are_refused_packed_and_dequantised(dtype: str, llama: Path, tmp_path: Path) -> None:
+    packed_directory(llama, tmp_path / "m", "gptq", 32)
+    import safetensors.numpy
+
+    path, name = tmp_path / "m" / "model.safetensors", "model.layers.1.self_attn.k_proj.scales"
+    tensors = safetensors.numpy.load_file(path)
+    tensors[name][0, 0] = np.inf
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"k_proj.*infinite"):
+        open_checkpoint(tmp_path / "m", dtype=dtype).tensor("1.k_proj")
+
+
+def test_outputs_that_are_no_multiple_of_eight(tmp_path: Path) -> None:
+    """Zero points come eight to a word: the last word is filled in part."""
+    rng = np.random.default_rng(0)
+    codes, zeros = rng.integers(0, 16, (32, 12), dtype=np.uint8), rng.integers(1, 16, (1, 16), dtype=np.uint8)
+    scales = np.full((1, 12), 0.5, np.float16)
+    qweight, qzeros = pack_gptq(codes, zeros, 1)
+    rewrite(tmp_path, {"a.qweight": qweight, "a.qzeros": qzeros, "a.scales": scales})
+    file = SafetensorsFile(tmp_path / "model.safetensors")
+    packed = PackedWeights(PackedConfig(method="gptq", group_size=32, zero_offset=1), dict.fromkeys(file.tensors, file), "m")
+    np.testing.assert_array_equal(packed.read("a.weight").data, (codes.astype(np.float32) - zeros[:, :12]).T * np.float32(0.5))
 
 
 def test_reordered_inputs_and_misfits_are_refused_by_tensor(llama: Path, tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ class PackedWeights:
         """f16 ``[groups, outputs]``. Scales that f16 cannot hold would change the weights, and are refused."""
         raw = self._owners[f"{module}.scales"].read(f"{module}.scales")
         values = raw.float32()
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{self._where}: tensor '{module}.scales' holds infinite or undefined scales; the file is damaged")
         with np.errstate(over="ignore"):
             halves = values.astype(np.float16)
         if not np.array_equal(halves.astype(np.float32), values):
@@ -139,7 +141,7 @@ class PackedWeights:
         first, second = self._shape(module, "qweight", "I32")
         width, rows = (first * PER_WORD, second) if gptq else (first, second * PER_WORD)
         groups = 1 if self._config.group_size is None else -(-width // self._config.group_size)
-        for part, dtype, expected in (("qzeros", "I32", (groups, rows // PER_WORD)), ("scales", None, (groups, rows))):
+        for part, dtype, expected in (("qzeros", "I32", (groups, -(-rows // PER_WORD))), ("scales", None, (groups, rows))):
             found = self._shape(module, part, dtype)
             if found != expected:
                 raise CheckpointError(f"{self._where}: tensor '{module}.{part}' has shape {list(found)}, {list(expected)} would fit its qweight")

@@ -19,10 +19,11 @@ from twinpilots.model.block_cache import BlockCache
 from twinpilots.model.quantization import EMBED, Stored
 from twinpilots.model.spec import ModelSpec, OpName
 from twinpilots.model.tensor_names import is_small, tensor_shapes
-from twinpilots.model.tensors import Array, RawTensor, convert
+from twinpilots.model.tensors import Array, RawTensor
 from twinpilots.model.weight_format import WeightFormat
 
 ROWS_PER_JOB = 256
+MOST_FP16 = 65504.0
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj")}  # ops of several tensors
 _OP_OF = {part: op for op, parts in PARTS.items() for part in parts}
 
@@ -70,8 +71,7 @@ class QuantizedCheckpoint:
         chosen = tensor_format(self.spec, tensor_id)
         if chosen is not None:
             return RawTensor(data=dequantize(self.blocks(tensor_id), chosen), dtype="fp32")
-        raw = self._files.tensor(tensor_id)
-        return raw if is_small(tensor_id) else convert(raw, self.spec.weight_dtype, f"tensor '{tensor_id}'")
+        return self._files.tensor(tensor_id)
 
     def blocks(self, tensor_id: str) -> Array:
         """Row blocks of a quantised weight."""
@@ -136,6 +136,9 @@ def _quantized(raw: RawTensor, chosen: WeightFormat, what: str) -> Array:
         part = RawTensor(data=raw.data[row : row + ROWS_PER_JOB], dtype=raw.dtype).float32()
         if not np.isfinite(part).all():
             raise CheckpointError(f"tensor '{what}' holds infinite or undefined weights and cannot be quantised; the file is damaged")
+        largest = float(np.abs(part).max())
+        if largest > MOST_FP16:  # its scale would be cut off (q4_1) or infinite (q8_0)
+            raise CheckpointError(f"tensor '{what}' holds a weight of magnitude {largest:g}, at most {MOST_FP16:g} can be quantised; leave it native with --keep")
         result[row : row + ROWS_PER_JOB] = quantize(part, chosen)
 
     with ThreadPoolExecutor(_num_threads()) as pool:

@@ -170,6 +170,11 @@ class ModelSpec:
         chosen = self.head_format if layer < 0 else dict(self.layers[layer].formats).get(name)
         return FORMATS[chosen or self.weight_dtype]
 
+    @property
+    def formats(self) -> tuple[object, ...]:
+        """Everything about the formats of the weights: equal for models that differ in nothing else, and only then."""
+        return tuple(layer.formats for layer in self.layers), self.head_format, self.embed_format, self.fast_activations
+
     @cached_property
     def format_classes(self) -> tuple[int, ...]:
         """The class of each layer: layers of one class have the same formats. Classes are numbered in the order of their first layers."""

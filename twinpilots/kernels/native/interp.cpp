@@ -205,7 +205,7 @@ static bool known_weights(int64_t dtype, int64_t width) {
 }
 static bool known_dtype(int64_t dtype) { return dtype == FP32 || dtype == BF16 || dtype == FP16; }
 
-// The rounded input is kept through instructions that write elsewhere.
+// The rounded input is kept through this queue's instructions that write elsewhere. No other queue writes it in between: tests/unit/test_hazards.py.
 void Queue::forget_rounded(const Insn& insn) {
   if (insn.op == LOAD || !rounded_of_.src) return;
   const bool strided = insn.op == LINEAR || insn.op == COPY;
