@@ -14,7 +14,7 @@ from tests import zoo
 from twinpilots.device.base import GpuDevice
 from twinpilots.device.cpu import CpuPilot, choose_cores
 from twinpilots.device.emulated import EMULATED, EmulatedGpu
-from twinpilots.model.checkpoint import open_checkpoint
+from twinpilots.model.checkpoint import Checkpoint, open_checkpoint
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.plan import Plan
 from twinpilots.request import SamplingParams
@@ -68,11 +68,11 @@ class Rig:
     """An engine on a plan; ``logits[request]`` are the rows that its tokens were chosen from. ``device``: another GPU than the emulated one (gpu_check)."""
 
     def __init__(
-        self, path: Path, plan: Plan, *, adversarial_seed: int = 0, poison: bool = True, runner: Any = None, device: GpuDevice | None = None,
+        self, path: Path | Checkpoint, plan: Plan, *, adversarial_seed: int = 0, poison: bool = True, runner: Any = None, device: GpuDevice | None = None,
         growth_tokens: int = GROWTH_TOKENS,
     ) -> None:  # fmt: skip
         with ExitStack() as stack:
-            self.checkpoint = open_checkpoint(path)
+            self.checkpoint = open_checkpoint(path) if isinstance(path, str | Path) else path
             stack.callback(self.checkpoint.close)
             cores = choose_cores(gpu=plan.uses_gpu, emulated=plan.uses_gpu and (device is None or device.emulated))
             pilot = CpuPilot(cores=cores.pilot)

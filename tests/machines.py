@@ -6,12 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from twinpilots.hardware.profile import ComputeProfile, HardwareProfile, LinkProfile, roofline_curve
+from twinpilots.model.weight_format import FORMATS
 
 LINK = LinkProfile(up_bytes_per_s=1e6, down_bytes_per_s=5e5, packet_s=1e-3, copy_s=2e-3, handoff_s=0.0)
 
 
 def processor(read: float, flops: float, **changes: Any) -> ComputeProfile:
-    curves = {f"{dtype}/{dim}": roofline_curve(size, read, flops) for dtype, size in (("fp32", 4), ("bf16", 2), ("fp16", 2)) for dim in ("out", "in")}
+    kinds = {name: weights.bytes_per_weight for name, weights in FORMATS.items()}
+    kinds |= {f"{name}/fast": kinds[name] for name in ("q8_0", "q4_1")}
+    curves = {f"{kind}/{dim}": roofline_curve(size, read, flops) for kind, size in kinds.items() for dim in ("out", "in")}
     plain = ComputeProfile(
         name="test", linear=curves, attention_bytes_per_s=read, attention_flops_per_s=flops, elementwise_bytes_per_s=read, task_s=1e-3, read_bytes_per_s=read,
         flops_per_s=flops,

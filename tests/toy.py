@@ -17,7 +17,7 @@ from twinpilots.kernels.abi import MAX_MICRO_BATCHES, Meta
 from twinpilots.model.spec import LayerSpec, ModelSpec, RopeSpec
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.request import RequestOutput, SamplingParams
-from twinpilots.runtime.batch import StepBatch, metadata_words, write_metadata
+from twinpilots.runtime.batch import MetadataWriter, StepBatch, metadata_words, write_metadata
 from twinpilots.runtime.engine import Engine
 from twinpilots.runtime.kv_cache import KvCache
 from twinpilots.runtime.scheduler import Scheduler
@@ -75,6 +75,7 @@ class ToyExecutor:
     def __init__(self, spec: ModelSpec, plan: Plan) -> None:
         self.spec, self.plan = spec, plan
         self.meta = np.zeros(metadata_words(plan), np.int32)
+        self._writer = MetadataWriter(np.full(metadata_words(plan), 7, np.int32), spec, plan)
         self.tiers = [np.full(pages * plan.page_size, UNWRITTEN, np.int64) for pages in (plan.gpu_pages, plan.host_pages)]
         self.batches: list[StepBatch] = []
         self.more: list[bool] = []
@@ -84,6 +85,7 @@ class ToyExecutor:
         self.more.append(more)
         self.meta[:] = 7  # nothing of the last pass may survive
         write_metadata(batch, self.meta, self.spec, self.plan)
+        self._check_writer(batch)
         seen: dict[int, list[int]] = {}
         for mb in range(MAX_MICRO_BATCHES):
             bounds = self.meta[Meta.SEQS + 4 * mb : Meta.SEQS + 4 * mb + 4]
@@ -93,6 +95,12 @@ class ToyExecutor:
                     self._run_sequence(seq, group, staging, seen)
         rows = self._array(Meta.OFF_LOGIT_ROW, self.meta[Meta.NUM_LOGITS])
         return np.stack([logits_of(seen[row]) for row in rows.tolist()]) if len(rows) else np.zeros((0, VOCAB), np.float32)
+
+    def _check_writer(self, batch: StepBatch) -> None:
+        """What grows from pass to pass is what is written from scratch."""
+        self._writer.write(batch)
+        used = self.meta[Meta.OFF_PAGE] + sum(len(item.pages) for item in batch.items)  # staging numbers follow: the same in every pass
+        assert np.array_equal(self._writer.out[:used], self.meta[:used])
 
     def _array(self, word: Meta, count: int) -> np.ndarray:
         return self.meta[self.meta[word] : self.meta[word] + count]

@@ -59,6 +59,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3-nested": ("gemma3", {**_GEMMA, "rope_parameters": _NESTED_ROPE, "layer_types": ["sliding_attention", "full_attention"] * 2}),
 }
 
+# The same in sizes that quantised blocks divide. "llama-256" has room for k-quants.
+_BLOCKS = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 160}
+BLOCK_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-64": ("llama", _BLOCKS),
+    "opt-64": ("opt", {"hidden_size": 64, "ffn_dim": 160, **_MHA}),
+    "llama-256": ("llama", {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}),
+}
+
 
 def build(family: str, seed: int) -> Any:
     """The random fp32 transformers model of ``family``."""
@@ -134,7 +142,7 @@ def margins(logits: np.ndarray) -> np.ndarray:
 def _config(family: str) -> Any:
     from transformers import AutoConfig
 
-    model_type, changes = FAMILIES[family]
+    model_type, changes = (FAMILIES | BLOCK_FAMILIES)[family]
     values = json.loads(json.dumps({**_SIZES, **changes}))  # a deep copy: transformers edits rope dicts in place
     if model_type != "gemma3":
         return AutoConfig.for_model(model_type, **values)

@@ -11,9 +11,12 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from twinpilots.config import EngineConfig
 from twinpilots.errors import LimitError, UserError
@@ -38,12 +41,22 @@ LEN_STEP = 32  # workloads are told apart by lengths rounded up to this: similar
 REPLAN_GAIN = 0.95  # another plan must take at most this fraction of the time, its loading included
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptLogits:
+    """Logits [rows, vocab] after the tokens ``first``, ``first`` + 1, ... of prompt number ``prompt``: a view, valid until the next one is drawn."""
+
+    prompt: int
+    first: int
+    rows: NDArray[np.float32]
+
+
 class LLM:
     """A model, loaded and planned for this machine. Close it, or use it as a context manager.
 
     Arguments are those of docs/cli.md; None means: decided by measurement and plan. ``gpu_memory`` and ``host_memory`` are bytes or text
     ("8GiB"). ``plan`` is a `Plan` or the path of its JSON. ``strict`` makes tensors that nothing uses an error instead of a
-    warning. Raises UserError subclasses for models, devices and limits that cannot be had, ValueError
+    warning. ``keep`` names weights that ``quantization`` leaves alone, by patterns such as "lm_head" or "*.down_proj".
+    Raises UserError subclasses for models, devices and limits that cannot be had, ValueError
     for malformed arguments, all before anything runs.
     """
 
@@ -52,15 +65,18 @@ class LLM:
         device: str = "auto", gpu_memory: int | str | None = None, host_memory: int | str | None = None, max_model_len: int | None = None,
         max_num_seqs: int | None = None, kv_cache_dtype: str = "auto", policy: str = "auto", plan: Plan | str | Path | None = None,
         threads: int | None = None, seed: int = 0, deterministic: bool = False, unit_rows: int | None = None, strict: bool = False,
+        keep: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.config = EngineConfig.of(
             dtype=dtype, quantization=quantization, device=device, gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len,
             max_num_seqs=max_num_seqs, kv_cache_dtype=kv_cache_dtype, policy=policy, plan=plan, threads=threads, seed=seed, deterministic=deterministic,
-            unit_rows=unit_rows,
+            unit_rows=unit_rows, keep=keep,
         )  # fmt: skip
         located = resolve_model(model, revision)
         with Progress("converting", unit="tensors") as bar:  # shown only for a GGUF file's first time
-            self._checkpoint = open_checkpoint(located, dtype=dtype, strict=strict, progress=bar.show)
+            self._checkpoint = open_checkpoint(
+                located, dtype=dtype, quantization=self.config.quantization, keep=self.config.keep, strict=strict, progress=bar.show
+            )
         self._session: Session | None = None
         self._earlier_peak_bytes: dict[Literal["gpu", "host"], int] = {"gpu": 0, "host": 0}
         try:
@@ -146,6 +162,34 @@ class LLM:
             if not finished:
                 engine.abort(request_id)
 
+    def prompt_logits(self, prompts: Sequence[Sequence[int]]) -> Iterator[PromptLogits]:
+        """The raw logits after every token of every prompt, in the order of prompts and tokens, as many rows at a time as a pass gives."""
+        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=0)
+        slots = max(len(prompts), self.config.max_num_seqs or DEFAULT_NUM_SEQS)  # a pass gives no more rows than its plan has sequences
+        self._fit([prompts[i % len(prompts)] for i in range(slots)], [params] * slots)
+        numbers: dict[str, int] = {}
+        engine = self._open_session.engine
+        try:
+            for number, prompt in enumerate(prompts):
+                numbers[self._add((list(prompt), None), params)] = number
+            while engine.has_unfinished():
+                self._open_session.step()
+                yield from self._last_logits(numbers)
+        finally:
+            for request_id in numbers:
+                engine.abort(request_id)
+
+    def _last_logits(self, numbers: Mapping[str, int]) -> list[PromptLogits]:
+        """The last pass's rows by prompt: the older prompt first, whatever micro-batch it was in."""
+        assert self._open_session.last_pass is not None
+        batch, logits = self._open_session.last_pass
+        found, row = [], 0
+        for item in batch.items:
+            rows = logits[row : row + item.num_logits]
+            found.append(PromptLogits(prompt=numbers[item.sequence.request_id], first=item.end - item.num_logits, rows=rows))
+            row += item.num_logits
+        return sorted(found, key=lambda part: part.prompt)
+
     def _run(
         self, prompts: list[tuple[list[int], str | None]], params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: bool
     ) -> list[RequestOutput]:
@@ -157,12 +201,11 @@ class LLM:
         try:
             for prompt, one in zip(prompts, each, strict=True):
                 order.append(self._add(prompt, one))
-            with _progress(len(prompts), use_tqdm) as bar:
+            with _progress(len(prompts), use_tqdm) as bar, self._open_session.driving():
                 while engine.has_unfinished():
-                    for output in self._open_session.step():
-                        if output.finished:
-                            done[output.request_id] = output
-                            bar.update()
+                    for output in self._open_session.step(partial=False):
+                        done[output.request_id] = output
+                        bar.update()
         except BaseException:
             for request_id in order:
                 engine.abort(request_id)

@@ -6,16 +6,18 @@ Owns what each option may be. What an option means for a model or a machine is d
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from twinpilots.errors import UserError
 from twinpilots.units import parse_bytes
 
 POLICY_NAMES = ("auto", "twinpilots", "flexgen", "hetegen", "layer-split", "stream", "cpu", "resident")
 KV_DTYPES = {"auto": None, "fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
-QUANTIZATIONS = ("int8", "int4", "int4-fast")
+Quantization = Literal["int8", "int4", "int4-fast"]
+QUANTIZATIONS: tuple[Quantization, ...] = ("int8", "int4", "int4-fast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,8 @@ class EngineConfig:
     """Validated arguments of `LLM`. Sizes in bytes, None: decided by measurement and plan. ``kv_dtype`` None: the model's own."""
 
     dtype: str
+    quantization: Quantization | None
+    keep: tuple[str, ...]
     device: str
     gpu_bytes: int | None
     host_bytes: int | None
@@ -40,13 +44,16 @@ class EngineConfig:
     def of(
         *, dtype: str, quantization: str | None, device: str, gpu_memory: int | str | None, host_memory: int | str | None, max_model_len: int | None,
         max_num_seqs: int | None, kv_cache_dtype: str, policy: str, plan: Any, threads: int | None, seed: int, deterministic: bool, unit_rows: int | None,
+        keep: Sequence[str] = (),
     ) -> EngineConfig:  # fmt: skip
         """Check and convert. Raises ValueError that names the option, the value and what it may be; UserError for what this version cannot do."""
         _check_choice("policy", policy, POLICY_NAMES)
         _check_choice("kv_cache_dtype", kv_cache_dtype, tuple(KV_DTYPES))
         if quantization is not None:
             _check_choice("quantization", quantization, QUANTIZATIONS)
-            raise UserError(f"quantization {quantization!r} is not available in this version; leave it out to run the weights as stored")
+        patterns = (keep,) if isinstance(keep, str) else tuple(keep)
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(f"keep must be patterns of weight names, got {keep!r}")
         for name, value in (("max_model_len", max_model_len), ("max_num_seqs", max_num_seqs), ("threads", threads), ("unit_rows", unit_rows)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
@@ -55,7 +62,8 @@ class EngineConfig:
         if deterministic and device.startswith("cuda"):
             raise UserError("deterministic=True is not available on cuda: its kernels are not batch-invariant; use device='cpu'")
         return EngineConfig(
-            dtype=dtype, device=device, gpu_bytes=_size("gpu_memory", gpu_memory), host_bytes=_size("host_memory", host_memory), max_model_len=max_model_len,
+            dtype=dtype, quantization=cast("Quantization | None", quantization), keep=patterns, device=device,
+            gpu_bytes=_size("gpu_memory", gpu_memory), host_bytes=_size("host_memory", host_memory), max_model_len=max_model_len,
             max_num_seqs=max_num_seqs, kv_dtype=KV_DTYPES[kv_cache_dtype], policy=policy, plan=plan, threads=threads, seed=seed,
             deterministic=bool(deterministic), unit_rows=unit_rows,
         )  # fmt: skip

@@ -51,7 +51,7 @@ def run_policy(policy: str, device: str, prompts: Sequence[str], max_tokens: int
     """Load the model under one policy and generate for all prompts at once, greedily."""
     from twinpilots import LLM, SamplingParams
 
-    with LLM(model=MODEL, device=device, policy=policy, max_num_seqs=len(prompts)) as llm:
+    with LLM(model=MODEL, dtype="fp16", device=device, policy=policy, max_num_seqs=len(prompts)) as llm:
         outputs = llm.generate(list(prompts), SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True), use_tqdm=sys.stderr.isatty())
         return Result(policy=policy, stats=llm.stats(), texts=tuple(output.outputs[0].text for output in outputs))
 

@@ -178,7 +178,7 @@ def _gpu() -> Finding:
 
 
 def _gguf() -> Finding:
-    return _package("gguf files", "gguf", ".gguf files and smollm2-135m cannot be read: pip install 'twinpilots[gguf]'")
+    return _package("gguf files", "gguf", ".gguf weights other than Q8_0, Q4_0, Q4_1, Q4_K, Q6_K and floats cannot be read: pip install 'twinpilots[gguf]'")
 
 
 def _tokenizers() -> Finding:

@@ -111,10 +111,11 @@ def measure_machine(
 
 
 def stored_profile(device: str, spec: ModelSpec, *, threads: int | None = None, quick: bool = False) -> HardwareProfile | None:
-    """What `measure_machine` stored for this device, these shapes and threads; None before that."""
+    """What `measure_machine` stored for this device, these shapes, formats and threads; None before that."""
     from twinpilots.hardware.store import load_profile
 
-    return load_profile(_key(resolve_device(device), spec, threads, quick=quick))
+    found = load_profile(_key(resolve_device(device), spec, threads, quick=quick))
+    return None if found is None or found.missing(spec.rate_keys) else found
 
 
 def load_or_measure(device: str, spec: ModelSpec, *, threads: int | None = None, tell: Callable[[str], None] = logger.warning) -> HardwareProfile:

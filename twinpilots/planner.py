@@ -129,7 +129,8 @@ class Planner:
         self._observed_passes += 1
         if self._observed_passes % RENEW_PASSES == 0:
             self.profile = self._tracker.profile()
-            self._estimators.clear()
+            for _, estimator in self._estimators.values():
+                estimator.profile = self.profile  # its schedules stay good
             self._predicted.clear()
 
     def _estimator(self, plan: Plan, bucket: BucketPlan, shape: PassShape) -> PassEstimator:
@@ -193,6 +194,8 @@ class Planner:
         parts = (
             self.fingerprint,
             self.spec.weight_dtype,
+            self.spec.rate_keys,
+            self.spec.linear_bytes,
             c.device,
             c.gpu_bytes,
             c.host_bytes,

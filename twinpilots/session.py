@@ -6,7 +6,8 @@ Owns their lives and the timing of passes. Knows nothing of prompts as text, of 
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -33,13 +34,16 @@ PREPARE_S = 0.6  # what loading may spend on compiling programs ahead
 
 
 class CheckpointWeights:
-    """A checkpoint's tensors as plain arrays."""
+    """A checkpoint's tensors as plain arrays, quantised ones as row blocks."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
     def array(self, tensor_id: str) -> np.ndarray:
         return self._checkpoint.tensor(tensor_id).data
+
+    def blocks(self, tensor_id: str) -> np.ndarray:
+        return self._checkpoint.blocks(tensor_id)
 
 
 class Session:
@@ -71,16 +75,25 @@ class Session:
         )
         self.stats.weights = shares
         self._batch: StepBatch | None = None
+        self.last_pass: tuple[StepBatch, np.ndarray] | None = None  # its logits are a view, valid until the next pass
 
     def execute(self, batch: StepBatch, *, more: bool) -> np.ndarray:
         """The engine's executor: remembers the batch for the report."""
         self._batch = batch
-        return self.executor.execute(batch, more=more)
+        logits = self.executor.execute(batch, more=more)
+        self.last_pass = batch, logits
+        return logits
 
-    def step(self) -> list[RequestOutput]:
-        """One pass, timed as the user feels it: scheduling and sampling included."""
+    @contextmanager
+    def driving(self) -> Iterator[None]:
+        """For as long as passes follow each other: the calling thread stays on the CPU pilot's core and keeps one handler for Ctrl-C."""
+        with self.executor.pilot.caller_pinned(), self.executor.interrupts.listening():
+            yield
+
+    def step(self, *, partial: bool = True) -> list[RequestOutput]:
+        """One pass, timed as the user feels it: scheduling and sampling included. ``partial`` as in `Engine.step`."""
         began = time.perf_counter()
-        outputs = self.engine.step()
+        outputs = self.engine.step(partial=partial)
         seconds = time.perf_counter() - began
         if self._batch is not None and self.executor.last_report is not None:
             predicted_s = self._planner.predict(self.plan, self._batch)  # before this pass's own times become known to the planner

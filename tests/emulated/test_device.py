@@ -79,7 +79,7 @@ def test_queues_wait_for_each_others_events() -> None:
 
 
 def test_more_than_the_presets_memory_is_refused_before_anything_starts() -> None:
-    with pytest.raises(LimitError, match=r"emulated:demo has 84 MiB of memory, 85 MiB asked for; lower --gpu-memory"), opened(DEMO, 85 * MIB):
+    with pytest.raises(LimitError, match=r"emulated:demo has 32 MiB of memory, 33 MiB asked for; lower --gpu-memory"), opened(DEMO, 33 * MIB):
         pass
 
 

@@ -34,7 +34,9 @@ def record(name: str) -> np.dtype:
 
 
 @pytest.mark.parametrize(
-    "enum", [program.Op, program.Space, program.Dtype, program.Epilogue, program.Act, program.NormKind, program.Meta], ids=lambda e: e.__name__
+    "enum",
+    [program.Op, program.Space, program.Dtype, program.Activations, program.Epilogue, program.Act, program.NormKind, program.Meta],
+    ids=lambda e: e.__name__,
 )
 def test_enumerations_agree(enum: type[IntEnum]) -> None:
     assert enumerators(enum.__name__) == {member.name: int(member) for member in enum}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ pytest.importorskip("transformers")
 
 from tests import reference  # noqa: E402
 from twinpilots.errors import CheckpointError, UnsupportedModelError  # noqa: E402
-from twinpilots.model import convert_cache, gguf_file  # noqa: E402
+from twinpilots.model import convert_cache, gguf_file, quantized  # noqa: E402
 from twinpilots.model.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from twinpilots.model.tensor_names import gguf_spelling, hf_spelling, tensor_plan  # noqa: E402
 
@@ -49,11 +50,11 @@ def test_gguf_of_every_architecture_gives_the_logits_of_its_original(family: str
 
 def test_quantised_gguf_is_kept_converted_and_opens_without_gguf_the_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = quantised_llama(tmp_path)
-    first = open_checkpoint(path)
+    first = open_checkpoint(path, dtype="fp16")
     assert (first.source_dtype, first.spec.weight_dtype) == ("Q8_0", "fp16")
     values = {name: first.tensor(name).data.copy() for name in ("0.q_proj", "1.down_proj", "embed", "final_norm")}
     monkeypatch.setattr("twinpilots.model.checkpoint.GgufFile", _never)
-    second = open_checkpoint(path)
+    second = open_checkpoint(path, dtype="fp16")
     assert (second.source_dtype, second.fingerprint, second.generation_config) == (first.source_dtype, first.fingerprint, first.generation_config)
     for name, value in values.items():
         np.testing.assert_array_equal(second.tensor(name).data, value)
@@ -61,32 +62,70 @@ def test_quantised_gguf_is_kept_converted_and_opens_without_gguf_the_second_time
     np.testing.assert_array_equal(wide.tensor("0.q_proj").data, values["0.q_proj"].astype(np.float32))
 
 
+KINDS = {
+    "llama-64": {"attn_q": "Q4_0", "attn_k": "Q8_0", "attn_v": "Q4_1", "ffn_gate": "Q4_0", "ffn_up": "Q4_1", "ffn_down": "Q5_0", "output": "Q8_0"},
+    "llama-256": {"attn_q": "Q4_K", "attn_k": "Q4_K", "attn_v": "Q6_K", "ffn_gate": "Q4_K", "ffn_up": "Q4_K", "token_embd": "Q4_K", "output": "Q6_K"},
+}  # fmt: skip
+PACKED = {
+    "llama-64": {"0.q_proj": "q4_0", "0.k_proj": "q8_0", "0.v_proj": "q4_1", "lm_head": "q8_0"},  # ffn_gate and ffn_up differ; q5_0 is not ours
+    "llama-256": {"0.q_proj": "q4_k", "1.k_proj": "q4_k", "2.v_proj": "q6_k", "0.gate_proj": "q4_k", "1.up_proj": "q4_k", "embed": "q4_k", "lm_head": "q6_k"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", sorted(KINDS))
+def test_packed_types_stay_packed_and_mean_what_gguf_says(family: str, tmp_path: Path) -> None:
+    original = open_checkpoint(zoo.save(family, 0, tmp_path / "model"))
+    path = write_gguf(tmp_path / "model", tmp_path / "model.gguf", "llama", original, lambda name: KINDS[family].get(name.split(".")[-2]))
+    checkpoint = open_checkpoint(path)
+    found = {name: quantized.tensor_format(checkpoint.spec, name) for name in PACKED[family]}
+    assert {name: chosen.name for name, chosen in found.items() if chosen} == PACKED[family]
+    assert checkpoint.spec.format_of(0, "down_proj").name == checkpoint.spec.format_of(0, "o_proj").name == checkpoint.spec.weight_dtype
+    reader = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors}
+    for tensor_id in PACKED[family]:
+        source = tensor_plan(checkpoint.spec, gguf_spelling(checkpoint.spec), "gguf")[tensor_id]
+        expected, heads = reader[source.name], source.unpermute_heads
+        if heads:
+            expected = expected.reshape(heads, -1, 2, expected.shape[-1]).swapaxes(1, 2).reshape(expected.shape)
+        np.testing.assert_array_equal(checkpoint.tensor(tensor_id).data, expected)
+    assert not (tmp_path / "cache").exists(), "nothing was converted"
+    assert open_checkpoint(path, dtype="fp16").spec.rate_keys == ("fp16/in", "fp16/out")
+
+
+def test_a_packed_file_opens_without_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = quantised_llama(tmp_path)
+    monkeypatch.setattr(gguf_file, "import_gguf", _never)
+    checkpoint = open_checkpoint(path)
+    assert set(checkpoint.spec.rate_keys) == {"q8_0/in", "q8_0/out"} and checkpoint.source_dtype == "Q8_0"
+    fast = open_checkpoint(path, quantization="int4-fast")  # an eight-bit file: made smaller
+    assert "q4_1/fast/in" in fast.spec.rate_keys and fast.tensor("0.q_proj").shape == (64, 64)
+
+
 def test_fused_tensors_of_a_quantised_phi3_survive_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = quantised_llama(tmp_path, "phi3")
-    converted = open_checkpoint(path)
+    converted = open_checkpoint(path, dtype="fp16")
     monkeypatch.setattr(convert_cache, "write", lambda *_: False)
     monkeypatch.setattr(convert_cache, "is_complete", lambda _: False)
-    direct = open_checkpoint(path)
+    direct = open_checkpoint(path, dtype="fp16")
     for tensor_id in ("0.q_proj", "1.k_proj", "1.v_proj", "0.gate_proj", "1.up_proj", "lm_head", "1.mlp_norm"):
         np.testing.assert_array_equal(converted.tensor(tensor_id).data, direct.tensor(tensor_id).data)
 
 
 def test_an_unwritable_cache_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     path = quantised_llama(tmp_path)
-    kept = open_checkpoint(path).tensor("0.k_proj").data.copy()
+    kept = open_checkpoint(path, dtype="fp16").tensor("0.k_proj").data.copy()
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, dtype="fp16")
     np.testing.assert_array_equal(checkpoint.tensor("0.k_proj").data, kept)
     assert len(caplog.records) == 1 and "converted" in caplog.text
 
 
 def test_a_damaged_converted_copy_is_made_again(tmp_path: Path) -> None:
     path = quantised_llama(tmp_path)
-    before = open_checkpoint(path).tensor("0.q_proj").data.copy()
+    before = open_checkpoint(path, dtype="fp16").tensor("0.q_proj").data.copy()
     weights = convert_cache.directory_for(path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    np.testing.assert_array_equal(open_checkpoint(path).tensor("0.q_proj").data, before)
+    np.testing.assert_array_equal(open_checkpoint(path, dtype="fp16").tensor("0.q_proj").data, before)
 
 
 def test_another_file_of_the_same_size_has_another_fingerprint(tmp_path: Path) -> None:
@@ -128,7 +167,9 @@ def test_infinite_weights_are_refused(tmp_path: Path) -> None:
     damaged[stored.start : stored.start + 2] = np.float16(np.inf).tobytes()  # the first block's scale
     path.write_bytes(damaged)
     with pytest.raises(CheckpointError, match=r"blk\.0\.attn_q\.weight.*infinite"):
-        open_checkpoint(path)
+        open_checkpoint(path, dtype="fp16")
+    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_q\.weight.*infinite"):
+        open_checkpoint(path).blocks("0.q_proj")
 
 
 @pytest.mark.parametrize(
@@ -163,8 +204,8 @@ def test_unknown_architecture_is_named(tmp_path: Path) -> None:
 # --- writing GGUF files as llama.cpp's converter does ---
 
 
-def write_gguf(directory: Path, path: Path, arch: str, original: Checkpoint, quantize: bool = False) -> Path:
-    """Convert a saved zoo model: llama's q and k permuted, Gemma's gains plus one, rotary factors as tensors."""
+def write_gguf(directory: Path, path: Path, arch: str, original: Checkpoint, kind_of: Callable[[str], str | None] = lambda _: None) -> Path:
+    """Convert a saved zoo model: llama's q and k permuted, Gemma's gains plus one, rotary factors as tensors. ``kind_of`` names a matrix's quantisation."""
     config = json.loads((directory / "config.json").read_text())
     spec = original.spec
     writer = gguf.GGUFWriter(str(path), arch)
@@ -180,13 +221,26 @@ def write_gguf(directory: Path, path: Path, arch: str, original: Checkpoint, qua
     for name, factors in _rope_tensors(config, spec).items():
         written[name] = factors
     for name, data in written.items():
-        if quantize and data.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
+        chosen = kind_of(name) if data.ndim == 2 else None
+        if chosen is not None:
+            kind = gguf.GGMLQuantizationType[chosen]
+            writer.add_tensor(name, random_blocks(data, kind) if chosen.endswith("_K") else gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, data)
     close(writer)
     return path
+
+
+def random_blocks(data: np.ndarray, kind: Any) -> np.ndarray:
+    """Blocks of k-quants, which the gguf package can read but not make: random codes, and scales that make weights of a sane size."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(data.size)
+    blocks = rng.integers(0, 256, (data.shape[0], data.shape[1] // block, block_bytes), dtype=np.uint8)
+    scale = np.float16(0.1 / (32 * 64 * data.shape[1] ** 0.5) * 16)
+    places = {"Q4_K": (0, 2), "Q6_K": (208,), "Q5_K": (0, 2)}[kind.name]
+    for place in places:
+        blocks[:, :, place : place + 2] = (scale * rng.uniform(0.5, 1.5, blocks.shape[:2]).astype(np.float16))[..., None].view(np.uint8)
+    return blocks.reshape(data.shape[0], -1)
 
 
 def quantised_llama(tmp_path: Path, arch: str = "llama") -> Path:
@@ -206,7 +260,7 @@ def quantised_llama(tmp_path: Path, arch: str = "llama") -> Path:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **sizes)).save_pretrained(tmp_path / "source")
     original = open_checkpoint(tmp_path / "source")
-    return write_gguf(tmp_path / "source", tmp_path / "model.gguf", arch, original, quantize=True)
+    return write_gguf(tmp_path / "source", tmp_path / "model.gguf", arch, original, lambda _: "Q8_0")
 
 
 def close(writer: Any) -> None:

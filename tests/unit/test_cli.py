@@ -121,7 +121,7 @@ def error_of(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int
         ([*GENERATE, "--prompts-file", "/"], "/"),
         ([*GENERATE, "--unheard-of"], "--unheard-of"),
         (["plan", "dummy:llama-3-8b", "--plot", "plan.gif"], "plan.gif"),
-        (["plan", "dummy:llama-3-8b", "--hardware", "demo", "--quantization", "int4"], "--quantization int4"),
+        (["plan", "dummy:llama-3-8b", "--hardware", "demo", "--quantization", "int4", "--keep", "head"], "--keep head"),
         (["plan", "dummy:llama-3-8b", "--hardware", "demo", "--input-len", "9000"], "9000"),
         (["plan", "dummy:llama-3-8b", "--hardware", "demo", "--max-model-len", "9000"], "9000"),
         (["plan", "dummy:nothing", "--hardware", "demo"], "dummy:nothing"),
@@ -198,7 +198,7 @@ def test_every_llm_argument_has_a_flag(capsys: pytest.CaptureFixture[str]) -> No
     flags = [
         "--tokenizer", "t", "--revision", "r", "--dtype", "bf16", "--quantization", "int8", "--device", "cpu", "--gpu-memory", "1MiB", "--host-memory", "2GB",
         "--max-model-len", "64", "--max-num-seqs", "4", "--kv-cache-dtype", "fp32", "--policy", "stream", "--plan", "p.json", "--threads", "2", "--seed", "3",
-        "--deterministic", "--unit-rows", "8", "--strict",
+        "--deterministic", "--unit-rows", "8", "--strict", "--keep", "lm_head", "--keep", "0.*",
     ]  # fmt: skip
     assert cli.main([*GENERATE, "--prompt", "a", "--prompt", "b", "--temperature", "0", "--max-tokens", "5", *flags]) == 0
     params = FakeLLM.made.pop("params")
@@ -206,7 +206,7 @@ def test_every_llm_argument_has_a_flag(capsys: pytest.CaptureFixture[str]) -> No
         "model": "toy", "tokenizer": "t", "revision": "r", "dtype": "bf16", "quantization": "int8", "device": "cpu",
         "gpu_memory": 2**20, "host_memory": 2 * 10**9,
         "max_model_len": 64, "max_num_seqs": 4, "kv_cache_dtype": "fp32", "policy": "stream", "plan": Path("p.json"), "threads": 2, "seed": 3,
-        "deterministic": True, "unit_rows": 8, "strict": True,
+        "deterministic": True, "unit_rows": 8, "strict": True, "keep": ["lm_head", "0.*"],
     }  # fmt: skip
     assert set(FakeLLM.made) == set(options.LLM_ARGUMENTS)
     assert (params.temperature, params.top_p, params.max_tokens) == (0.0, 0.9, 5), "flags override the model's defaults, the rest stays"

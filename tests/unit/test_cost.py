@@ -51,7 +51,7 @@ def test_a_linear_reads_its_weights_or_computes_whichever_takes_longer() -> None
 
 def test_an_experts_op_sees_its_active_fraction_of_the_tokens() -> None:
     op = replace(SPEC.layer_ops(0, 4)["down_proj"], expert=1, active_frac=0.25)
-    assert linear_s(op, 16, "bf16", 32, PROFILE.cpu) == pytest.approx(128 * 2 * 8 / 8e6)
+    assert linear_s(op, 16, 32, PROFILE.cpu) == pytest.approx(128 * 2 * 8 / 8e6)
 
 
 def test_attention_takes_the_longer_of_reading_kv_and_computing_sequence_by_sequence() -> None:

@@ -15,10 +15,10 @@ PACKAGE = "twinpilots"
 # The longest matching prefix gives a module's level. 1 holds the values that levels 2 and 3 both speak in.
 LEVELS = {
     "errors": 0, "config": 0, "units": 0, "request": 0, "progress": 0,
-    "model.spec": 1, "model.families": 1, "model.config_reader": 1, "model.rope": 1, "model.dummy": 3,
+    "model.spec": 1, "model.weight_format": 1, "model.quantization": 1, "model.families": 1, "model.config_reader": 1, "model.rope": 1, "model.dummy": 3,
     "hardware.profile": 1, "hardware.presets": 1, "plan.plan": 1, "plan.tasks": 1,
     "plan": 2, "stats": 2,
-    "kernels": 3, "model": 3, "device": 3, "hardware": 3, "runtime.interpreter": 3, "runtime.torch_ops": 3,
+    "kernels": 3, "model": 3, "device": 3, "hardware": 3, "runtime.interpreter": 3, "runtime.torch_ops": 3, "runtime.torch_quant": 3,
     "runtime": 4, "distributed": 4,
     "api": 5, "session": 5, "planner": 5, "machine": 5, "doctor": 5, "batch": 5, "server": 5,
     "commands": 5, "benchmarks": 5, "demo": 5, "cli": 5, "__main__": 5,
@@ -27,11 +27,11 @@ LEVELS = {
 FINDS_PLANS = (
     "plan.solver", "plan.auto", "plan.policies", "plan.program", "plan.report", "plan.draft", "plan.bounds", "plan.pricing", "plan.problem", "plan.terms",
 )  # fmt: skip
-PURE = ("model.spec", "model.families", "model.config_reader", "model.rope", "hardware.profile", "plan", "stats")
+PURE = ("model.spec", "model.weight_format", "model.quantization", "model.families", "model.config_reader", "model.rope", "hardware.profile", "plan", "stats")
 IMPURE = {"torch", "transformers", "time", "datetime", "subprocess", "threading", "multiprocessing", "socket"}
 # Heavy packages may be imported inside functions only, so that starting is quick; torch at the top of the modules that are torch.
 HEAVY = {"torch", "transformers", "scipy", "gguf", "huggingface_hub", "matplotlib", "fastapi", "pydantic", "uvicorn"}
-TORCH_MODULES = ("runtime.interpreter", "runtime.torch_ops", "device.cuda")
+TORCH_MODULES = ("runtime.interpreter", "runtime.torch_ops", "runtime.torch_quant", "device.cuda")
 
 
 @cache
@@ -130,7 +130,7 @@ def test_there_are_no_import_cycles() -> None:
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, f"import cycle: {' -> '.join((*path[path.index(name):], name))}"
+        assert name not in path, f"import cycle: {' -> '.join((*path[path.index(name) :], name))}"
         if name not in done:
             for imported in graph.get(name, ()):
                 visit(imported, (*path, name))

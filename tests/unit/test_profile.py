@@ -81,7 +81,7 @@ def test_the_presets_are_those_that_the_design_names_with_their_hosts() -> None:
         assert not PRESETS[name].emulated
         assert "not measured" in PRESETS[name].source
     assert PRESETS["demo"].emulated
-    assert PRESETS["demo"].gpu_memory_bytes == 84 << 20
+    assert PRESETS["demo"].gpu_memory_bytes == 32 << 20
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -92,8 +92,8 @@ def test_a_preset_promises_less_than_its_peaks(name: str) -> None:
         assert isinstance(processor, ComputeProfile)
         for dtype, size in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
             for dim in ("out", "in"):
-                assert processor.linear_s(dtype, dim, 1, 1) > size / processor.read_bytes_per_s
-                assert processor.linear_s(dtype, dim, 1, 8192) > 2 * 8192 / processor.flops_per_s
+                assert processor.linear_s(f"{dtype}/{dim}", 1, 1) > size / processor.read_bytes_per_s
+                assert processor.linear_s(f"{dtype}/{dim}", 1, 8192) > 2 * 8192 / processor.flops_per_s
     assert profile.cpu.read_bytes_per_s <= profile.dram_bytes_per_s
 
 

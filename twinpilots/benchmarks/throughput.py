@@ -62,7 +62,7 @@ def measured_limits(args: argparse.Namespace) -> HardwareProfile:
     from twinpilots.commands.models import model_spec
     from twinpilots.machine import measure_machine, stored_profile
 
-    spec = model_spec(args.model, revision=args.revision, dtype=args.dtype, quantization=args.quantization, strict=args.strict)
+    spec = model_spec(args.model, revision=args.revision, dtype=args.dtype, quantization=args.quantization, keep=args.keep, strict=args.strict)
     with Progress("measuring", unit="steps") as bar:
 
         def step(note: str) -> None:
@@ -186,7 +186,9 @@ def document_text(document: Mapping[str, Any]) -> str:
         rates, busy, seconds = entry["stats"]["tokens_per_s"], entry["stats"]["busy_s"], entry["stats"]["seconds"]
         rows.append(
             [
-                policy, f"{entry['median_tokens_per_s']:.2f}", *(number(rates[name]) for name in ("predicted", "plan_bound", "hardware_bound")),
+                policy,
+                f"{entry['median_tokens_per_s']:.2f}",
+                *(number(rates[name]) for name in ("predicted", "plan_bound", "hardware_bound")),
                 *(f"{100 * busy[name] / seconds:.0f} %" for name in ("cpu", "gpu", "link")),
                 f"{ratio['median']:.2f} (>= {ratio['lower_bound']:.2f})" if ratio else "",
             ]

@@ -8,6 +8,10 @@ from typing import Any
 from twinpilots.commands import options
 
 DEFAULT_POLICIES = ("auto", "stream", "cpu", "layer-split", "twinpilots")
+# The same words as hardware.kernel_bench.KERNELS and kernels.native.ISA_NAMES (a test compares them): importing those would slow --help.
+KERNELS = ("linear-out", "linear-in", "mlp-block", "decode-attention", "prefill-attention")
+ISAS = ("portable", "avx2", "avx512", "avx512vnni")
+MOST_TOKENS = 4096
 
 
 def register(subparsers: Any) -> None:
@@ -31,6 +35,50 @@ def register(subparsers: Any) -> None:
     options.add_llm_flags(throughput, policy=False)
     options.add_output_flags(throughput)
     throughput.set_defaults(run=run_throughput)
+    _register_kernels(kinds)
+
+
+def _register_kernels(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "kernels", help="each kernel of the CPU beside this machine's limits", allow_abbrev=False,
+        description="Time, GB/s, GFLOP/s and the percentage of the limit of each kernel of the CPU pilot, with the limits measured in the same run.",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="measure in this model's widths (default: 4096 x 11008, 32 heads on 8 KV heads of 128)")
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
+    group.add_argument("--formats", type=name_list, metavar="A,B", help="weight formats, or all (default: those that --dtype and --quantization make)")
+    group.add_argument("--kernels", type=kernel_list, default=KERNELS, metavar="A,B", help=f"of {', '.join(KERNELS)} (default: all)")
+    group.add_argument("--tokens", type=token_list, metavar="N,N", help="rows of activations; linears only then (default: 1 to 512, and attention)")
+    group.add_argument("--threads", type=options.positive_int, metavar="N", help="threads of the CPU pilot (default: physical cores)")
+    group.add_argument("--isa", choices=ISAS, help="use this instruction set (default: the best of this machine)")
+    group.add_argument("--seconds", type=options.positive_int, default=75, metavar="N", help="time to spend on measuring, about (default: 75)")
+    options.add_output_flags(parser)
+    parser.set_defaults(run=run_kernels)
+
+
+def name_list(text: str) -> tuple[str, ...]:
+    """Comma-separated names, each once."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) != len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} must be names separated by commas, each once")
+    return names
+
+
+def kernel_list(text: str) -> tuple[str, ...]:
+    """Comma-separated kernels, each once."""
+    names = name_list(text)
+    unknown = [name for name in names if name not in KERNELS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown kernel {unknown[0]!r}; known: {', '.join(KERNELS)}")
+    return names
+
+
+def token_list(text: str) -> tuple[int, ...]:
+    """Comma-separated numbers of tokens, each once."""
+    counts = tuple(options.positive_int(name) for name in name_list(text))
+    if max(counts) > MOST_TOKENS:
+        raise argparse.ArgumentTypeError(f"{max(counts)} tokens are too many, the most is {MOST_TOKENS}")
+    return counts
 
 
 def run_throughput(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -38,3 +86,10 @@ def run_throughput(args: argparse.Namespace) -> dict[str, Any] | None:
     from twinpilots.benchmarks import throughput
 
     return throughput.run(args)
+
+
+def run_kernels(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Measure the kernels; print the table or return the document."""
+    from twinpilots.benchmarks import kernels
+
+    return kernels.run(args)

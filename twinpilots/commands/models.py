@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from twinpilots.errors import ProfileMissingError, UserError
 from twinpilots.progress import Progress
 
 if TYPE_CHECKING:
+    from twinpilots.config import Quantization
     from twinpilots.hardware.profile import HardwareProfile
     from twinpilots.model.spec import ModelSpec, WeightDtype
 
 DUMMY = "dummy:"
 
 
-def model_spec(model: str, *, revision: str | None = None, dtype: str = "auto", quantization: str | None = None, strict: bool = False) -> ModelSpec:
-    """The spec of MODEL; of ``dummy:NAME`` without touching a file."""
-    if quantization is not None:
-        raise UserError(f"--quantization {quantization} is not supported yet; leave it out to run the weights at 16 or 32 bit")
+def model_spec(
+    model: str, *, revision: str | None = None, dtype: str = "auto", quantization: Quantization | None = None, keep: Sequence[str] = (), strict: bool = False
+) -> ModelSpec:  # fmt: skip
+    """The spec of MODEL in the formats that it would run in; of ``dummy:NAME`` without touching a file, of any other without quantising it."""
     if model.startswith(DUMMY):
         from twinpilots.model.dummy import dummy_spec
+        from twinpilots.model.quantization import quantized_spec
 
         if revision is not None:
             raise UserError(f"--revision {revision} was given, but {model} is not a hub id; leave it out")
-        return dummy_spec(model, short_dtype(dtype))
+        return quantized_spec(dummy_spec(model, short_dtype(dtype)), {}, quantization, keep)
     from twinpilots.model.checkpoint import open_checkpoint
 
     with Progress("converting", unit="tensors") as bar:
-        checkpoint = open_checkpoint(model, dtype=dtype, revision=revision, strict=strict, progress=bar.show)
+        checkpoint = open_checkpoint(model, dtype=dtype, quantization=quantization, keep=keep, revision=revision, strict=strict, progress=bar.show)
     try:
         return checkpoint.spec
     finally:
@@ -56,8 +59,11 @@ def hardware(name: str | None, device: str, model: str, spec: ModelSpec) -> Hard
 
     resolved = resolve_device(device)
     profile = stored_profile(resolved, spec) or latest_profile(resolved)
-    if f"{spec.weight_dtype}/out" not in profile.cpu.linear:
-        raise ProfileMissingError(f"this machine's profile of {resolved} is not in {spec.weight_dtype}: run `twinpilots profile {model} --device {resolved}`")
+    missing = profile.missing(spec.rate_keys)
+    if missing:
+        kinds = ", ".join(sorted({key.rpartition("/")[0] for key in missing}))
+        command = f"twinpilots profile {model} --device {resolved}"
+        raise ProfileMissingError(f"this machine's profile of {resolved} is not in {kinds}: run `{command}` with the same --dtype and --quantization")
     return profile
 
 

@@ -25,7 +25,7 @@ DTYPES = ("auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4", "int4-fast")
 LLM_ARGUMENTS = (
     "model", "tokenizer", "revision", "dtype", "quantization", "device", "gpu_memory", "host_memory", "max_model_len",
-    "max_num_seqs", "kv_cache_dtype", "policy", "plan", "threads", "seed", "deterministic", "unit_rows", "strict",
+    "max_num_seqs", "kv_cache_dtype", "policy", "plan", "threads", "seed", "deterministic", "unit_rows", "strict", "keep",
 )  # fmt: skip
 MODEL_HELP = "directory, .gguf file, hub id, smollm2-135m, or dummy:NAME"
 
@@ -100,12 +100,18 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def add_format_flags(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """What the weights are kept in."""
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="weights in memory (default: as stored)")
+    group.add_argument("--quantization", choices=QUANTIZATIONS, help="quantise the weights when loading (docs/quantization.md)")
+    group.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="weights not to quantise, e.g. lm_head or '*.down_proj' (repeatable)")
+
+
 def add_planning_flags(parser: argparse.ArgumentParser, *, policy: bool = True) -> None:
     """The LLM arguments that shape a plan, with or without running it; ``policy`` False where the policies are what is compared."""
     group = parser.add_argument_group("model and limits")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="weights in memory (default: as stored)")
-    group.add_argument("--quantization", choices=QUANTIZATIONS, help="quantise the weights when loading")
+    add_format_flags(group)
     group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda:N or emulated:PRESET (default: auto)")
     group.add_argument(
         "--gpu-memory", type=size, metavar="SIZE", help="most memory to use on the card, all included, e.g. 8GiB (default: what is free, less a margin)"

@@ -56,7 +56,7 @@ def plan_document(args: argparse.Namespace) -> dict[str, Any]:
     from twinpilots.commands.models import check_lengths, hardware, limit_bytes, model_spec, short_dtype
     from twinpilots.plan.workload import Limits, Workload
 
-    spec = model_spec(args.model, revision=args.revision, dtype=args.dtype, quantization=args.quantization, strict=args.strict)
+    spec = model_spec(args.model, revision=args.revision, dtype=args.dtype, quantization=args.quantization, keep=args.keep, strict=args.strict)
     check_lengths(args, spec)
     profile = hardware(args.hardware, args.device, args.model, spec)
     limits = Limits(

@@ -21,7 +21,7 @@ def register(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("model", metavar="MODEL", nargs="?", help="measure in the shapes and weight type of this model (default: a typical one)")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
-    parser.add_argument("--dtype", choices=options.DTYPES, default="auto", help="weights in memory (default: as stored)")
+    options.add_format_flags(parser)
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda:N or emulated:PRESET (default: auto)")
     parser.add_argument("--threads", type=options.positive_int, metavar="N", help="threads of the CPU pilot (default: physical cores, less the driver's)")
     options.add_output_flags(parser)
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from twinpilots.commands.models import model_spec
     from twinpilots.machine import TYPICAL_MODEL, measure_machine
 
-    spec = model_spec(args.model or TYPICAL_MODEL, revision=args.revision, dtype=args.dtype)
+    spec = model_spec(args.model or TYPICAL_MODEL, revision=args.revision, dtype=args.dtype, quantization=args.quantization, keep=args.keep)
     with Progress("profile", unit="steps") as bar:
         profile = measure_machine(args.device, spec, threads=args.threads, progress=lambda step: bar.update(note=step))
     if args.json:

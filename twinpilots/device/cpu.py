@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,12 +134,16 @@ class CpuPilot:
 
         DeviceLostError when it cannot end: another pilot is gone, an event never comes, or the program is bad. ``host`` is then aborted.
         """
-        with pinned(self._caller_cpus):
+        with self.caller_pinned():
             status = self._run(entry, host)
         if status != OK:
             host.set_abort()  # the other queues must not wait for events that this one will never record
             reason = REASONS.get(status, f"status {status}")
             raise DeviceLostError(f"the CPU pilot stopped in pass {int(entry['pass_id'])}: {reason}; the engine cannot go on, start a new one")
+
+    def caller_pinned(self) -> AbstractContextManager[None]:
+        """The calling thread on its place in the pool. `run` sees to it by itself; around many runs it need not be done, and undone, in each."""
+        return pinned(self._caller_cpus)
 
     def _run(self, entry: np.void | NDArray[Any], host: HostArena) -> int:
         if self.native is not None:

@@ -60,7 +60,7 @@ class EmulatedPreset:
 
 
 EMULATED: Mapping[str, EmulatedPreset] = {
-    "demo": EmulatedPreset(name="demo", memory_bytes=84 * 2**20, up_bytes_per_s=2.5e9, down_bytes_per_s=2.5e9, latency_s=5e-6),
+    "demo": EmulatedPreset(name="demo", memory_bytes=32 * 2**20, up_bytes_per_s=2.5e9, down_bytes_per_s=2.5e9, latency_s=5e-6),
 }
 
 

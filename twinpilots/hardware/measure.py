@@ -7,6 +7,7 @@ hold. Knows nothing of plans; `store.py` keeps the result.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -16,13 +17,14 @@ from typing import Literal
 import numpy as np
 
 from twinpilots.device.base import GpuDevice
-from twinpilots.device.cpu import SYSFS_CPUS, CpuPilot, allowed_cpus, choose_cores
+from twinpilots.device.cpu import CpuPilot, choose_cores
 from twinpilots.device.memory import host_memory_available_bytes
+from twinpilots.hardware.peaks import PeakMeter, host_region_bytes
 from twinpilots.hardware.profile import ComputeProfile, Curve, HardwareProfile, LinkProfile
 from twinpilots.hardware.rig import Rig, instruction, work_s
 from twinpilots.kernels.abi import ACT_CODES, DTYPE_CODES, NULL, Epilogue, NormKind, Op
-from twinpilots.kernels.native import load as load_native
 from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.model.weight_format import FORMATS
 from twinpilots.plan.tasks import Queue
 
 Side = Literal["cpu", "gpu"]
@@ -30,15 +32,16 @@ PEERS: tuple[tuple[Side, Side], ...] = (("cpu", "gpu"), ("gpu", "cpu"))
 FULL_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUICK_GRID = (1, 4, 16, 64, 256)
 MIN_RUNS = 3
-PEAK_MS = 8  # short, so that some of the runs are not interrupted by a neighbour
 PEAK_RUNS = 12
 SLOWDOWN_RUNS = 7
+HANDOFFS = 100
+MOST_INSTRUCTIONS = 5000  # per queue: what the rig has room for. Only tiny models have so many linears in a cycle, and theirs lie in cache in a pass, too
 CONTENTION_TOKENS = 4  # still bound by memory, but with some work: where a GPU and a CPU most often share a pass
 PACKETS_PER_CARD = 128  # a plan's ring is a 32nd of GPU memory, in four packets
-L3_GUESS_PER_CORE_BYTES = 8 << 20
 PEAK_REPEATS = 10
-CACHE_BYTES = 40 << 20  # more than the L3 of a desktop processor: weights must come from DRAM, as in a real pass
-FILL = {"fp32": 0x3C, "bf16": 0x3C, "fp16": 0x2C}  # bytes that make ordinary small numbers in each format
+GPU_CACHE_BYTES = 40 << 20
+FILL = {"fp32": 0x3C, "bf16": 0x3C}  # bytes that make ordinary small numbers in each format
+FILL_HALF = 0x2C  # in fp16, and in the fp16 scales of quantised formats
 
 
 @dataclass
@@ -58,7 +61,7 @@ class _Bench:
         alloc = self.rig.alloc_host if self.side == "cpu" else self.rig.alloc_gpu
         self.weight_bytes = weight_region_bytes(self.rig.gpu is not None and self.side == "gpu", _gpu_budget(self.rig.gpu))
         self.weights = alloc(self.weight_bytes)
-        self.rig.fill(self.weights, self.weight_bytes, FILL[spec.weight_dtype])
+        self.fill_weights(spec.weight_dtype)
         widths = {"wide": max(spec.intermediate_size, spec.q_size + 2 * spec.kv_size), "hidden": spec.hidden_size, "out": spec.hidden_size, "attn": spec.q_size}
         for name, width in widths.items():
             self.buffers[name] = alloc(4 * width * self.tokens)
@@ -68,16 +71,43 @@ class _Bench:
     def run(self, rows: list[tuple[object, ...]]) -> np.ndarray:
         return self.rig.run({self.side: rows})[self.side]
 
-    def linears(self, dim: str) -> tuple[list[tuple[object, ...]], list[int]]:
-        """The layer's linears of one split dimension over and over, through all of the weight region once; and how many weights each has."""
+    def run_cold(self, rows: list[tuple[object, ...]]) -> np.ndarray:
+        """As `run`, with weights out of cache: an emulated GPU's memory may be smaller than the processor's L3, which other weights fill in a real pass."""
+        if self.rig.gpu is not None and self.rig.gpu.emulated and self.side == "gpu":
+            self.rig.read_host(host_region_bytes() // 2)
+        return self.run(rows)
+
+    def fill_weights(self, weights: str) -> None:
+        """Ordinary numbers in this format."""
+        self.rig.fill(self.weights, self.weight_bytes, FILL.get(weights, FILL_HALF))
+
+    @property
+    def most_common(self) -> str:
+        """The kind that most of the model's weights split along the output have."""
+        sizes = Counter[str]()
+        for op in self.spec.ops(64):
+            if op.split_dim == "out":
+                sizes[op.rate_key] += op.weight_bytes
+        return sizes.most_common(1)[0][0]
+
+    def ops(self, rate_key: str) -> list[OpSpec]:
+        """One layer's linears of a kind (`OpSpec.rate_key`), as if all that can be were of that kind: those of the model may be too few to cycle through."""
+        name, *fast, dim = rate_key.split("/")
+        weights = FORMATS[name]
         ops = [op for op in self.spec.layer_ops(0, 64).values() if op.split_dim == dim]
+        shapes = {op.name: (op.width, op.rows) if dim == "out" else (op.rows, op.width) for op in ops}  # (inputs, outputs)
+        return [replace(op, format=weights, fast=bool(fast)) for op in ops if weights.fits(*shapes[op.name], op.split_dim)]
+
+    def linears(self, rate_key: str) -> tuple[list[tuple[object, ...]], list[int]]:
+        """The layer's linears of a kind over and over, through all of the weight region once; and how many weights each has."""
+        ops = self.ops(rate_key)
         rows: list[tuple[object, ...]] = []
         elements: list[int] = []
         position = 0
         while True:
             op = ops[len(rows) % len(ops)]
-            count = max(1, min(op.rows, self.weight_bytes // 4 // (op.row_bytes * op.unit_rows) * op.unit_rows))
-            if position + count * op.row_bytes > self.weight_bytes:
+            count = max(min(op.unit_rows, op.rows), min(op.rows, self.weight_bytes // 4 // (op.row_bytes * op.unit_rows) * op.unit_rows))
+            if position + count * op.row_bytes > self.weight_bytes or len(rows) == MOST_INSTRUCTIONS:
                 return rows, elements
             rows.append(self._linear(op, count, self.weights + position))
             elements.append(count * op.row_elements)
@@ -85,17 +115,19 @@ class _Bench:
 
     def _linear(self, op: OpSpec, count: int, weight: int) -> tuple[object, ...]:
         spec, b = self.spec, self.buffers
-        dtype = DTYPE_CODES[spec.weight_dtype]
+        dtype = DTYPE_CODES[op.format.name]
+        fast = int(op.fast and self.side == "cpu")
         if op.split_dim == "in":
-            return instruction(Op.LINEAR_IN, (b["out"], spec.hidden_size, b["wide"], self.wide, weight, dtype, count, spec.hidden_size, 0))
+            return instruction(Op.LINEAR_IN, (b["out"], spec.hidden_size, b["wide"], self.wide, weight, dtype, count, spec.hidden_size, 0, fast))
         epilogue = {"gate_up_proj": Epilogue.ACT_MUL, "fc1": Epilogue.ACT}.get(op.name, Epilogue.NONE)
         where = (b["wide"], self.wide, b["hidden"], spec.hidden_size, weight, dtype)
-        return instruction(Op.LINEAR, (*where, count, op.width, op.unit_rows, epilogue, ACT_CODES[spec.activation], NULL, NULL))
+        return instruction(Op.LINEAR, (*where, count, op.width, op.unit_rows, epilogue, ACT_CODES[spec.activation], NULL, NULL, fast))
 
-    def curve(self, dim: str, grid: Sequence[int], budget_s: float) -> Curve:
+    def curve(self, rate_key: str, grid: Sequence[int], budget_s: float) -> Curve:
         """Seconds per weight at each token count. All weights while that is quick; where computing takes longer than reading, as many as the time allows."""
-        rows, elements = self.linears(dim)
-        cycle = len([op for op in self.spec.layer_ops(0, 64).values() if op.split_dim == dim])
+        self.fill_weights(rate_key.partition("/")[0])
+        rows, elements = self.linears(rate_key)
+        cycle = len(self.ops(rate_key))
         per_weight: list[float] = []
         for i, tokens in enumerate(grid):
             expected_s = per_weight[-1] * tokens / grid[i - 1] if per_weight else 0.0
@@ -105,7 +137,7 @@ class _Bench:
                 count -= cycle
             count = max(min(cycle, len(rows)), count)
             self.rig.set_tokens(tokens)
-            seconds = _typical_s(lambda count=count: float(work_s(self.run(rows[:count])).sum()), runs_s)  # type: ignore[misc]
+            seconds = _typical_s(lambda count=count: float(work_s(self.run_cold(rows[:count])).sum()), runs_s)  # type: ignore[misc]
             per_weight.append(seconds / sum(elements[:count]))
         # More tokens never take less time: where they seem to, a neighbour was busy at the smaller count.
         monotone = np.minimum.accumulate(per_weight[::-1])[::-1]
@@ -144,7 +176,7 @@ class _Bench:
         layers = max(1, min(32, self.weight_bytes // layer_bytes))
         self.rig.set_sequences([(1, context)] * num_seqs, page)
         rows = [self._attend(self.weights + layer * layer_bytes, token_bytes * page, page, kv_dtype) for layer in range(layers)]
-        decode_s = _typical_s(lambda: float(work_s(self.run(rows)).sum()), 0.1)
+        decode_s = _typical_s(lambda: float(work_s(self.run_cold(rows)).sum()), 0.1)
         query = min(256, self.tokens, context)
         self.rig.set_sequences([(query, query)], page)
         prefill_s = _typical_s(lambda: float(work_s(self.run(rows[:1])).sum()), 0.1)
@@ -160,20 +192,7 @@ def weight_region_bytes(on_gpu: bool, gpu_budget_bytes: int) -> int:
     """How much weight memory an experiment cycles through: beyond the caches, but at most half of the GPU's memory."""
     if not on_gpu:
         return host_region_bytes()
-    return min(max(CACHE_BYTES, gpu_budget_bytes // 4), gpu_budget_bytes // 2)  # a quarter of a GiB is more than any card's L2
-
-
-def host_region_bytes() -> int:
-    """As `weight_region_bytes` for the CPU: a quarter more than all the last-level caches that this process's cores share; servers have hundreds of MB."""
-    found: dict[str, int] = {}
-    cores = allowed_cpus()
-    for core in cores:
-        try:
-            shared, size = ((SYSFS_CPUS / f"cpu{core}/cache/index3" / name).read_text().strip() for name in ("shared_cpu_list", "size"))
-            found[shared] = int(size.removesuffix("K")) << 10
-        except (OSError, ValueError):  # a container that does not say
-            continue
-    return max(CACHE_BYTES, (sum(found.values()) or L3_GUESS_PER_CORE_BYTES * len(cores)) * 5 // 4)
+    return min(max(GPU_CACHE_BYTES, gpu_budget_bytes // 4), gpu_budget_bytes // 2)  # a quarter of a GiB is more than any card's L2
 
 
 def packet_bytes(gpu: GpuDevice | None) -> int:
@@ -186,15 +205,17 @@ def _gpu_budget(gpu: GpuDevice | None) -> int:
 
 
 def _typical_s(experiment: Callable[[], float], budget_s: float) -> float:
-    """The lower quartile of at least MIN_RUNS and at most 9 runs of an experiment that returns seconds, within a time budget after those.
-
-    Neighbours on a shared box only ever add time, so the lower part of the runs says more about the machine than their middle.
-    """
+    """The lower quartile of at least MIN_RUNS and at most 9 runs of an experiment that returns seconds, within a time budget after those."""
     began = time.perf_counter()
     found: list[float] = []
     while len(found) < MIN_RUNS or (len(found) < 9 and time.perf_counter() - began < budget_s):
         found.append(experiment())
-    return float(np.quantile(found, 0.25, method="lower"))
+    return typical_s(found)
+
+
+def typical_s(runs: Sequence[float]) -> float:
+    """What a run takes: the lower quartile. Neighbours on a shared box only ever add time, so the lower part says more about the machine than the middle."""
+    return float(np.quantile(runs, 0.25, method="lower"))
 
 
 def measure(
@@ -206,10 +227,10 @@ def measure(
     quick: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> HardwareProfile:
-    """Measures this machine for models of ``spec``'s dtype and widths. ``quick`` takes about 2 s with fewer points, otherwise under 60 s."""
+    """Measures this machine for models of ``spec``'s formats and widths. ``quick`` takes about 2 s with fewer points, otherwise under 60 s."""
     grid: tuple[int, ...] = QUICK_GRID if quick else FULL_GRID
     budget_s = 0.3 if quick else 4.0
-    rig_bytes = host_region_bytes() * 2 + CACHE_BYTES + 2 * packet_bytes(gpu)
+    rig_bytes = host_region_bytes() + GPU_CACHE_BYTES + 2 * packet_bytes(gpu)
     rig_bytes += 16 * max(grid) * (spec.intermediate_size + spec.hidden_size * 4 + spec.q_size * 4)
     gpu_budget = _gpu_budget(gpu)
     if gpu and gpu_budget < (64 << 20):
@@ -242,7 +263,8 @@ def measure(
 
 def _measure_compute(bench: _Bench, grid: Sequence[int], budget_s: float, kv_dtype: str, threads: int, gpu: GpuDevice | None) -> ComputeProfile:
     dtype = bench.spec.weight_dtype
-    linear = {f"{dtype}/{dim}": bench.curve(dim, grid, budget_s) for dim in ("out", "in")}
+    linear = {key: bench.curve(key, grid, budget_s) for key in bench.spec.rate_keys}
+    bench.fill_weights(kv_dtype)
     # An emulated GPU computes on one core of the CPU's kind, so its peaks are one core's.
     read_rate, flop_rate = _cuda_peaks(dtype, gpu.name) if bench.side == "gpu" and gpu and not gpu.emulated else cpu_peaks(threads)
     attention_bytes, attention_flops = bench.attention(kv_dtype)
@@ -255,26 +277,10 @@ def _measure_compute(bench: _Bench, grid: Sequence[int], budget_s: float, kv_dty
 @cache
 def cpu_peaks(threads: int) -> tuple[float, float]:
     """(DRAM read bytes/s, FMA FLOP/s) of ``threads`` cores, by routines that share nothing with our kernels."""
-    native = load_native()
-    if native is None:
-        return _torch_cpu_peaks(threads)
-    data = np.ones(host_region_bytes() * 2, np.uint8)
-    pool = native.pool_create(threads)
-    try:
-        read_rates = [native.read_rate(data, pool=pool, duration_ms=PEAK_MS) for _ in range(PEAK_RUNS)]
-        return max(read_rates), max(native.fma_rate(pool=pool, duration_ms=PEAK_MS) for _ in range(PEAK_RUNS))
-    finally:
-        native.pool_destroy(pool)
-
-
-def _torch_cpu_peaks(threads: int) -> tuple[float, float]:
-    import torch
-
-    torch.set_num_threads(threads)
-    big, square = torch.ones(16 << 20), torch.ones(512, 512)
-    read_s = _typical_s(lambda: _timed(lambda: big.sum()), 0.1)
-    gemm_s = _typical_s(lambda: _timed(lambda: square @ square), 0.1)
-    return big.numel() * 4 / read_s, 2 * 512**3 / gemm_s
+    with PeakMeter(threads) as meter:
+        for _ in range(PEAK_RUNS):
+            meter.sample()
+        return meter.read_bytes_per_s, meter.flops_per_s
 
 
 def _cuda_peaks(dtype: str, device: str) -> tuple[float, float]:
@@ -350,6 +356,7 @@ def _measure_link(rig: Rig, spec: ModelSpec) -> LinkProfile:
     return LinkProfile(
         up_bytes_per_s=rate, down_bytes_per_s=4 * columns * (rows - 1) / max(down_s - copy_s(1, True), 1e-9), packet_s=max(load_s(small) - small / rate, 0.0),
         copy_s=copy_fixed_s, handoff_s=_handoff_s(rig, near, far, columns, _loads(rig, small, 40, target, [source])),
+        queue_handoff_s=_queue_handoff_s(rig, near, columns, target, source),
     )  # fmt: skip
 
 
@@ -357,7 +364,7 @@ def _handoff_s(rig: Rig, near: int, far: int, columns: int, loads: list[tuple[ob
     """From a record on one side to the waiting instruction's start on the other: half of a ping-pong's turn, work excluded, while the link is busy as
     in a real pass. On an emulated GPU the link's copies share the core that has to answer."""
     rig.set_tokens(1)
-    turns = 100
+    turns = HANDOFFS
     gain, spare = rig.alloc_host(4 * columns), rig.alloc_host(4 * columns)
     norm = (spare, columns, far, columns, gain, NULL, columns, NormKind.RMS)
     gpu = [instruction(Op.COPY, (far, columns, near, columns, columns, 1), waits=[2 * i] if i else [], record=2 * i + 1) for i in range(turns)]
@@ -371,6 +378,24 @@ def _handoff_s(rig: Rig, near: int, far: int, columns: int, loads: list[tuple[ob
     return float(np.median([per_handoff() for _ in range(SLOWDOWN_RUNS)]))
 
 
+def _queue_handoff_s(rig: Rig, near: int, columns: int, target: int, source: int) -> float:
+    """As `_handoff_s`, between the GPU's compute queue and a link queue: what streamed KV waits for."""
+    rig.set_tokens(1)
+    size = 4 << 10
+    table = rig.alloc_host(24)
+    rig.host.view(table & ((1 << 56) - 1), np.dtype(np.int64), (3,))[:] = (target, source, size)
+    norm = (near, columns, near, columns, near, NULL, columns, NormKind.RMS)
+    gpu = [instruction(Op.NORM, norm, (1e-5,), waits=[2 * i] if i else [], record=2 * i + 1) for i in range(HANDOFFS)]
+    link = [instruction(Op.LOAD, (table, 1, size), waits=[2 * i + 1], record=2 * i + 2) for i in range(HANDOFFS)]
+
+    def per_handoff() -> float:
+        traces = rig.run({"link_in": link, "gpu": gpu})
+        total_s = float(traces["link_in"][-1, 2] - traces["gpu"][0, 1]) * 1e-9
+        return max(0.0, total_s - float(work_s(traces["gpu"]).sum() + work_s(traces["link_in"]).sum())) / (2 * HANDOFFS)
+
+    return float(np.median([per_handoff() for _ in range(SLOWDOWN_RUNS)]))
+
+
 def _with_contention(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, ComputeProfile], link: LinkProfile) -> dict[Side, ComputeProfile]:
     """Each side's slow-down while the link runs at its full rate, from memory out of the caches, in packets of the size that plans choose."""
     assert rig.gpu is not None
@@ -380,7 +405,7 @@ def _with_contention(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, Co
     found = {}
     for side, bench in benches.items():
         rig.set_tokens(CONTENTION_TOKENS)
-        rows, _ = bench.linears("out")
+        rows, _ = bench.linears(bench.most_common)
         alone_s = _typical_s(lambda rows=rows, side=side: float(work_s(rig.run({side: rows})[side]).sum()), 0.05)  # type: ignore[misc]
         count = 4 + int(3 * alone_s * link.up_bytes_per_s / size)
         sources = [region.weights + i * size for i in range(region.weight_bytes // size)]
@@ -404,7 +429,11 @@ def _beside(together: dict[Queue, np.ndarray], alone: dict[Queue, np.ndarray], s
 def _with_peers(rig: Rig, benches: dict[Side, _Bench], sides: dict[Side, ComputeProfile]) -> dict[Side, ComputeProfile]:
     """Each side's slow-down while the other one reads its weights, too: they may share one memory."""
     rig.set_tokens(CONTENTION_TOKENS)
-    rows = {side: bench.linears("out")[0] for side, bench in benches.items()}
+    rows = {side: bench.linears(bench.most_common)[0] for side, bench in benches.items()}
+    alone_s = {side: _typical_s(lambda side=side: float(work_s(rig.run({side: rows[side]})[side]).sum()), 0.02) for side in rows}  # type: ignore[misc]
+    for side, other in PEERS:  # both at work for about as long
+        times = max(1, round(alone_s[other] / alone_s[side]))
+        rows[side] = (rows[side] * times)[:MOST_INSTRUCTIONS]
     ratios: dict[Side, list[float]] = {"cpu": [], "gpu": []}
     for _ in range(SLOWDOWN_RUNS):
         together = rig.run({"gpu": rows["gpu"], "cpu": rows["cpu"]})

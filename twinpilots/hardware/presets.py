@@ -11,6 +11,7 @@ from pathlib import Path
 
 from twinpilots.errors import UserError
 from twinpilots.hardware.profile import ComputeProfile, Curve, HardwareProfile, LinkProfile, roofline_curve
+from twinpilots.model.weight_format import FORMATS
 
 GB, GIB, MIB, TERA = 1e9, 1 << 30, 1 << 20, 1e12
 # What good kernels reach of the sheet's peak (common GEMM practice); the peaks themselves are kept for the hardware bound.
@@ -18,7 +19,8 @@ READ_FRAC, GPU_FLOPS_FRAC, CPU_FLOPS_FRAC = 0.85, 0.6, 0.7
 ATTENTION_FRAC = 0.5  # paged attention gathers: measured 13 of 27 GB/s on a core
 CONTEXT_BYTES = 600 * MIB  # driver reserve and CUDA context: never the planner's
 MAX_COPY_SLOWDOWN = 2.0  # measured: a bandwidth-bound linear next to a big copy, 1.7 to 2.0 times
-BYTES_PER_ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Quantised weights: a GPU unpacks them to 16 bits. A CPU multiplies integers: with activations rounded to 16 bits at about its fp32 rate, with 8 bits faster.
+FAST_FLOPS_GAIN = 1.7  # what issue 3 asks of int4-fast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class Sheet:
     cpu_flops_32: float
     dram: float
     disk: float
+    gpu_flops_frac: float = GPU_FLOPS_FRAC  # of the GPU's peak that products reach; less where power, not the arithmetic units, sets the clock
 
 
 SHEETS: dict[str, Sheet] = {
@@ -47,6 +50,7 @@ SHEETS: dict[str, Sheet] = {
         gpu="NVIDIA T4", gpu_memory_bytes=15 * GIB, gpu_read=320 * GB, gpu_flops_16=65 * TERA, gpu_flops_32=8.1 * TERA, link=12.9 * GB,
         host="GCP n1-highmem-32: 16 cores of a Skylake Xeon at 2.0 GHz, AVX-512, its share (16 of 28 cores) of 6 channels DDR4-2666",
         host_memory_bytes=int(208 * GB), cpu_cores=16, cpu_flops_16=2.0 * TERA, cpu_flops_32=2.0 * TERA, dram=73 * GB, disk=2 * GB,
+        gpu_flops_frac=0.37,  # 70 W cap its clock: cuBLAS reaches 24 TFLOP/s (NVIDIA developer forum, topic 264462)
     ),
     "a10g": Sheet(
         source="NVIDIA A10G data sheet (600 GB/s, 70 TFLOPS fp16, 35 fp32); link of TwinPilots (SYSTOR 2024) figure 6: 13.2 GB/s; AWS g5.16xlarge",
@@ -75,27 +79,34 @@ SHEETS: dict[str, Sheet] = {
     "h100": Sheet(
         source="NVIDIA H100 SXM data sheet (3350 GB/s, 989 TFLOPS bf16, 67 fp32); PCIe 5.0 x16 measured 55 GB/s; Intel Xeon 8480C sheet",
         gpu="NVIDIA H100 SXM 80 GB", gpu_memory_bytes=80 * GIB, gpu_read=3350 * GB, gpu_flops_16=989 * TERA, gpu_flops_32=67 * TERA, link=55 * GB,
-        host="Intel Xeon Platinum 8480C: 56 cores at 2.0 GHz, AVX-512 and AMX (1024 bf16 operations per cycle), 8 channels DDR5-4800, 512 GB",
-        host_memory_bytes=int(512 * GB), cpu_cores=56, cpu_flops_16=57 * TERA, cpu_flops_32=7.2 * TERA, dram=307 * GB, disk=7 * GB,
+        host="Intel Xeon Platinum 8480C: 56 cores at 2.0 GHz, AVX-512 and AMX (1024 bf16 operations per cycle and core), 8 channels DDR5-4800, 512 GB",
+        host_memory_bytes=int(512 * GB), cpu_cores=56, cpu_flops_16=114.7 * TERA, cpu_flops_32=7.2 * TERA, dram=307 * GB, disk=7 * GB,
     ),
 }  # fmt: skip
 
 
-def _linear_curves(read: float, flops_16: float, flops_32: float) -> dict[str, Curve]:
-    """Roofline curves of all weight dtypes; ops split along the input cost the same on a sheet."""
+def _linear_curves(read: float, flops_16: float, flops_32: float, quantized_flops: tuple[float, float]) -> dict[str, Curve]:
+    """Roofline curves of all weight formats, quantised ones with (exact, fast) activations; ops split along the input cost the same on a sheet."""
     curves = {}
-    for dtype, num_bytes in BYTES_PER_ELEMENT.items():
-        curve = roofline_curve(num_bytes, read, flops_32 if dtype == "fp32" else flops_16)
-        curves[f"{dtype}/out"] = curves[f"{dtype}/in"] = curve
+    for chosen in FORMATS.values():
+        kinds: dict[str, float] = {chosen.name: flops_32 if chosen.name == "fp32" else flops_16}
+        if chosen.is_quantized:
+            kinds = dict(zip((chosen.name, f"{chosen.name}/fast"), quantized_flops, strict=True))
+        for kind, flops in kinds.items():
+            curve = roofline_curve(chosen.bytes_per_weight, read, flops)
+            curves[f"{kind}/out"] = curves[f"{kind}/in"] = curve
     return curves
 
 
 def _processor(
-    name: str, read: float, flops_16: float, flops_32: float, flops_frac: float, *, attention_flops: float, task_s: float, copy_slowdown: float
+    name: str, read: float, flops_16: float, flops_32: float, flops_frac: float, *, quantized: tuple[float, float], attention_flops: float, task_s: float,
+    copy_slowdown: float,
 ) -> ComputeProfile:  # fmt: skip
+    """``quantized``: FLOP/s of linears with quantised weights, activations exact and fast."""
+    exact, fast = quantized
     return ComputeProfile(
         name=name,
-        linear=_linear_curves(READ_FRAC * read, flops_frac * flops_16, flops_frac * flops_32),
+        linear=_linear_curves(READ_FRAC * read, flops_frac * flops_16, flops_frac * flops_32, (flops_frac * exact, flops_frac * fast)),
         attention_bytes_per_s=ATTENTION_FRAC * read,
         attention_flops_per_s=ATTENTION_FRAC * flops_frac * attention_flops,
         elementwise_bytes_per_s=READ_FRAC * read,
@@ -120,11 +131,11 @@ def from_sheet(name: str, sheet: Sheet) -> HardwareProfile:
         source=f"preset, not measured: {sheet.source}",
         cpu=_processor(  # its attention computes in fp32
             sheet.host, sheet.dram, sheet.cpu_flops_16, sheet.cpu_flops_32, CPU_FLOPS_FRAC,
-            attention_flops=sheet.cpu_flops_32, task_s=4e-6, copy_slowdown=slowdown,
+            quantized=(sheet.cpu_flops_32, FAST_FLOPS_GAIN * sheet.cpu_flops_32), attention_flops=sheet.cpu_flops_32, task_s=4e-6, copy_slowdown=slowdown,
         ),
         gpu=_processor(
-            sheet.gpu, sheet.gpu_read, sheet.gpu_flops_16, sheet.gpu_flops_32, GPU_FLOPS_FRAC,
-            attention_flops=sheet.gpu_flops_16, task_s=6e-6, copy_slowdown=1.0,
+            sheet.gpu, sheet.gpu_read, sheet.gpu_flops_16, sheet.gpu_flops_32, sheet.gpu_flops_frac,
+            quantized=(sheet.gpu_flops_16, sheet.gpu_flops_16), attention_flops=sheet.gpu_flops_16, task_s=6e-6, copy_slowdown=1.0,
         ),
         link=LinkProfile(up_bytes_per_s=sheet.link, down_bytes_per_s=sheet.link, packet_s=10e-6, copy_s=10e-6, handoff_s=15e-6),
         host_memory_bytes=sheet.host_memory_bytes,
@@ -141,20 +152,20 @@ def _demo() -> HardwareProfile:
     """The emulated device `emulated:demo` on a plain 2-core AVX2 box: one core plays the GPU, and its link's copies take their time from that core."""
     read, flops, dram = 25 * GB, 90e9, 38.5 * GB
 
-    def core(name: str, slowdown: float) -> ComputeProfile:
+    def core(name: str, slowdown: float, fast_gain: float = 1.0) -> ComputeProfile:
         return ComputeProfile(
-            name=name, linear=_linear_curves(read, flops, flops), attention_bytes_per_s=5 * GB, attention_flops_per_s=0.5 * flops,
+            name=name, linear=_linear_curves(read, flops, flops, (flops, fast_gain * flops)), attention_bytes_per_s=5 * GB, attention_flops_per_s=0.5 * flops,
             elementwise_bytes_per_s=8 * GB, task_s=3e-6, read_bytes_per_s=27 * GB, flops_per_s=104e9, copy_slowdown=slowdown,
         )  # fmt: skip
 
     return HardwareProfile(
         name="demo",
         source="preset, not measured: one AVX2 core at 27 GB/s and 104 GFLOP/s FMA peak for each pilot (measured on AMD Zen 3), a link throttled to 2.5 GB/s",
-        cpu=core("one AVX2 core", 1.1),
+        cpu=core("one AVX2 core", 1.1, FAST_FLOPS_GAIN),
         gpu=core("one AVX2 core that plays the GPU", 1.25),
         link=LinkProfile(up_bytes_per_s=2.5 * GB, down_bytes_per_s=2.5 * GB, packet_s=20e-6, copy_s=8e-6, handoff_s=15e-6),
         host_memory_bytes=8 * GIB,
-        gpu_memory_bytes=84 * MIB,
+        gpu_memory_bytes=32 * MIB,
         dram_bytes_per_s=dram,
         cpu_cores=2,
         emulated=True,

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from typing import Any
+
+from twinpilots.errors import ProfileMissingError
 
 PROFILE_SCHEMA = 1
 TOKEN_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -41,7 +43,7 @@ class Curve:
 @dataclass(frozen=True, kw_only=True)
 class ComputeProfile:
     """One processor. ``linear["fp16/out"]`` maps tokens to seconds per weight element (weights out of cache) for ops split along the output,
-    ``"fp16/in"`` along the input.
+    ``"fp16/in"`` along the input; ``"q4_1/fast/out"`` where the CPU pilot rounds activations to 8 bits (`OpSpec.rate_key`).
 
     Attention of one sequence and layer takes max(KV bytes / attention_bytes_per_s, FLOPs / attention_flops_per_s). ``task_s`` is the fixed cost of
     one task. ``read_bytes_per_s`` and ``flops_per_s`` are the peaks of independent micro-benchmarks: only the hardware bound uses them.
@@ -63,9 +65,19 @@ class ComputeProfile:
         _check_numbers(self, "task_s", least=0)
         _check_numbers(self, "copy_slowdown peer_slowdown", least=1)
 
-    def linear_s(self, dtype: str, split_dim: str, elements: float, tokens: float) -> float:
+    def curve(self, rate_key: str) -> Curve:
+        """The curve of one kind of linear. ProfileMissingError for one that was not measured."""
+        found = self.linear.get(rate_key)
+        if found is None:
+            raise ProfileMissingError(
+                f"the profile of {self.name} has no times of linears of the kind {rate_key}, only {', '.join(sorted(self.linear))}: measure this model with "
+                "`twinpilots profile MODEL`, with the same --quantization"
+            )
+        return found
+
+    def linear_s(self, rate_key: str, elements: float, tokens: float) -> float:
         """Seconds of a linear of ``elements`` weights at ``tokens`` tokens, without the fixed cost."""
-        return elements * self.linear[f"{dtype}/{split_dim}"](tokens)
+        return elements * self.curve(rate_key)(tokens)
 
     def attention_s(self, kv_bytes: float, flops: float) -> float:
         """Seconds of attention that reads ``kv_bytes`` and computes ``flops``, without the fixed cost."""
@@ -81,10 +93,11 @@ class LinkProfile:
     packet_s: float  # fixed cost of one weight packet
     copy_s: float  # fixed cost of one activation copy
     handoff_s: float  # from a record on one device to the waiting task's start on the other
+    queue_handoff_s: float = 0.0  # the same between the GPU's compute queue and its link queues
 
     def __post_init__(self) -> None:
         _check_numbers(self, "up_bytes_per_s down_bytes_per_s", above=0)
-        _check_numbers(self, "packet_s copy_s handoff_s", least=0)
+        _check_numbers(self, "packet_s copy_s handoff_s queue_handoff_s", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +125,18 @@ class HardwareProfile:
         _check_numbers(self, "gpu_memory_bytes step_overhead_s", least=0)
         if (self.gpu is None) != (self.link is None):
             raise ValueError("HardwareProfile: gpu and link come together; give both or neither")
+
+    def with_curves_of(self, earlier: HardwareProfile) -> HardwareProfile:
+        """This profile, with the earlier one's curves of kinds of linears that it lacks."""
+        cpu = replace(self.cpu, linear={**earlier.cpu.linear, **self.cpu.linear})
+        if self.gpu is None or earlier.gpu is None:
+            return replace(self, cpu=cpu)
+        return replace(self, cpu=cpu, gpu=replace(self.gpu, linear={**earlier.gpu.linear, **self.gpu.linear}))
+
+    def missing(self, rate_keys: Iterable[str]) -> tuple[str, ...]:
+        """Those kinds of linears (`OpSpec.rate_key`) that were not measured on every processor."""
+        processors = [processor for processor in (self.cpu, self.gpu) if processor is not None]
+        return tuple(key for key in rate_keys if any(key not in processor.linear for processor in processors))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

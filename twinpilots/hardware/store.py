@@ -24,13 +24,11 @@ def cache_dir() -> Path:
 
 
 def profile_key(device: str, threads: int, spec: ModelSpec, isa: str) -> str:
-    """What a profile depends on: processor, device, threads, instruction set and weight dtype (the key's family), and the model's widths."""
+    """What a profile depends on: processor, device, threads, instruction set, the native dtype (attention's), and the model's widths. Weight formats are
+    not part of it: one profile holds the curves of all that were measured."""
     widths = (spec.hidden_size, spec.intermediate_size, spec.num_heads, spec.num_kv_heads, spec.head_dim)
-    return f"{_family(device, threads, spec.weight_dtype, isa)}-{_digest(widths)}"
-
-
-def _family(device: str, threads: int, dtype: str, isa: str) -> str:
-    return _digest((STORE_VERSION, _processor_name(), os.cpu_count(), device, threads, isa, dtype))
+    family = _digest((STORE_VERSION, _processor_name(), os.cpu_count(), device, threads, isa, spec.weight_dtype))
+    return f"{family}-{_digest(widths)}"
 
 
 def _digest(parts: tuple[object, ...]) -> str:
@@ -42,8 +40,12 @@ def profile_path(key: str) -> Path:
 
 
 def save_profile(key: str, profile: HardwareProfile, *, latest_for: str | None = None) -> Path:
-    """Writes the profile atomically; ``latest_for`` (a device name) makes it `plan`'s default, too. OSError when the cache cannot be written."""
+    """Writes the profile atomically, together with what was measured earlier for other weight formats; ``latest_for`` (a device name) makes it `plan`'s
+    default, too. OSError when the cache cannot be written."""
     path = profile_path(key)
+    earlier = load_profile(key)
+    if earlier is not None:
+        profile = profile.with_curves_of(earlier)
     path.parent.mkdir(parents=True, exist_ok=True)
     for target in [path] + ([_latest_path(latest_for)] if latest_for else []):
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
@@ -55,12 +57,6 @@ def save_profile(key: str, profile: HardwareProfile, *, latest_for: str | None =
 def load_profile(key: str) -> HardwareProfile | None:
     """The stored profile of this key, or None; a damaged file counts as none (it will be measured and written again)."""
     return _read(profile_path(key))
-
-
-def any_profile(device: str, threads: int, dtype: str, isa: str) -> HardwareProfile | None:
-    """The newest stored profile of this machine and dtype for whatever widths, or None: good enough for a model too small for its rates to matter."""
-    found = sorted(profile_path("").parent.glob(f"{_family(device, threads, dtype, isa)}-*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return next((profile for profile in map(_read, found) if profile is not None), None)
 
 
 def latest_profile(device: str) -> HardwareProfile:

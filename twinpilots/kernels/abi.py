@@ -11,7 +11,7 @@ from enum import IntEnum
 
 import numpy as np
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_WAITS = 6
 NUM_ARGS = 20
 NUM_FLOATS = 4
@@ -47,6 +47,21 @@ class Dtype(IntEnum):
     FP32 = 0
     BF16 = 1
     FP16 = 2
+    Q8_0 = 3  # from here on: weights only
+    Q4_0 = 4
+    Q4_1 = 5
+    Q4_Z32 = 6
+    Q4_Z64 = 7
+    Q4_Z128 = 8
+    Q4_K = 9
+    Q6_K = 10
+
+
+class Activations(IntEnum):
+    """How a linear with quantised weights rounds its activations, per row and group of 32."""
+
+    EXACT = 0  # to 16 bits
+    FAST = 1  # to 8 bits
 
 
 class Epilogue(IntEnum):
@@ -68,7 +83,7 @@ class NormKind(IntEnum):
     LAYER = 1
 
 
-DTYPE_CODES = {"fp32": Dtype.FP32, "bf16": Dtype.BF16, "fp16": Dtype.FP16}
+DTYPE_CODES = {dtype.name.lower(): dtype for dtype in Dtype}  # by model/weight_format.py's names
 ACT_CODES = {"silu": Act.SILU, "gelu": Act.GELU, "gelu_tanh": Act.GELU_TANH, "relu": Act.RELU}
 NORM_CODES = {"rmsnorm": NormKind.RMS, "layernorm": NormKind.LAYER}
 

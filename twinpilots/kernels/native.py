@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from twinpilots.kernels.abi import ABI_VERSION
 
-ISA_NAMES = ("portable", "avx2", "avx512")
+ISA_NAMES = ("portable", "avx2", "avx512", "avx512vnni")
 NO_MAILBOX = -1
 CANCELLED, ABORTED, TIMED_OUT, BAD_INSTRUCTION, QUEUE_FULL = 1, -1, -2, -3, -4
 
@@ -60,6 +60,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tp_wait_idle": (c_int, [c_void_p, c_int64, c_double]),
     "tp_event_set": (None, [c_void_p, c_int, c_int32]),
     "tp_event_wait": (c_int, [c_void_p, c_int, c_int32, c_double]),
+    "tp_quantize": (None, [c_int, c_void_p, c_int64, c_void_p, c_void_p]),
+    "tp_pack_columns": (None, [c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p]),
     "tp_read_rate": (c_double, [c_void_p, c_int64, c_void_p, c_int]),
     "tp_fma_rate": (c_double, [c_void_p, c_int]),
     "tp_copy_rate": (c_double, [c_void_p, c_void_p, c_int64, c_int]),
@@ -148,6 +150,15 @@ class Native:
     def event_wait(self, host_base: int, event: int, value: int, timeout_s: float) -> int:
         """Until the event's value is ``value`` or later: 0, ABORTED or TIMED_OUT."""
         return int(self._lib.tp_event_wait(host_base, event, value, timeout_s))
+
+    def quantize(self, weights: NDArray[np.float32], dtype: int, out: NDArray[np.uint8], *, pool: int = 0) -> None:
+        """Contiguous ``weights`` (a whole number of blocks of 32) to Q8_0 or Q4_1 row blocks; kernels/quant_format.py says how."""
+        self._lib.tp_quantize(dtype, weights.ctypes.data, weights.size // 32, out.ctypes.data, pool or None)
+
+    def pack_columns(self, row_blocks: NDArray[np.uint8], dtype: int, panel: NDArray[np.uint8], width: int, column: int, *, pool: int = 0) -> None:
+        """Row blocks [R, B, block_bytes], each row contiguous, to columns [column, column + R) of a contiguous panel of ``width`` columns."""
+        rows, blocks, _ = row_blocks.shape
+        self._lib.tp_pack_columns(dtype, row_blocks.ctypes.data, row_blocks.strides[0], rows, blocks, panel.ctypes.data, width, column, pool or None)
 
     def read_rate(self, data: NDArray[Any], *, pool: int = 0, duration_ms: int = 100) -> float:
         """Bytes per second at which all threads of ``pool`` read ``data`` (whole MiB of it, over and over)."""

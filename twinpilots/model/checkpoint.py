@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from twinpilots.errors import CheckpointError
+from twinpilots.config import Quantization
+from twinpilots.errors import CheckpointError, UserError
 from twinpilots.model import convert_cache
 from twinpilots.model.config_reader import ConfigReader
 from twinpilots.model.dummy import DummyCheckpoint, dummy_spec
 from twinpilots.model.families import DTYPES, spec_from_config
 from twinpilots.model.gguf_config import ROPE_FACTOR_TENSORS, config_from_gguf
 from twinpilots.model.gguf_file import GgufFile
+from twinpilots.model.gptq import FIELD, PackedWeights, packed_config
 from twinpilots.model.locate import Located, resolve_model
+from twinpilots.model.quantization import quantized_spec
+from twinpilots.model.quantized import QuantizedCheckpoint, check_scales, stored_ops
 from twinpilots.model.safetensors_file import FLOATS, SafetensorsFile, StoredTensor, open_shards, read_json
 from twinpilots.model.spec import ModelSpec, WeightDtype
 from twinpilots.model.tensor_names import TensorSource, gguf_spelling, harmless, hf_spelling, is_small, tensor_plan
 from twinpilots.model.tensors import Array, RawTensor, convert
+from twinpilots.model.weight_format import WeightFormat
 
 logger = logging.getLogger(__name__)
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -33,7 +38,8 @@ Progress = Callable[[int, int], None]
 
 
 class Checkpoint(Protocol):
-    """A model's weights. ``tensor`` gives linears, embedding and positions in ``spec.weight_dtype``, norms and biases in fp32.
+    """A model's weights. ``tensor`` gives linears, embedding and positions in ``spec.weight_dtype``, norms and biases in fp32, and what the spec keeps
+    quantised in fp32, exactly as it is computed with; ``blocks`` gives that as row blocks (`kernels.quant_format`).
 
     ``generation_config``: ``eos_token_ids`` (list), ``bos_token_id`` (or None), and those of `SAMPLING_FIELDS` that the model sets.
     ``source_dtype``: the dtype of most linear weights in the file. ``fingerprint`` changes when the files' contents do (sampled), not when they are touched.
@@ -46,11 +52,14 @@ class Checkpoint(Protocol):
 
     def tensor(self, tensor_id: str) -> RawTensor: ...
 
+    def blocks(self, tensor_id: str) -> Array: ...
+
     def close(self) -> None: ...
 
 
 class FileCheckpoint:
-    """A `Checkpoint` over any reader of named tensors."""
+    """A `Checkpoint` over any reader of named tensors: the files' weights in ``spec.weight_dtype``. ``packed`` names the file's tensors that ``read_blocks``
+    gives as row blocks (``read`` dequantises them); ``stored`` has the same by our ids."""
 
     def __init__(
         self,
@@ -63,18 +72,35 @@ class FileCheckpoint:
         source_dtype: str,
         fingerprint: str,
         where: str,
+        packed: Mapping[str, WeightFormat] | None = None,
+        read_blocks: Callable[[str], Array] | None = None,
     ) -> None:
         self.spec = spec
         self.generation_config = generation_config
         self.source_dtype = source_dtype
         self.fingerprint = fingerprint
         self._plan, self._read, self._close, self._where = plan, read, close, where
+        self._read_blocks = read_blocks
+        self.stored = {tensor_id: packed[source.name] for tensor_id, source in plan.items() if source.name in packed} if packed else {}
+
+    def values(self, tensor_id: str) -> RawTensor:
+        """The tensor of our id at the precision of its file."""
+        source = self._plan[tensor_id]
+        raw = self._read(source.name)
+        return RawTensor(data=transform(raw.data, source), dtype=raw.dtype)
+
+    def blocks(self, tensor_id: str) -> Array:
+        """Row blocks of one of ``stored``."""
+        assert self._read_blocks is not None, f"{tensor_id} is not quantised in its file"
+        source = self._plan[tensor_id]
+        found = transform(self._read_blocks(source.name), source)
+        check_scales(found, self.stored[tensor_id], f"{self._where}: tensor '{source.name}'")
+        return found
 
     def tensor(self, tensor_id: str) -> RawTensor:
         """The tensor of our id, converted; a view of the mapped file where nothing needs converting. KeyError for an id the model has not."""
         source = self._plan[tensor_id]
-        raw = transform(self._read(source.name), source)
-        raw = convert(raw, "fp32" if is_small(tensor_id) else self.spec.weight_dtype, f"{self._where}: tensor '{source.name}'")
+        raw = convert(self.values(tensor_id), "fp32" if is_small(tensor_id) else self.spec.weight_dtype, f"{self._where}: tensor '{source.name}'")
         return RawTensor(data=raw.data - np.float32(source.subtract), dtype="fp32") if source.subtract else raw
 
     def close(self) -> None:
@@ -82,11 +108,13 @@ class FileCheckpoint:
 
 
 def open_checkpoint(
-    model: str | Path | Located, *, dtype: str = "auto", strict: bool = False, revision: str | None = None, progress: Progress | None = None
-) -> Checkpoint:
+    model: str | Path | Located, *, dtype: str = "auto", quantization: Quantization | None = None, keep: Sequence[str] = (), strict: bool = False,
+    revision: str | None = None, progress: Progress | None = None,
+) -> Checkpoint:  # fmt: skip
     """Find, validate and open a model (see `resolve_model`). Nothing is computed before all of its tensors have been checked.
 
-    ``dtype``: "auto" keeps 16- and 32-bit weights as stored (quantised GGUF becomes fp16); fp32, bf16 or fp16 converts. ``strict`` makes unexpected
+    ``dtype``: "auto" keeps weights as stored, quantised ones too where we have their format (others become fp16); fp32, bf16 or fp16 converts.
+    ``quantization`` and ``keep`` are `quantization.quantized_spec`'s; weights are quantised when they are first asked for. ``strict`` makes unexpected
     tensors an error. ``progress(done, total)`` is called while a GGUF is converted for the first time.
     """
     located = model if isinstance(model, Located) else resolve_model(model, revision)
@@ -94,18 +122,24 @@ def open_checkpoint(
         raise ValueError(f"dtype must be auto, fp32, bf16 or fp16, got {dtype!r}")
     wanted = None if dtype == "auto" else DTYPES[dtype]
     if located.kind == "dummy":
-        return DummyCheckpoint(dummy_spec(located.name, wanted))
+        return DummyCheckpoint(quantized_spec(dummy_spec(located.name, wanted), {}, quantization, keep))
     if located.kind == "directory":
-        return _open_directory(located.files, located.name, wanted, strict)
-    return _open_gguf(located, wanted, strict, progress)
+        files = _open_directory(located.files, located.name, wanted, strict)
+    else:
+        files = _open_gguf(located, wanted, strict, progress)
+    try:
+        stored = stored_ops(files.spec, files.stored) if wanted is None else {}
+        spec = quantized_spec(files.spec, stored, quantization, keep)
+    except UserError:
+        files.close()
+        raise
+    return files if spec == files.spec else QuantizedCheckpoint(files, spec)
 
 
-def transform(raw: RawTensor, source: TensorSource) -> RawTensor:
-    """Cut the source's rows out and undo llama-arch GGUF's permutation of rotary halves."""
-    data = raw.data if source.rows is None else raw.data[source.rows[0] : source.rows[1]]
-    if source.unpermute_heads:
-        data = unpermute(data, source.unpermute_heads)
-    return RawTensor(data=data, dtype=raw.dtype)
+def transform(data: Array, source: TensorSource) -> Array:
+    """Cut the source's rows (values or blocks) out and undo llama-arch GGUF's permutation of rotary halves."""
+    data = data if source.rows is None else data[source.rows[0] : source.rows[1]]
+    return unpermute(data, source.unpermute_heads) if source.unpermute_heads else data
 
 
 def unpermute(data: Array, heads: int) -> Array:
@@ -165,14 +199,18 @@ def _open_directory(path: Path, name: str, wanted: WeightDtype | None, strict: b
     if not config_path.exists():
         raise CheckpointError(f"{path}: config.json is missing; is this a model directory?")
     config = read_json(config_path)
+    quantized = packed_config(config, str(path))
+    config.pop(FIELD, None)
     spec = spec_from_config(config, name=name, dtype=wanted)
     owners = open_shards(path)
+    packed = None if quantized is None else PackedWeights(quantized, owners, str(path))
     spelling = hf_spelling(spec, owners)
     plan = tensor_plan(spec, spelling)
-    stored = {tensor: file.tensors[tensor] for tensor, file in owners.items()}
+    stored = {tensor: file.tensors[tensor] for tensor, file in owners.items()} if packed is None else packed.stored()
     check_tensors(spec, plan, stored, lambda tensor: harmless(spec, spelling, tensor), str(path), strict)
-    dtypes = {source.name: _float_dtype(path, source.name, stored[source.name]) for source in plan.values()}
-    source_dtype = majority(plan, dtypes)
+    formats = {} if packed is None else packed.formats
+    dtypes = {source.name: _float_dtype(path, source.name, stored[source.name]) for source in plan.values() if source.name not in formats}
+    source_dtype = majority({tensor_id: source for tensor_id, source in plan.items() if source.name in dtypes}, dtypes)
     if wanted is None and source_dtype != spec.weight_dtype:
         spec = spec_from_config(config, name=name, dtype=source_dtype)
     generation = path / "generation_config.json"
@@ -180,12 +218,14 @@ def _open_directory(path: Path, name: str, wanted: WeightDtype | None, strict: b
     return FileCheckpoint(
         spec=spec,
         plan=plan,
-        read=lambda tensor: owners[tensor].read(tensor),
+        read=(lambda tensor: owners[tensor].read(tensor)) if packed is None else packed.read,
         close=lambda: _close_all(owners.values()),
         generation_config=parse_generation_config(read_json(generation) if generation.exists() else {}, _flat(config), str(path)),
-        source_dtype=str(config.get(convert_cache.SOURCE_FIELD, source_dtype)),
+        source_dtype=quantized.method if quantized else str(config.get(convert_cache.SOURCE_FIELD, source_dtype)),
         fingerprint=convert_cache.fingerprint([config_path, *shards]),
         where=str(path),
+        packed=formats,
+        read_blocks=None if packed is None else packed.blocks,
     )
 
 
@@ -205,8 +245,13 @@ def _float_dtype(path: Path, name: str, stored: StoredTensor) -> WeightDtype:
     return FLOATS[stored.dtype]
 
 
-def _open_gguf(located: Located, wanted: WeightDtype | None, strict: bool, progress: Progress | None) -> Checkpoint:
+def _open_gguf(located: Located, wanted: WeightDtype | None, strict: bool, progress: Progress | None) -> FileCheckpoint:
     path = located.files
+    if wanted is None:
+        packed, _, _ = _check_gguf(GgufFile(path), located.name, None, strict)
+        if packed.stored:
+            return packed
+        packed.close()
     directory = convert_cache.directory_for(path)
     if not strict and convert_cache.is_complete(directory):
         try:
@@ -244,6 +289,8 @@ def _check_gguf(gguf: GgufFile, name: str, wanted: WeightDtype | None, strict: b
         source_dtype=source_dtype,
         fingerprint=convert_cache.fingerprint([gguf.path]),
         where=where,
+        packed={name: chosen for name in gguf.tensors if (chosen := gguf.packed_format(name)) is not None},
+        read_blocks=gguf.blocks,
     )
     return checkpoint, config, quantized
 

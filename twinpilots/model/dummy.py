@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 
 from twinpilots.errors import UserError
+from twinpilots.kernels.quant_format import dequantize, quantize
 from twinpilots.model.families import spec_from_config
+from twinpilots.model.quantized import tensor_format
 from twinpilots.model.spec import ModelSpec
 from twinpilots.model.tensor_names import is_small, tensor_shapes
-from twinpilots.model.tensors import RawTensor, convert
+from twinpilots.model.tensors import Array, RawTensor, convert
+from twinpilots.model.weight_format import FormatName
 
+QUANTIZED_BLOCKS = 8_191  # of them kept quantised; prime, too
 BLOCK = 1_048_573  # random values kept; prime, so that the rows of a tiled tensor differ
 
 
@@ -74,6 +78,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3-8b": _llama(4096, 36, 32, 12288, 8, **_QWEN3),
     "qwen3-32b": _llama(5120, 64, 64, 25600, 8, **_QWEN3),
     "gemma-2-27b": _llama(4608, 46, 32, 36864, 16, **_GEMMA2, head_dim=128, query_pre_attn_scalar=144, sliding_window=4096, dtype="bfloat16"),
+    "minitron-8b": _llama(4096, 40, 32, 11520, 8, vocab_size=131072, head_dim=128, max_position_embeddings=8192, rope_theta=1e6),
     "smollm2-135m": _llama(576, 30, 9, 1536, 3, vocab_size=49152, max_position_embeddings=8192, rope_theta=1e5, tie_word_embeddings=True, dtype="bfloat16"),
 }
 
@@ -89,7 +94,8 @@ def dummy_spec(name: str, dtype: str | None = None) -> ModelSpec:
 class DummyCheckpoint:
     """Random weights of a spec's true shapes, made when asked for: a `Checkpoint` without a file.
 
-    Linears are about N(0, 1 / fan in), so that activations keep their size; norms are the identity, biases zero. Deterministic in (spec, seed).
+    Linears are about N(0, 1 / fan in), so that activations keep their size; norms are the identity, biases zero. Deterministic in (spec, seed). What the
+    spec keeps quantised repeats the blocks of a few quantised values: making it takes no longer than copying it.
     """
 
     def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
@@ -100,6 +106,7 @@ class DummyCheckpoint:
         self.fingerprint = f"dummy-{zlib.crc32(repr(spec).encode()):08x}-{seed}"
         self._shapes = tensor_shapes(spec)
         self._block = np.random.default_rng(seed).standard_normal(BLOCK, dtype=np.float32)
+        self._quantized: dict[tuple[FormatName, int], Array] = {}  # by format and fan in
 
     def tensor(self, tensor_id: str) -> RawTensor:
         """The tensor of our id. ``embed`` and a tied ``lm_head`` are equal."""
@@ -107,11 +114,27 @@ class DummyCheckpoint:
         if is_small(tensor_id):
             value = 1.0 - self.spec.norm_offset if tensor_id.endswith("norm") else 0.0
             return RawTensor(data=np.full(shape, value, np.float32), dtype="fp32")
-        source = "embed" if tensor_id == "lm_head" and self.spec.tied else tensor_id
-        shift = zlib.crc32(source.encode()) % BLOCK
+        chosen = tensor_format(self.spec, tensor_id)
+        if chosen is not None:
+            return RawTensor(data=dequantize(self.blocks(tensor_id), chosen), dtype="fp32")
+        shift = self._shift(tensor_id) % BLOCK
         block = np.roll(self._block, shift) * np.float32(shape[-1] ** -0.5)
         values = convert(RawTensor(data=block, dtype="fp32"), self.spec.weight_dtype, tensor_id)
         return RawTensor(data=np.resize(values.data, shape), dtype=values.dtype)
+
+    def blocks(self, tensor_id: str) -> Array:
+        """Row blocks of a quantised tensor."""
+        chosen, (rows, width) = tensor_format(self.spec, tensor_id), self._shapes[tensor_id]
+        assert chosen is not None, f"{tensor_id} is not quantised"
+        key = chosen.name, width
+        if key not in self._quantized:
+            values = self._block[: QUANTIZED_BLOCKS * chosen.block].reshape(-1, chosen.block) * np.float32(width**-0.5)
+            self._quantized[key] = quantize(values, chosen)[:, 0]
+        return np.resize(np.roll(self._quantized[key], self._shift(tensor_id) % QUANTIZED_BLOCKS, 0), (rows, width // chosen.block, chosen.block_bytes))
+
+    def _shift(self, tensor_id: str) -> int:
+        """Where in the random values a tensor begins."""
+        return zlib.crc32(("embed" if tensor_id == "lm_head" and self.spec.tied else tensor_id).encode())
 
     def close(self) -> None:
         """Nothing is held."""

@@ -1,7 +1,7 @@
-"""Reading GGUF files, memory-mapped: metadata, tensor table, dequantised tensors.
+"""Reading GGUF files, memory-mapped: metadata, tensor table, tensors as their blocks or dequantised.
 
 Owns: `GgufFile`. The header is parsed here, because it is untrusted and because the gguf package takes seconds over a vocabulary; the package is
-imported only to dequantise. Knows nothing of architectures (see `gguf_config`).
+imported only for types that we cannot keep packed. Knows nothing of architectures (see `gguf_config`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from twinpilots.errors import CheckpointError, UnsupportedModelError, UserError
+from twinpilots.kernels.quant_format import dequantize
 from twinpilots.model.safetensors_file import StoredTensor, check_layout
 from twinpilots.model.spec import WeightDtype
 from twinpilots.model.tensors import NUMPY_DTYPES, Array, RawTensor
+from twinpilots.model.weight_format import FORMATS, WeightFormat
 
 MAGIC = b"GGUF"
 MAX_ENTRIES = 1_000_000
@@ -24,6 +26,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 _PLAIN: dict[int, WeightDtype] = {0: "fp32", 1: "fp16", 30: "bf16"}
 _PLAIN_NAMES = {0: "F32", 1: "F16", 30: "BF16"}
+_PACKED: dict[int, WeightFormat] = {2: FORMATS["q4_0"], 3: FORMATS["q4_1"], 8: FORMATS["q8_0"], 12: FORMATS["q4_k"], 14: FORMATS["q6_k"]}
 
 
 class GgufFile:
@@ -46,6 +49,17 @@ class GgufFile:
     def is_quantized(self, name: str) -> bool:
         return self._types[name] not in _PLAIN
 
+    def packed_format(self, name: str) -> WeightFormat | None:
+        """The format of a tensor that can be computed with as it lies in the file; None for plain and for other quantised types."""
+        return _PACKED.get(self._types[name])
+
+    def blocks(self, name: str) -> Array:
+        """Row blocks of such a tensor ``[rows, columns]``: a view of the file."""
+        stored, packed = self.tensors[name], _PACKED[self._types[name]]
+        assert self._map is not None, "read after close"
+        data = self._map[stored.start : stored.stop].view(np.ndarray)
+        return data.reshape(-1, stored.shape[-1] // packed.block, packed.block_bytes)
+
     def read(self, name: str) -> RawTensor:
         """The tensor: plain types as stored, quantised types dequantised to fp32. Safe to call from several threads."""
         stored = self.tensors[name]
@@ -56,16 +70,25 @@ class GgufFile:
             if data.ctypes.data % 4 and data.size:
                 data = data.copy()
             return RawTensor(data=data.view(NUMPY_DTYPES[plain]).reshape(stored.shape), dtype=plain)
+        if self._types[name] in _PACKED:
+            with np.errstate(all="ignore"):
+                values = dequantize(self.blocks(name), _PACKED[self._types[name]])
+        else:
+            values = self._dequantized(name, data)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{self.path}: tensor '{name}' holds infinite or undefined weights; the file is damaged")
+        return RawTensor(data=np.ascontiguousarray(values, dtype=np.float32).reshape(stored.shape), dtype="fp32")
+
+    def _dequantized(self, name: str, data: Array) -> Array:
+        """A tensor of a type that only the gguf package knows."""
+        stored = self.tensors[name]
         gguf = import_gguf(str(self.path))
         try:
             rows = data.reshape(-1, data.size // max(1, stored.num_elements // stored.shape[-1]))
             with np.errstate(all="ignore"):
-                values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(self._types[name]))
+                return np.asarray(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(self._types[name])))
         except (NotImplementedError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self.path}: tensor '{name}' of type {stored.dtype} cannot be dequantised: {error}") from error
-        if not np.isfinite(values).all():
-            raise CheckpointError(f"{self.path}: tensor '{name}' holds infinite or undefined weights; the file is damaged")
-        return RawTensor(data=np.ascontiguousarray(values, dtype=np.float32).reshape(stored.shape), dtype="fp32")
 
     def close(self) -> None:
         self._map = None
@@ -185,6 +208,8 @@ def _type_size(kind: int, where: str, path: str) -> tuple[int, int, str]:
     """(values per block, bytes per block, name) of a tensor type."""
     if kind in _PLAIN:
         return 1, np.dtype(NUMPY_DTYPES[_PLAIN[kind]]).itemsize, _PLAIN_NAMES[kind]
+    if kind in _PACKED:
+        return _PACKED[kind].block, _PACKED[kind].block_bytes, _PACKED[kind].name.upper()
     gguf = import_gguf(path)
     try:
         quantization = gguf.GGMLQuantizationType(kind)

@@ -62,6 +62,14 @@ class SafetensorsFile:
             data = data.copy()  # kernels need aligned rows
         return RawTensor(data=data.view(NUMPY_DTYPES[dtype]).reshape(stored.shape), dtype=dtype)
 
+    def view(self, name: str) -> Array:
+        """A tensor of packed codes (int32) as stored."""
+        stored = self.tensors[name]
+        assert self._map is not None, "read after close"
+        assert stored.dtype == "I32", f"{name} is {stored.dtype}"
+        data = self._map[stored.start : stored.stop].view(np.ndarray)
+        return (data.copy() if data.ctypes.data % 4 else data).view("<i4").reshape(stored.shape)
+
     def close(self) -> None:
         self._map = None
 

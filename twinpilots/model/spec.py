@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import lcm
 from typing import Literal
+
+from twinpilots.model.weight_format import FORMATS, FormatName, WeightFormat
 
 WeightDtype = Literal["fp32", "bf16", "fp16"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 OpName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "fc1", "down_proj", "fc2", "lm_head"]
 BYTES_PER_WEIGHT: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+INPUT_SPLIT: tuple[OpName, ...] = ("o_proj", "down_proj", "fc2")  # split along the input, all others along the output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +36,12 @@ class RopeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """What differs between the layers of one model: the attention window (tokens, None: all) and the rotary table (None: no rotary)."""
+    """What differs between the layers of one model: the attention window (tokens, None: all), the rotary table (None: no rotary), and the formats of its
+    quantised ops (all others keep the model's weight dtype)."""
 
     window: int | None = None
     rope: int | None = 0
+    formats: tuple[tuple[OpName, FormatName], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +49,8 @@ class OpSpec:
     """One linear op: ``y[M, n_out] = x[M, n_in] @ W``, split along ``split_dim`` in units.
 
     ``rows`` is the extent of the split dimension: n_out for "out" ops (q, k, v, gate_up, fc1, lm_head), n_in for "in" ops (o, down, fc2).
-    For gate_up_proj a row is one gate row together with its up row. ``row_bytes`` counts the weights of one row, biases excluded.
+    For gate_up_proj a row is one gate row together with its up row. ``row_bytes`` counts the weights of one row, biases excluded. ``fast``: the CPU pilot
+    rounds this op's activations to 8 bits.
     ``expert`` is None for a dense layer; ``active_frac`` is the fraction of tokens that reach the op (1.0 when dense).
     """
 
@@ -53,11 +60,21 @@ class OpSpec:
     width: int  # the extent of the other dimension (of one weight row: hidden size for gate_up)
     unit_rows: int
     row_elements: int  # weights in one row: width, or 2 * width for gate_up_proj
-    row_bytes: int
+    format: WeightFormat
     split_dim: Literal["out", "in"]
     has_bias: bool
+    fast: bool = False
     expert: int | None = None
     active_frac: float = 1.0
+
+    @cached_property
+    def row_bytes(self) -> int:
+        return self.format.row_bytes(self.row_elements, self.split_dim)
+
+    @property
+    def rate_key(self) -> str:
+        """The op's kind in a hardware profile: "fp16/out", "q4_1/in", "q4_1/fast/out"."""
+        return f"{self.format.name}{'/fast' if self.fast else ''}/{self.split_dim}"
 
     @property
     def num_units(self) -> int:
@@ -109,6 +126,10 @@ class ModelSpec:
     logit_softcap: float | None = None
     embed_scale: float = 1.0
     tied: bool = False
+    head_format: FormatName | None = None  # of lm_head (and with it of a tied embedding); None: the weight dtype
+    embed_format: FormatName | None = None  # of an untied embedding table
+    input_block: int = 1  # o_proj, down_proj and fc2 are cut at multiples of this many inputs: of the blocks of all their formats, in every layer
+    fast_activations: bool = False  # the CPU pilot rounds the activations of quantised linears to 8 bits
     num_experts: int = 0  # 0: dense. Planning names experts; executing them comes later
     experts_per_token: int = 0
     extra: dict[str, str] = field(default_factory=dict, compare=False)  # free-form provenance shown to the user
@@ -120,6 +141,9 @@ class ModelSpec:
                 raise ValueError(f"ModelSpec.{name} must be positive, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        for name, chosen in {item for layer in self.layers for item in layer.formats}:
+            if name in INPUT_SPLIT and self.input_block % FORMATS[chosen].block:
+                raise ValueError(f"input_block {self.input_block} is not a multiple of the {FORMATS[chosen].block} inputs of a block of {chosen} ({name})")
 
     @property
     def softmax_scale(self) -> float:
@@ -141,8 +165,19 @@ class ModelSpec:
     def weight_bytes_per_element(self) -> int:
         return BYTES_PER_WEIGHT[self.weight_dtype]
 
+    def format_of(self, layer: int, name: OpName) -> WeightFormat:
+        """The format of an op's weights (layer -1: lm_head)."""
+        chosen = self.head_format if layer < 0 else dict(self.layers[layer].formats).get(name)
+        return FORMATS[chosen or self.weight_dtype]
+
+    @cached_property
+    def format_classes(self) -> tuple[int, ...]:
+        """The class of each layer: layers of one class have the same formats. Classes are numbered in the order of their first layers."""
+        numbers: dict[tuple[tuple[OpName, FormatName], ...], int] = {}
+        return tuple(numbers.setdefault(layer.formats, len(numbers)) for layer in self.layers)
+
     def ops(self, unit_rows: int) -> tuple[OpSpec, ...]:
-        """All linear ops in execution order: layer 0's q, k, v, o, MLP, ..., lm_head last. Heads are never cut."""
+        """All linear ops in execution order: layer 0's q, k, v, o, MLP, ..., lm_head last. Heads and blocks of quantised weights are never cut."""
         return _ops(self, unit_rows)
 
     def layer_ops(self, layer: int, unit_rows: int) -> dict[str, OpSpec]:
@@ -150,15 +185,34 @@ class ModelSpec:
         return {op.name: op for op in self.ops(unit_rows) if op.layer == layer}
 
     @cached_property
+    def rate_keys(self) -> tuple[str, ...]:
+        """The kinds of linears that the model has, as hardware profiles name them."""
+        return tuple(sorted({op.rate_key for op in self.ops(64)}))
+
+    @cached_property
     def linear_bytes(self) -> int:
         """Bytes of all linears with lm_head; the embedding's gather, biases and norms excluded."""
         return sum(op.weight_bytes for op in self.ops(64))
 
-    @cached_property
+    @property
+    def table_format(self) -> WeightFormat:
+        """The format that token embeddings are gathered from."""
+        return FORMATS[(self.head_format if self.tied else self.embed_format) or self.weight_dtype]
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the token table (0 when tied: lm_head's tensor serves both)."""
+        return 0 if self.tied else self.vocab_size * self.table_format.row_bytes(self.hidden_size, "out")
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of the learned position table."""
+        return self.learned_positions * self.hidden_size * self.weight_bytes_per_element
+
+    @property
     def embedding_bytes(self) -> int:
-        """Bytes of the token table (0 when tied: lm_head's tensor serves both) and the learned position table."""
-        table = 0 if self.tied else self.vocab_size * self.hidden_size * self.weight_bytes_per_element
-        return table + self.learned_positions * self.hidden_size * self.weight_bytes_per_element
+        """Bytes of both tables."""
+        return self.table_bytes + self.position_bytes
 
     @cached_property
     def small_bytes(self) -> int:
@@ -171,7 +225,8 @@ class ModelSpec:
     @cached_property
     def num_parameters(self) -> int:
         """Parameters as published: a tied table counts once; norms and biases included."""
-        return (self.linear_bytes + self.embedding_bytes) // self.weight_bytes_per_element + self.small_bytes // 4
+        tables = self.hidden_size * (self.learned_positions + (0 if self.tied else self.vocab_size))
+        return sum(op.rows * op.row_elements for op in self.ops(64)) + tables + self.small_bytes // 4
 
     def kv_bytes_per_token(self, kv_bytes_per_element: int) -> int:
         """Bytes of K and V of one token over all layers."""
@@ -183,13 +238,16 @@ class ModelSpec:
 
 
 def _ops(spec: ModelSpec, unit_rows: int) -> tuple[OpSpec, ...]:
-    element = spec.weight_bytes_per_element
     head_unit = max(1, unit_rows // spec.head_dim) * spec.head_dim
+    whole_heads = lcm(spec.head_dim, spec.input_block)
+    o_unit = max(1, unit_rows // whole_heads) * whole_heads
+    mlp_unit = lcm(unit_rows, spec.input_block)  # the CPU's slices of down_proj are its rows of gate_up_proj: one grid for both
 
-    def op(name: OpName, layer: int, rows: int, width: int, unit: int, *, dim: Literal["out", "in"] = "out", bias: bool = False, pair: int = 1) -> OpSpec:
+    def op(name: OpName, layer: int, rows: int, width: int, unit: int, *, bias: bool = False, pair: int = 1) -> OpSpec:
+        chosen = spec.format_of(layer, name)
         return OpSpec(
-            name=name, layer=layer, rows=rows, width=width, unit_rows=unit, row_elements=width * pair,
-            row_bytes=width * pair * element, split_dim=dim, has_bias=bias,
+            name=name, layer=layer, rows=rows, width=width, unit_rows=unit, row_elements=width * pair, format=chosen,
+            split_dim="in" if name in INPUT_SPLIT else "out", has_bias=bias, fast=spec.fast_activations and chosen.is_quantized,
         )  # fmt: skip
 
     result = []
@@ -198,17 +256,17 @@ def _ops(spec: ModelSpec, unit_rows: int) -> tuple[OpSpec, ...]:
             op("q_proj", layer, spec.q_size, spec.hidden_size, head_unit, bias=spec.qkv_bias),
             op("k_proj", layer, spec.kv_size, spec.hidden_size, head_unit, bias=spec.qkv_bias),
             op("v_proj", layer, spec.kv_size, spec.hidden_size, head_unit, bias=spec.qkv_bias),
-            op("o_proj", layer, spec.q_size, spec.hidden_size, head_unit, dim="in", bias=spec.o_bias),
+            op("o_proj", layer, spec.q_size, spec.hidden_size, o_unit, bias=spec.o_bias),
         ]
         if spec.gated_mlp:
             result += [
-                op("gate_up_proj", layer, spec.intermediate_size, spec.hidden_size, unit_rows, bias=spec.mlp_bias, pair=2),
-                op("down_proj", layer, spec.intermediate_size, spec.hidden_size, unit_rows, dim="in", bias=spec.mlp_bias),
+                op("gate_up_proj", layer, spec.intermediate_size, spec.hidden_size, mlp_unit, bias=spec.mlp_bias, pair=2),
+                op("down_proj", layer, spec.intermediate_size, spec.hidden_size, mlp_unit, bias=spec.mlp_bias),
             ]
         else:
             result += [
-                op("fc1", layer, spec.intermediate_size, spec.hidden_size, unit_rows, bias=spec.mlp_bias),
-                op("fc2", layer, spec.intermediate_size, spec.hidden_size, unit_rows, dim="in", bias=spec.mlp_bias),
+                op("fc1", layer, spec.intermediate_size, spec.hidden_size, mlp_unit, bias=spec.mlp_bias),
+                op("fc2", layer, spec.intermediate_size, spec.hidden_size, mlp_unit, bias=spec.mlp_bias),
             ]
     result.append(op("lm_head", -1, spec.vocab_size, spec.hidden_size, unit_rows))
     return tuple(result)

@@ -77,8 +77,8 @@ def _even(problem: Problem, trial: Trial) -> Trial | None:
     residency = fill(problem, trial.draft)
     shares: dict[Phase, Mapping[str, float]] = {}
     for phase, share in trial.shares.items():
-        total = sum(op.weight_bytes for op in problem.ops.values())
-        shares[phase] = dict.fromkeys(problem.ops, sum(share[name] * op.weight_bytes for name, op in problem.ops.items()) / total)
+        weight = {name: problem.mean(name, lambda op: op.weight_bytes) for name in problem.ops}
+        shares[phase] = dict.fromkeys(problem.ops, sum(share[name] * weight[name] for name in problem.ops) / sum(weight.values()))
     even = replace(trial, residency=residency, shares=shares)
     return even if problem.fits(even.plan(problem)) else None
 
@@ -141,10 +141,10 @@ def _program(problem: Problem, draft: Draft, choice: Choice) -> Program:
 
 
 def _machine(problem: Problem) -> Machine:
-    profile, layers = problem.profile, problem.spec.num_layers
+    profile = problem.profile
     assert profile.gpu is not None and profile.link is not None
     return Machine(
-        op_bytes={name: op.weight_bytes * (layers if op.layer >= 0 else 1) for name, op in problem.ops.items()},
+        op_bytes={name: problem.total_bytes(name) for name in problem.ops},
         up_bytes_per_s=profile.link.up_bytes_per_s, down_bytes_per_s=profile.link.down_bytes_per_s,
         link_drag=(1 - 1 / profile.cpu.copy_slowdown, 1 - 1 / profile.gpu.copy_slowdown), host_fixed=("lm_head",) if problem.spec.tied else (),
     )  # fmt: skip
@@ -318,5 +318,3 @@ def _bucket_terms(problem: Problem, bucket: BucketPlan, *, host_kv: bool) -> Pha
         each, where = prefill_pass(problem, max(1, tokens // problem.workload.input_len), tokens), bucket.host_prefill_attention
     batches = min(bucket.micro_batches, each.sequences[0].num_seqs)
     return planned_terms(problem, each, batches, where if host_kv else "none")
-
-

@@ -6,6 +6,7 @@ lets each pass choose its own residency, so no plan can beat the plan bound. Kno
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -13,8 +14,9 @@ from typing import Literal
 from twinpilots.errors import LimitError
 from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
 from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
-from twinpilots.plan.cost import attention_kv_bytes
+from twinpilots.plan.cost import attention_kv_bytes, linear_s
 from twinpilots.plan.load import PassLoad, SeqClass
+from twinpilots.plan.memory import one_layer_per_class
 from twinpilots.plan.workload import Limits
 
 MAX_MICRO_BATCHES = 8  # no plan cuts a pass into more
@@ -54,7 +56,9 @@ class _Program:
     def __init__(self, spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: PassLoad, kind: BoundKind, kv_element: int) -> None:
         self.spec, self.profile, self.kind, self.kv_element = spec, profile, kind, kv_element
         head = spec.ops(64)[-1]
-        self.types = [(op, spec.num_layers, load.tokens()) for op in spec.layer_ops(0, 64).values()] + [(head, 1, load.logit_rows)]
+        counts = Counter(spec.format_classes)
+        short = one_layer_per_class(spec)
+        self.types = [(op, counts[op.layer], load.tokens()) for op in short.ops(64) if op.layer >= 0] + [(head, 1, load.logit_rows)]
         self.classes = [c for group in load.groups(-1, 0, 3) for c in group.classes]
         self.width = 1 + 3 * len(self.types) + 3
         self.objective = [1.0] + [0.0] * (self.width - 1)
@@ -129,11 +133,10 @@ class _Program:
         self.limits.append(limits.host_bytes / scale)
 
     def _linear(self, op: OpSpec, tokens: float, processor: ComputeProfile) -> float:
-        elements = op.rows * op.row_elements
         if self.kind == "hardware":
             return max(op.weight_bytes / processor.read_bytes_per_s, op.flops(tokens) / processor.flops_per_s)
         # a plan may cut the pass into micro-batches; where a measured curve makes that cheaper, so does the bound
-        return min(m * processor.linear_s(self.spec.weight_dtype, op.split_dim, elements, tokens * op.active_frac / m) for m in range(1, MAX_MICRO_BATCHES + 1))
+        return min(m * linear_s(op, op.rows, tokens / m, processor) for m in range(1, MAX_MICRO_BATCHES + 1))
 
     def _attention(self, processor: ComputeProfile) -> float:
         def one(sequences: SeqClass, window: int | None) -> float:

@@ -41,10 +41,11 @@ class CostModel:
         self._known: dict[tuple[object, ...], TaskCost] = {}
 
     def cost(self, task: Task) -> TaskCost:
-        # op rows are equal in all layers (ModelSpec describes uniform layers), so the layer matters to attention's window only
+        # op rows are equal in all layers (ModelSpec describes uniform layers), so the layer matters to attention's window and to formats only
         key = (
             task.kind, task.op, task.row1 - task.row0, task.columns, task.mb, task.glo, task.ghi, task.logit_rows, task.queue,
             self.spec.layers[task.layer].window if task.kind == "attend" else None, len(task.terms), task.norm,
+            self.spec.format_classes[task.layer] if task.layer >= 0 else -1,
         )  # fmt: skip
         found = self._known.get(key)
         if found is None:
@@ -77,9 +78,9 @@ def task_cost(task: Task, spec: ModelSpec, plan: Plan, profile: HardwareProfile,
 # -- formulas -----------------------------------------------------------------------------------------------------------------------------
 
 
-def linear_s(op: OpSpec, rows: int, dtype: str, tokens: float, processor: ComputeProfile) -> float:
+def linear_s(op: OpSpec, rows: int, tokens: float, processor: ComputeProfile) -> float:
     """``rows`` rows of a linear for ``tokens`` tokens, of which an expert sees its active fraction; the fixed cost excluded."""
-    return processor.linear_s(dtype, op.split_dim, rows * op.row_elements, tokens * op.active_frac)
+    return processor.linear_s(op.rate_key, rows * op.row_elements, tokens * op.active_frac)
 
 
 def attention_s(spec: ModelSpec, sequences: SeqClass, window: int | None, kv_element_bytes: int, processor: ComputeProfile) -> float:
@@ -111,8 +112,8 @@ def staged_kv_bytes(spec: ModelSpec, sequences: SeqClass, page_size: int, kv_ele
 def _linear(model: CostModel, task: Task) -> TaskCost:
     op, processor = model.ops[task.layer, task.op], model.compute(task)
     rows = task.row1 - task.row0
-    seconds = processor.task_s + linear_s(op, rows, model.spec.weight_dtype, model.tokens(task), processor)
-    curve = processor.linear[f"{model.spec.weight_dtype}/{op.split_dim}"]
+    seconds = processor.task_s + linear_s(op, rows, model.tokens(task), processor)
+    curve = processor.curve(op.rate_key)
     memory_bound = curve(model.tokens(task) * op.active_frac) < MEMORY_BOUND * curve(1)
     return TaskCost(seconds, dram_bytes=rows * op.row_bytes if task.queue == "cpu" else 0, memory_bound=memory_bound)
 
@@ -143,7 +144,7 @@ def _add(model: CostModel, task: Task) -> TaskCost:
 
 def _embed(model: CostModel, task: Task) -> TaskCost:
     spec = model.spec
-    per_value = spec.weight_bytes_per_element * (2 if spec.learned_positions else 1) + ACTIVATION_BYTES
+    per_value = spec.table_format.bytes_per_weight + (spec.weight_bytes_per_element if spec.learned_positions else 0) + ACTIVATION_BYTES
     return _elementwise(model, task, per_value * model.tokens(task) * spec.hidden_size)
 
 

@@ -6,13 +6,14 @@ and the search for the smallest limit that would do. Knows nothing of time: who 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from twinpilots.errors import LimitError
 from twinpilots.model.spec import ModelSpec, OpSpec
-from twinpilots.plan.memory import layer_template, plan_memory
+from twinpilots.plan.memory import Templates, layer_template, one_layer_per_class, plan_memory
 from twinpilots.plan.packets import align, smallest_ring
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Policy, Split
 from twinpilots.plan.workload import Limits, Workload
@@ -81,7 +82,7 @@ def ring_rule(gpu_bytes: int) -> tuple[int, int]:
 
 def tight_ring(spec: ModelSpec, unit_rows: int) -> tuple[int, int]:
     """(packet bytes, packets in the ring) of the smallest ring: packets of one unit, the least that can move."""
-    return smallest_ring(spec_of_one_layer(spec), unit_rows, 1, 1), TIGHT_RING_DEPTH
+    return smallest_ring(one_layer_per_class(spec), unit_rows, 1, 1), TIGHT_RING_DEPTH
 
 
 def max_model_len(spec: ModelSpec, workload: Workload, options: PlanOptions) -> int:
@@ -174,16 +175,11 @@ def _with_sizes(spec: ModelSpec, workload: Workload, options: PlanOptions, draft
     streams = draft.uses_gpu and draft.streams
     return Plan(
         model=spec.name, policy=draft.policy, uses_gpu=draft.uses_gpu, uses_cpu=draft.uses_cpu, unit_rows=options.unit_rows, buckets=buckets,
-        ring_bytes=smallest_ring(spec_of_one_layer(spec), options.unit_rows, draft.packet_bytes, draft.ring_depth) if streams else 0,
+        ring_bytes=smallest_ring(one_layer_per_class(spec), options.unit_rows, draft.packet_bytes, draft.ring_depth) if streams else 0,
         packet_bytes=draft.packet_bytes, page_size=PAGE_TOKENS, gpu_pages=gpu_pages, host_pages=host_pages,
         kv_dtype=options.kv_dtype or spec.weight_dtype, max_num_seqs=draft.num_seqs, max_pass_tokens=draft.pass_tokens, max_model_len=longest,
         host_kv_layers=draft.host_kv_layers, kv_staging_pages=min(draft.staging_seqs * per_seq, host_pages),
     )  # fmt: skip
-
-
-def spec_of_one_layer(spec: ModelSpec) -> ModelSpec:
-    """The same model with one layer: enough to ask about shapes."""
-    return replace(spec, layers=spec.layers[:1])
 
 
 # -- residency -----------------------------------------------------------------------------------------------------------------------------
@@ -203,26 +199,25 @@ def residency_bytes(ops: Mapping[str, OpSpec], layer: Mapping[str, int]) -> int:
     return sum(align(rows * ops[name].row_bytes) for name, rows in layer.items())
 
 
-def fill_resident(
-    spec: ModelSpec, ops: Mapping[str, OpSpec], budget_bytes: int, target: Mapping[str, float] | None = None, *, leftover: bool = True
-) -> Residency:
+def fill_resident(spec: ModelSpec, templates: Templates, budget_bytes: int, target: Mapping[str, float] | None = None, *, leftover: bool = True) -> Residency:
     """As many resident rows as fit ``budget_bytes``, evenly over the layers: the greatest common fraction of ``target`` (default: of every op) in whole units.
 
     What the rounding leaves over makes first layers resident, one after another (``leftover``): also a plan of few distinct layers prices fast.
     """
+    ops = templates[0]
     wanted = target or dict.fromkeys(ops, 1.0)
     low, high = 0.0, 1.0
     for _ in range(24):
         middle = (low + high) / 2
-        low, high = (middle, high) if _even_bytes(spec, ops, wanted, middle) <= budget_bytes else (low, middle)
-    frac = 1.0 if _even_bytes(spec, ops, wanted, 1.0) <= budget_bytes else low
+        low, high = (middle, high) if _even_bytes(spec, templates, wanted, middle) <= budget_bytes else (low, middle)
+    frac = 1.0 if _even_bytes(spec, templates, wanted, 1.0) <= budget_bytes else low
     base, head = _even_rows(ops, wanted, frac)
-    left = budget_bytes - _even_bytes(spec, ops, wanted, frac)
+    left = budget_bytes - _even_bytes(spec, templates, wanted, frac)
     layers: list[Mapping[str, int]] = []
     if leftover:
         head_rows = dict(head)
         while len(layers) < spec.num_layers:
-            grown, used = _grow(ops, base, left)
+            grown, used = _grow(templates[spec.format_classes[len(layers)]], base, left)
             if not used:
                 break
             left -= used
@@ -236,9 +231,10 @@ def _even_rows(ops: Mapping[str, OpSpec], wanted: Mapping[str, float], frac: flo
     return {name: count for name, count in rows.items() if name != "lm_head"}, {"lm_head": rows["lm_head"]}
 
 
-def _even_bytes(spec: ModelSpec, ops: Mapping[str, OpSpec], wanted: Mapping[str, float], frac: float) -> int:
-    base, head = _even_rows(ops, wanted, frac)
-    return residency_bytes(ops, base) * spec.num_layers + residency_bytes(ops, head)
+def _even_bytes(spec: ModelSpec, templates: Templates, wanted: Mapping[str, float], frac: float) -> int:
+    base, head = _even_rows(templates[0], wanted, frac)
+    counts = Counter(spec.format_classes)
+    return sum(residency_bytes(templates[number], base) * count for number, count in counts.items()) + residency_bytes(templates[0], head)
 
 
 def _floor_edge(op: OpSpec, rows: float) -> int:
@@ -319,5 +315,3 @@ def size_text(num_bytes: int) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.2f}{unit}"
     return f"{num_bytes}B"
-
-

@@ -16,6 +16,7 @@ from twinpilots.plan.packets import align
 from twinpilots.plan.plan import BucketPlan, Plan, Split
 
 Device = Literal["gpu", "cpu"]
+Templates = tuple[Mapping[str, OpSpec], ...]  # by format class: the ops of one layer, and lm_head
 FP32_BYTES = 4
 KV_STAGING_SLOTS = 2  # streamed host KV is double-buffered
 # Control block, mailboxes and event slots; and per program instruction: 272 bytes of record, 24 of trace, 24 of load segment, rounded up.
@@ -106,16 +107,16 @@ def activation_bytes(spec: ModelSpec, plan: Plan, device: Device) -> int:
     return sum(align(rows * columns * FP32_BYTES) for rows, columns in activation_buffers(spec, plan, device).values())
 
 
-def tasks_allowance(spec: ModelSpec, plan: Plan, bucket: BucketPlan, ops: Mapping[str, OpSpec] | None = None) -> int:
+def tasks_allowance(spec: ModelSpec, plan: Plan, bucket: BucketPlan, templates: Templates | None = None) -> int:
     """An upper estimate of the instructions of one pass: a fixed number per layer and micro-batch, and each packet's load and the linears that read it."""
-    packets = 0 if plan.packet_bytes == 0 else 2 * -(-streamed_bytes(spec, plan, bucket, ops) // plan.packet_bytes)
+    packets = 0 if plan.packet_bytes == 0 else 2 * -(-streamed_bytes(spec, plan, bucket, templates) // plan.packet_bytes)
     return (spec.num_layers + 1) * TASKS_PER_LAYER * bucket.micro_batches + packets * (1 + bucket.micro_batches)
 
 
 def control_bytes(spec: ModelSpec, plan: Plan) -> int:
     """Host bytes of control block, events, compiled programs and pass metadata: an allowance, not a measurement."""
-    ops = layer_template(spec, plan.unit_rows)
-    programs = sum(tasks_allowance(spec, plan, bucket, ops) for bucket in plan.buckets) * PROGRAMS_PER_BUCKET * INSTRUCTION_BYTES
+    templates = layer_templates(spec, plan.unit_rows)
+    programs = sum(tasks_allowance(spec, plan, bucket, templates) for bucket in plan.buckets) * PROGRAMS_PER_BUCKET * INSTRUCTION_BYTES
     words = META_HEADER_WORDS + META_WORDS_PER_TOKEN * plan.max_pass_tokens + META_WORDS_PER_SEQ * plan.max_num_seqs
     words += 2 * (plan.gpu_pages + plan.host_pages) + plan.kv_staging_pages
     return CONTROL_BYTES + align(programs) + align(META_BUFFERS * FP32_BYTES * words)
@@ -129,9 +130,9 @@ def resident_bytes(spec: ModelSpec, plan: Plan) -> int:
     return sum(align(split.resident * op.row_bytes) * count for op, split, count in _counted_splits(spec, plan, plan.buckets[0]))
 
 
-def streamed_bytes(spec: ModelSpec, plan: Plan, bucket: BucketPlan, ops: Mapping[str, OpSpec] | None = None) -> int:
-    """Bytes of weights that a pass of ``bucket`` moves to the GPU. ``ops``: `layer_template`, where it is at hand."""
-    return sum(split.streamed * op.row_bytes * count for op, split, count in _counted_splits(spec, plan, bucket, ops))
+def streamed_bytes(spec: ModelSpec, plan: Plan, bucket: BucketPlan, templates: Templates | None = None) -> int:
+    """Bytes of weights that a pass of ``bucket`` moves to the GPU. ``templates``: `layer_templates`, where they are at hand."""
+    return sum(split.streamed * op.row_bytes * count for op, split, count in _counted_splits(spec, plan, bucket, templates))
 
 
 def host_weight_bytes(spec: ModelSpec, plan: Plan) -> int:
@@ -139,9 +140,7 @@ def host_weight_bytes(spec: ModelSpec, plan: Plan) -> int:
 
     With tied embeddings lm_head's tensor is the embedding table, and stays on the host as a whole.
     """
-    total = align(spec.learned_positions * spec.hidden_size * spec.weight_bytes_per_element)
-    if not spec.tied:
-        total += align(spec.vocab_size * spec.hidden_size * spec.weight_bytes_per_element)
+    total = align(spec.position_bytes) + align(spec.table_bytes)
     for op, split, count in _counted_splits(spec, plan, plan.buckets[0]):
         rows = op.rows if spec.tied and op.name == "lm_head" else split.rows - split.resident
         total += align(rows * op.row_bytes) * count
@@ -207,14 +206,27 @@ def kv_staging_bytes(spec: ModelSpec, plan: Plan) -> int:
 # -- helpers -------------------------------------------------------------------------------------------------------------------------------
 
 
+def one_layer_per_class(spec: ModelSpec) -> ModelSpec:
+    """The same model with one layer of each format class: enough to ask about shapes and bytes."""
+    classes = spec.format_classes
+    return replace(spec, layers=tuple(spec.layers[classes.index(number)] for number in range(max(classes) + 1)))
+
+
+def layer_templates(spec: ModelSpec, unit_rows: int) -> Templates:
+    """By format class, the ops of a layer and lm_head by name. All layers of a dense model have the same shapes and units; formats may differ."""
+    short = one_layer_per_class(spec)
+    *ops, head = short.ops(unit_rows)
+    return tuple({op.name: op for op in (*(op for op in ops if op.layer == layer), head)} for layer in range(short.num_layers))
+
+
 def layer_template(spec: ModelSpec, unit_rows: int) -> dict[str, OpSpec]:
-    """The ops of a layer and lm_head by name. All layers of a dense model have the same shapes, so one stands for all."""
-    return {op.name: op for op in replace(spec, layers=spec.layers[:1]).ops(unit_rows)}
+    """The ops of the first layer and lm_head by name: shapes and units of all layers."""
+    return dict(layer_templates(spec, unit_rows)[0])
 
 
-def _counted_splits(spec: ModelSpec, plan: Plan, bucket: BucketPlan, ops: Mapping[str, OpSpec] | None = None) -> list[tuple[OpSpec, Split, int]]:
-    """(op, split, number of layers that share the split): layers with one and the same mapping are counted, not visited."""
-    ops = ops or layer_template(spec, plan.unit_rows)
+def _counted_splits(spec: ModelSpec, plan: Plan, bucket: BucketPlan, templates: Templates | None = None) -> list[tuple[OpSpec, Split, int]]:
+    """(op, split, number of layers that share the split): layers of one class with one and the same mapping are counted, not visited."""
+    templates = templates or layer_templates(spec, plan.unit_rows)
     layers: dict[int, Mapping[str, Split]] = {id(layer): layer for layer in bucket.splits}
-    counts = Counter(id(layer) for layer in bucket.splits)
-    return [(ops[name], split, counts[key]) for key, layer in layers.items() for name, split in layer.items()]
+    counts = Counter(zip((id(layer) for layer in bucket.splits), (*spec.format_classes, 0), strict=True))
+    return [(templates[number][name], split, count) for (key, number), count in counts.items() for name, split in layers[key].items()]

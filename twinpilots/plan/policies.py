@@ -15,7 +15,7 @@ from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.draft import Draft, PlanOptions, everything_resident, most_sequences, nothing_resident, shortage
 from twinpilots.plan.makespan import balance
-from twinpilots.plan.memory import plan_memory
+from twinpilots.plan.memory import plan_memory, streamed_bytes
 from twinpilots.plan.plan import Phase, Plan, Policy
 from twinpilots.plan.problem import (
     Place,
@@ -28,7 +28,6 @@ from twinpilots.plan.problem import (
     gpu_linear_s,
     load_s,
     no_cpu,
-    ops_bytes,
     runs_one,
     sized,
 )
@@ -245,7 +244,7 @@ def _flexgen_rate(problem: Problem, plan: Plan) -> float:
     spec, workload = problem.spec, problem.workload
     seqs, context = plan.max_num_seqs, workload.input_len + workload.output_len / 2
     on_host = plan.host_pages / max(1, plan.host_pages + plan.gpu_pages)
-    streamed = sum(ops_bytes(problem.ops, {name: split.streamed for name, split in layer.items()}) for layer in plan.buckets[0].splits)
+    streamed = streamed_bytes(spec, plan, plan.buckets[0], problem.templates)
     assert problem.profile.link is not None
     link_s = streamed / problem.profile.link.up_bytes_per_s
     batches = plan.bucket_for("decode", seqs).micro_batches
@@ -259,5 +258,3 @@ def build_policy(
 ) -> Plan:  # fmt: skip
     """The plan of one named policy (``auto`` is the solver's). Raises LimitError or DeviceUnavailableError."""
     return BUILDERS[policy](spec, profile, workload, limits, options)
-
-

@@ -5,11 +5,14 @@ Owns op times read off the profile at a token count, and the search over chunk, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.plan.cost import linear_s
 from twinpilots.plan.draft import (
     CHUNK_SHARE,
     TIGHT_CHUNK_TOKENS,
@@ -27,7 +30,7 @@ from twinpilots.plan.draft import (
     shortage,
     tight_ring,
 )
-from twinpilots.plan.memory import layer_template, plan_memory
+from twinpilots.plan.memory import Templates, layer_templates, plan_memory
 from twinpilots.plan.plan import Phase, Plan
 from twinpilots.plan.workload import Limits, Workload
 
@@ -36,18 +39,43 @@ CPU_CHUNK_SHARE = 16  # without a GPU, activations take at most this fraction of
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What a policy is asked: the arguments of every builder, and the shapes of one layer's ops."""
+    """What a policy is asked: the arguments of every builder, and the ops of one layer of every format class."""
 
     spec: ModelSpec
     profile: HardwareProfile
     workload: Workload
     limits: Limits
     options: PlanOptions
-    ops: Mapping[str, OpSpec]
+    templates: Templates
 
     @staticmethod
     def of(spec: ModelSpec, profile: HardwareProfile, workload: Workload, limits: Limits, options: PlanOptions) -> Problem:
-        return Problem(spec=spec, profile=profile, workload=workload, limits=limits, options=options, ops=layer_template(spec, options.unit_rows))
+        return Problem(spec=spec, profile=profile, workload=workload, limits=limits, options=options, templates=layer_templates(spec, options.unit_rows))
+
+    @property
+    def ops(self) -> Mapping[str, OpSpec]:
+        """The ops of the first layer and lm_head: shapes and units of all layers, but only the first layer's formats."""
+        return self.templates[0]
+
+    @cached_property
+    def alike(self) -> Mapping[str, tuple[tuple[int, OpSpec], ...]]:
+        """By op name: (number of layers, their op) for every format that the op has. lm_head counts once."""
+        counts = Counter(self.spec.format_classes)
+        found: dict[str, dict[str, tuple[int, OpSpec]]] = {}
+        for number, ops in enumerate(self.templates):
+            for name, op in ops.items():
+                before = found.setdefault(name, {}).get(op.rate_key, (0, op))[0]
+                found[name][op.rate_key] = (1 if op.layer < 0 else before + counts[number], op)
+        return {name: tuple(each.values()) for name, each in found.items()}
+
+    def mean(self, name: str, value: Callable[[OpSpec], float]) -> float:
+        """The mean of ``value`` over the layers' ops of this name."""
+        alike = self.alike[name]
+        return sum(count * value(op) for count, op in alike) / sum(count for count, _ in alike)
+
+    def total_bytes(self, name: str) -> int:
+        """Bytes of this op in all layers."""
+        return sum(count * op.weight_bytes for count, op in self.alike[name])
 
     def plan(self, draft: Draft, residency: Residency, cpu_share: CpuShare) -> Plan:
         return make_plan(self.spec, self.workload, self.options, draft, residency, cpu_share)
@@ -87,7 +115,7 @@ def fill(problem: Problem, draft: Draft, target: Mapping[str, float] | None = No
     """As many resident rows as GPU memory holds beside KV, ring and activations of ``draft``."""
     empty = problem.plan(draft, nothing_resident(problem.spec, problem.ops), no_cpu)
     budget = problem.limits.gpu_bytes - plan_memory(problem.spec, empty).gpu.total
-    return fill_resident(problem.spec, problem.ops, max(0, budget), target)
+    return fill_resident(problem.spec, problem.templates, max(0, budget), target)
 
 
 def best_fit(problem: Problem, base: Draft, place: Place) -> Plan | None:
@@ -142,10 +170,6 @@ def sized(draft: Draft, count: int, gpu_seqs: int) -> Draft:
     return replace(draft, num_seqs=count, gpu_seqs=gpu_seqs, pass_tokens=max(count, draft.pass_tokens))
 
 
-def ops_bytes(ops: Mapping[str, OpSpec], layer: Mapping[str, int]) -> int:
-    return sum(rows * ops[name].row_bytes for name, rows in layer.items())
-
-
 # -- times of ops --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -165,17 +189,18 @@ def kv_element_bytes(problem: Problem) -> int:
 
 
 def cpu_linear_s(problem: Problem, op: OpSpec, tokens: float) -> float:
+    """Seconds of one layer's op on the CPU: the mean where its format differs between the layers."""
     cpu = problem.profile.cpu
-    return cpu.task_s + cpu.linear_s(problem.spec.weight_dtype, op.split_dim, op.rows * op.row_elements, tokens * op.active_frac)
+    return cpu.task_s + problem.mean(op.name, lambda each: linear_s(each, each.rows, tokens, cpu))
 
 
 def gpu_linear_s(problem: Problem, op: OpSpec, tokens: float) -> float:
     gpu = problem.profile.gpu
     assert gpu is not None
-    return gpu.task_s + gpu.linear_s(problem.spec.weight_dtype, op.split_dim, op.rows * op.row_elements, tokens * op.active_frac)
+    return gpu.task_s + problem.mean(op.name, lambda each: linear_s(each, each.rows, tokens, gpu))
 
 
 def load_s(problem: Problem, op: OpSpec) -> float:
     link = problem.profile.link
     assert link is not None
-    return op.weight_bytes / link.up_bytes_per_s
+    return problem.mean(op.name, lambda each: each.weight_bytes) / link.up_bytes_per_s

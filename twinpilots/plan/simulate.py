@@ -14,6 +14,7 @@ from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec
 from twinpilots.plan.cost import CostModel, TaskCost, attention_s, linear_s, staged_kv_bytes
 from twinpilots.plan.load import PassLoad
+from twinpilots.plan.memory import layer_templates
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.schedule import expand
 from twinpilots.plan.tasks import HOST_KV, NUM_GROUPS, QUEUES, STREAMED_KV, PassShape, Queue, Schedule, Task
@@ -107,9 +108,8 @@ class _Clock:
         queue_of = [numbers[task.queue] for task in tasks]
         for task in tasks:
             self.order[queue_of[task.index]].append(task.index)
-        handoff_s = profile.link.handoff_s if profile.link else 0.0
         self.waits = [
-            [(w.task - self.count if w.previous else w.task, handoff_s if queue_of[task.index] + queue_of[w.task] == CPU + GPU else 0.0) for w in task.waits]
+            [(w.task - self.count if w.previous else w.task, _handoff_s(profile, queue_of[task.index], queue_of[w.task])) for w in task.waits]
             for task in tasks
         ]
         total = self.num_passes * self.count
@@ -182,6 +182,13 @@ class _Clock:
             return False
         self.pass_end[number] = now
         return True
+
+
+def _handoff_s(profile: HardwareProfile, queue: int, other: int) -> float:
+    """From a record on one queue to the waiting task's start on another."""
+    if profile.link is None or queue == other:
+        return 0.0
+    return profile.link.handoff_s if queue + other == CPU + GPU else profile.link.queue_handoff_s
 
 
 # -- deep models ---------------------------------------------------------------------------------------------------------------------------
@@ -293,7 +300,7 @@ class _Line:
 
 def _layer_kind(spec: ModelSpec, plan: Plan, bucket: BucketPlan, layer: int) -> Hashable:
     """Layers of one kind are alike to every cost."""
-    return tuple(bucket.splits[layer].items()), spec.layers[layer].window, layer in plan.host_kv_layers
+    return tuple(bucket.splits[layer].items()), spec.layers[layer].window, layer in plan.host_kv_layers, spec.format_classes[layer]
 
 
 def _shorten(spec: ModelSpec, plan: Plan, bucket: BucketPlan, layers: Sequence[int]) -> tuple[ModelSpec, Plan, BucketPlan]:
@@ -308,16 +315,16 @@ def _shorten(spec: ModelSpec, plan: Plan, bucket: BucketPlan, layers: Sequence[i
 
 def _layer_work(spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: HardwareProfile, load: PassLoad, layer: int) -> list[float]:
     """The static seconds of each queue in one layer: linears, attention and weight or KV loads; small tasks are left out."""
-    ops = spec.layer_ops(0, plan.unit_rows)
+    ops = layer_templates(spec, plan.unit_rows)[spec.format_classes[layer]]
     tokens = [load.tokens(mb) for mb in range(len(load.micro_batches))]
     work = [0.0, 0.0, 0.0, 0.0]
-    for name, op in ops.items():
-        split = bucket.splits[layer][name]
+    for name, split in bucket.splits[layer].items():
+        op = ops[name]
         for count in tokens:
             if split.cpu:
-                work[CPU] += profile.cpu.task_s + linear_s(op, split.cpu, spec.weight_dtype, count, profile.cpu)
+                work[CPU] += profile.cpu.task_s + linear_s(op, split.cpu, count, profile.cpu)
             if split.gpu and profile.gpu:
-                work[GPU] += profile.gpu.task_s + linear_s(op, split.gpu, spec.weight_dtype, count, profile.gpu)
+                work[GPU] += profile.gpu.task_s + linear_s(op, split.gpu, count, profile.gpu)
         if profile.link:
             work[LINK_IN] += split.streamed * op.row_bytes / profile.link.up_bytes_per_s
     kv_element_bytes = BYTES_PER_WEIGHT[plan.kv_dtype]

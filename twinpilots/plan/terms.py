@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from twinpilots.hardware.profile import ComputeProfile, HardwareProfile, LinkProfile
 from twinpilots.model.spec import OpSpec
-from twinpilots.plan.cost import ACTIVATION_BYTES, attention_kv_bytes, attention_s, rope_append_bytes, staged_kv_bytes
+from twinpilots.plan.cost import ACTIVATION_BYTES, attention_kv_bytes, attention_s, linear_s, rope_append_bytes, staged_kv_bytes
 from twinpilots.plan.draft import PAGE_TOKENS
 from twinpilots.plan.load import NO_GROUP, GroupLoad, PassLoad, SeqClass
 from twinpilots.plan.pricing import CONTEXTS, PrefillShape, prefill_shape
@@ -101,8 +101,7 @@ def _link(profile: HardwareProfile) -> LinkProfile:
 def _profiled(problem: Problem, processor: ComputeProfile, batches: int) -> LinearTime:
     def seconds(op: OpSpec, tokens: float) -> float:
         parts = 1 if op.layer < 0 else batches  # the head takes the rows of all micro-batches at once
-        part = processor.linear_s(problem.spec.weight_dtype, op.split_dim, op.rows * op.row_elements, tokens / parts * op.active_frac)
-        return parts * (processor.task_s + part)
+        return parts * (processor.task_s + problem.mean(op.name, lambda each: linear_s(each, each.rows, tokens / parts, processor)))
 
     return seconds
 

@@ -129,6 +129,37 @@ def write_metadata(batch: StepBatch, out: Int32, spec: ModelSpec, plan: Plan) ->
         cursor += len(values)
 
 
+class MetadataWriter:
+    """Writes pass after pass into ``out``. Where the same sequences decode one token more each, only what grew is touched."""
+
+    def __init__(self, out: Int32, spec: ModelSpec, plan: Plan) -> None:
+        self.out, self._spec, self._plan = out, spec, plan
+        self._may_grow = not any(rope.long_inv_freq for rope in spec.ropes)  # a sequence that outgrows longrope's table changes more than its lengths
+        self._next: list[tuple[int, int, int]] | None = None  # what the items of a pass that continues this one look like
+        self._groups: list[list[int]] = []
+
+    def write(self, batch: StepBatch) -> None:
+        """Fill ``out``. Raises ValueError when the pass does not fit."""
+        items = batch.items
+        groups = [[len(group) for group in groups] for groups in batch.micro_batches]
+        seen = [(id(item.sequence), item.start, len(item.pages)) for item in items]
+        decoding = self._may_grow and all(item.num_tokens == 1 == item.num_logits for item in items)
+        page_size = self._plan.page_size
+        if decoding and seen == self._next and groups == self._groups and all(item.start % page_size for item in items):
+            self._grow(items)
+        else:
+            self._next = None
+            write_metadata(batch, self.out, self._spec, self._plan)
+        if decoding:
+            self._next, self._groups = [(key, start + 1, pages) for key, start, pages in seen], groups
+
+    def _grow(self, items: tuple[BatchItem, ...]) -> None:
+        out, count = self.out, len(items)
+        for word in (Meta.OFF_POSITION, Meta.OFF_ROPE_ROW, Meta.OFF_SLOT, Meta.OFF_SEQ_KV):
+            out[out[word] : out[word] + count] += 1
+        out[out[Meta.OFF_TOKEN] : out[Meta.OFF_TOKEN] + count] = [item.sequence.tokens[item.start] for item in items]
+
+
 def _exclusive_sum(values: Int32) -> Int32:
     return (np.cumsum(values, dtype=np.int32) - values).astype(np.int32)
 

@@ -155,12 +155,14 @@ class Compiler:
 def _lower_embed(c: Compiler, task: Task) -> tuple[tuple[int, ...], tuple[float, ...]]:
     spec = c.spec
     dst, stride = c._buffer(task.dst)
-    dtype = DTYPE_CODES[spec.weight_dtype]
     table = c.host.weight(c.ops[-1, "lm_head"], 0) if spec.tied else c.host.small["embed"]
     positions = c.host.small.get("positions", NULL)
     unit = c.ops[-1, "lm_head"].unit_rows
-    args = (dst, stride, table, int(spec.tied), dtype, spec.hidden_size, unit, spec.vocab_size, positions, spec.learned_position_offset, dtype)
-    return args, (spec.embed_scale,)
+    panels = spec.tied or spec.table_format.is_quantized
+    return (
+        dst, stride, table, int(panels), DTYPE_CODES[spec.table_format.name], spec.hidden_size, unit, spec.vocab_size, positions,
+        spec.learned_position_offset, DTYPE_CODES[spec.weight_dtype],
+    ), (spec.embed_scale,)  # fmt: skip
 
 
 def _lower_norm(c: Compiler, task: Task) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -182,24 +184,23 @@ def _lower_linear(c: Compiler, task: Task) -> tuple[tuple[int, ...], tuple[float
         return base if base == NULL else base + 4 * task.row0
 
     args = (
-        *c._buffer(task.dst, task.dst_col), *c._buffer(task.src, task.src_col), _weight(c, task), DTYPE_CODES[spec.weight_dtype], task.row1 - task.row0,
-        op.width, op.unit_rows, epilogue, ACT_CODES[spec.activation], bias_address(bias), bias_address(bias2),
+        *c._buffer(task.dst, task.dst_col), *c._buffer(task.src, task.src_col), _weight(c, task), DTYPE_CODES[op.format.name], task.row1 - task.row0,
+        op.width, op.unit_rows, epilogue, ACT_CODES[spec.activation], bias_address(bias), bias_address(bias2), _rounding(op, task),
     )  # fmt: skip
     return args, (spec.logit_softcap or 0.0,)
 
 
 def _lower_linear_in(c: Compiler, task: Task) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    dtype = DTYPE_CODES[c.spec.weight_dtype]
-    args = (
-        *c._buffer(task.dst, task.dst_col),
-        *c._buffer(task.src, task.src_col),
-        _weight(c, task),
-        dtype,
-        task.row1 - task.row0,
-        c.spec.hidden_size,
-        int(task.accumulate),
-    )
-    return args, ()
+    op = c.ops[task.layer, task.op]
+    return (
+        *c._buffer(task.dst, task.dst_col), *c._buffer(task.src, task.src_col), _weight(c, task), DTYPE_CODES[op.format.name], task.row1 - task.row0,
+        c.spec.hidden_size, int(task.accumulate), _rounding(op, task),
+    ), ()  # fmt: skip
+
+
+def _rounding(op: OpSpec, task: Task) -> int:
+    """1: activations are rounded to 8 bits, which is faster on the CPU and on nothing else."""
+    return int(op.fast and task.queue == "cpu")
 
 
 def _weight(c: Compiler, task: Task) -> int:

@@ -123,8 +123,9 @@ class Engine:
 
     # -- one pass ------------------------------------------------------------------------------------------------------------------------------
 
-    def step(self) -> list[RequestOutput]:
-        """Run one pass; the outputs so far of every request that got a token, in order of arrival. An error leaves the sequences as before the pass."""
+    def step(self, *, partial: bool = True) -> list[RequestOutput]:
+        """Run one pass; the outputs so far of every request that got a token, in order of arrival; without ``partial``, of those that are finished alone.
+        An error leaves the sequences as before the pass."""
         batch = self.scheduler.schedule()
         if batch is None:
             return []
@@ -140,7 +141,8 @@ class Engine:
             request, output = self._owner[item.sequence]
             self._accept(request, output, token, row)
             touched[request.request_id] = request
-        return [self._close(request) if request.unfinished == 0 else self._snapshot(request) for request in touched.values()]
+        wanted = [request for request in touched.values() if partial or not request.unfinished]
+        return [self._snapshot(request) if request.unfinished else self._close(request) for request in wanted]
 
     @staticmethod
     def _sampled_rows(batch: StepBatch) -> tuple[list[BatchItem], list[int]]:

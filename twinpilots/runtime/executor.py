@@ -23,11 +23,12 @@ from twinpilots.plan.memory import gpu_layout_bytes, host_layout_bytes
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.schedule import expand
 from twinpilots.plan.tasks import PassShape, Queue
-from twinpilots.runtime.batch import StepBatch, metadata_words, write_metadata
+from twinpilots.runtime.accounts import SMALL, QueueAccount, busy_seconds, bytes_moved
+from twinpilots.runtime.batch import MetadataWriter, StepBatch, metadata_words
 from twinpilots.runtime.compile import Compiler, Program
-from twinpilots.runtime.interrupts import deferred_interrupts
+from twinpilots.runtime.interrupts import Interrupts
 from twinpilots.runtime.layout import Layout, lay_out, page_bytes
-from twinpilots.runtime.stats import BusySeconds, BytesMoved, PassReport, WeightShares
+from twinpilots.runtime.stats import PassReport, WeightShares
 from twinpilots.runtime.weights import OFFSET_MASK, TensorSource, load_weights
 from twinpilots.stats.tracker import OpTime
 
@@ -39,13 +40,15 @@ GPU_QUEUES: tuple[Literal["gpu", "link_in", "link_out"], ...] = ("gpu", "link_in
 
 @dataclass
 class Placed:
-    """A program in the host arena: where its instructions and its two alternating trace areas lie."""
+    """A program in the host arena: where its instructions lie, and its two alternating trace areas, int64 [count][3] each."""
 
     program: Program
     insns: dict[Queue, int]
     traces: dict[Queue, tuple[int, int]]
+    times: dict[Queue, tuple[np.ndarray, np.ndarray]]
     shares: WeightShares
     linears: tuple[_Linears, ...]
+    accounts: tuple[QueueAccount, ...]
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ class Executor:
         self.host_layout = lay_out(spec, plan, Space.HOST, self.host.alloc)
         self.meta_offset = self.host.alloc(4 * meta_words, "programs")
         self._meta = self.host.view(self.meta_offset, np.int32, meta_words)
+        self._metadata = MetadataWriter(self._meta, spec, plan)
+        logits, vocab = self.host_layout.buffers["logits"]
+        self._logits = self.host.view(logits & OFFSET_MASK, np.float32, (plan.max_num_seqs, vocab))
         self._program_bytes = (self.host.num_bytes - self.host.used) // 64 * 64 - SPARE_BYTES
         self._program_area = self.host.alloc(self._program_bytes, "programs")
         self._program_pos = 0
@@ -92,7 +98,9 @@ class Executor:
         self._placed: dict[tuple[int, PassShape], Placed] = {}
         self._pass_id = self._stream_began = 0
         self._ahead: tuple[bytes, int] | None = None  # what link_in is already doing for the next pass: (stream, pass id)
+        self.interrupts = Interrupts(self.host.set_abort)
         self._last: Placed | None = None
+        self._by_class: dict[Queue, np.ndarray] = {}  # of the last pass: seconds of work per class of instructions (runtime.accounts)
         self.last_report: PassReport | None = None
         self.plan_changes = 0
 
@@ -110,16 +118,14 @@ class Executor:
         Raises DeviceLostError when a device stops answering; the executor is then unusable and only ``close`` is allowed.
         """
         placed = self._program(batch.bucket, self._shape(batch))
-        write_metadata(batch, self._meta, self.spec, self.plan)
+        self._metadata.write(batch)
         began = time.perf_counter()
-        with deferred_interrupts(self.host.set_abort):
+        with self.interrupts.held():
             self._run(placed, more)
         seconds = time.perf_counter() - began
         self._last = placed
         self.last_report = self._report(placed, batch, seconds)
-        num_logits = int(self._meta[Meta.NUM_LOGITS])
-        base, stride = self.host_layout.buffers["logits"]
-        return self.host.view(base & OFFSET_MASK, np.float32, (num_logits, stride))
+        return self._logits[: batch.num_logits]
 
     def _run(self, placed: Placed, more: bool) -> None:
         first_pass, started = self._take_stream(placed)
@@ -179,6 +185,7 @@ class Executor:
         if _residency(plan) != _residency(self.plan):
             raise ValueError("the new plan needs another memory layout: resident rows, page counts, ring and limits must stay")
         self.plan = plan
+        self._metadata = MetadataWriter(self._meta, self.spec, plan)
         self._compiler = Compiler(self.spec, plan, self.host_layout, self.gpu_layout)
         self.plan_changes += 1
 
@@ -222,13 +229,19 @@ class Executor:
         segments = self._put(program.segments)
         insns: dict[Queue, int] = {}
         traces: dict[Queue, tuple[int, int]] = {}
+        times: dict[Queue, tuple[np.ndarray, np.ndarray]] = {}
         for queue, rows in program.queues.items():
             placed = rows.copy()
             loads = placed["op"] == Op.LOAD
             placed["a"][loads, 0] = address(Space.HOST, segments) + 24 * placed["a"][loads, 0]
             insns[queue] = self._put(placed)
-            traces[queue] = (self._put(np.zeros(3 * len(rows), np.int64)), self._put(np.zeros(3 * len(rows), np.int64)))
-        return Placed(program, insns, traces, weight_shares(self.spec, self.plan, program.bucket), self._linears(program))
+            first, second = traces[queue] = (self._put(np.zeros(3 * len(rows), np.int64)), self._put(np.zeros(3 * len(rows), np.int64)))
+            times[queue] = self.host.view(first, np.int64, (len(rows), 3)), self.host.view(second, np.int64, (len(rows), 3))
+        linears = self._linears(program)
+        accounts = tuple(
+            QueueAccount.of(queue, rows, [group.indices for group in linears if group.queue == queue]) for queue, rows in program.queues.items() if len(rows)
+        )
+        return Placed(program, insns, traces, times, weight_shares(self.spec, self.plan, program.bucket), linears, accounts)
 
     def _linears(self, program: Program) -> tuple[_Linears, ...]:
         ops: dict[tuple[int, str], OpSpec] = {(op.layer, op.name): op for op in self.spec.ops(self.plan.unit_rows)}
@@ -238,7 +251,7 @@ class Executor:
             for index, task in enumerate(program.schedule.queue(queue)):
                 if task.kind in ("linear", "linear_in"):
                     op = ops[task.layer, task.op]
-                    indices, elements = found.setdefault((queue, f"{self.spec.weight_dtype}/{op.split_dim}", max(task.mb, 0), task.logit_rows), ([], []))
+                    indices, elements = found.setdefault((queue, op.rate_key, max(task.mb, 0), task.logit_rows), ([], []))
                     indices.append(index)
                     elements.append((task.row1 - task.row0) * op.row_elements)
         return tuple(_Linears(*key, np.array(indices), sum(elements)) for key, (indices, elements) in found.items())
@@ -250,16 +263,13 @@ class Executor:
             return []
         bounds = meta[Meta.ROWS : Meta.ROWS + 32].reshape(8, 4)
         records = []
+        numbers = {"cpu": SMALL, "gpu": SMALL}
         for group in placed.linears:
-            times = self._times(placed, group.queue)[group.indices]
+            numbers[group.queue] += 1
             tokens = int(meta[Meta.NUM_LOGITS] if group.logit_rows else bounds[group.mb, 3] - bounds[group.mb, 0])
-            seconds = float((times[:, 2] - times[:, 1]).sum()) * 1e-9
+            seconds = float(self._by_class[group.queue][numbers[group.queue]])
             records.append(OpTime(device=group.queue, key=group.key, tokens=tokens, elements=group.elements, num_tasks=len(group.indices), seconds=seconds))
         return records
-
-    def _times(self, placed: Placed, queue: Queue) -> np.ndarray:
-        """int64 [count][3] of the last pass: wait began, work began, work ended (ns)."""
-        return self.host.view(placed.traces[queue][self._pass_id % 2], np.int64, (len(placed.program.queues[queue]), 3))
 
     def _put(self, data: np.ndarray) -> int:
         offset = self._program_area + self._program_pos
@@ -270,57 +280,21 @@ class Executor:
     # -- what a pass took ----------------------------------------------------------------------------------------------------------------
 
     def _report(self, placed: Placed, batch: StepBatch, seconds: float) -> PassReport:
-        busy = {"cpu": 0.0, "gpu": 0.0, "link": 0.0}
-        moved = {"link_weights": 0, "link_kv": 0, "link_activations": 0, "disk": 0}
-        for queue, insns in placed.program.queues.items():
-            if not len(insns):
-                continue
-            times = self._times(placed, queue)
-            work_s = (times[:, 2] - times[:, 1]) * 1e-9
-            ops = insns["op"]
-            copies = ops == Op.COPY
-            if queue in ("link_in", "link_out"):
-                busy["link"] += float(work_s.sum())
-            else:
-                busy["link"] += float(work_s[copies].sum())
-                busy[queue] += float(work_s[~copies & (ops != Op.EMBED)].sum())
-            moved["link_weights"] += int(insns["a"][ops == Op.LOAD, 2].sum())
-            moved["link_activations"] += self._activation_bytes(insns[copies])
-            moved["link_kv"] += self._kv_bytes(insns[(ops == Op.LOAD_KV) | (ops == Op.STORE_KV)])
+        self._by_class = {account.queue: account.seconds(placed.times[account.queue][self._pass_id % 2]) for account in placed.accounts}
         return PassReport(
-            seconds=seconds, predicted_s=None, busy_s=BusySeconds(**busy), bytes=BytesMoved(**moved), weights=placed.shares,
+            seconds=seconds, predicted_s=None, busy_s=busy_seconds(self._by_class),
+            bytes=bytes_moved(placed.accounts, self._meta, page_bytes(self.spec, self.plan), self.plan.page_size), weights=placed.shares,
             num_prompt_tokens=batch.num_prompt_tokens, num_generated=batch.num_generated,
         )  # fmt: skip
-
-    def _activation_bytes(self, copies: np.ndarray) -> int:
-        if not len(copies):
-            return 0
-        bounds = self._meta[Meta.ROWS : Meta.ROWS + 32].reshape(8, 4)
-        rows = bounds[copies["mb"], copies["ghi"]] - bounds[copies["mb"], copies["glo"]]
-        rows = np.where(copies["row_kind"] == 1, self._meta[Meta.NUM_LOGITS], rows)
-        return int((rows * copies["a"][:, 4]).sum()) * 4
-
-    def _kv_bytes(self, insns: np.ndarray) -> int:
-        """Streamed KV moves earlier tokens' whole pages up and the new tokens down."""
-        meta, total = self._meta, 0
-        if not len(insns):
-            return 0
-        seqs = meta[Meta.SEQS : Meta.SEQS + 32].reshape(8, 4)
-        lens, ends = (meta[meta[word] : meta[word] + meta[Meta.NUM_SEQS]] for word in (Meta.OFF_SEQ_LEN, Meta.OFF_SEQ_KV))
-        token_bytes = page_bytes(self.spec, self.plan) // self.plan.page_size
-        for insn in insns:
-            group = slice(seqs[insn["mb"], insn["glo"]], seqs[insn["mb"], insn["ghi"]])
-            if insn["op"] == Op.STORE_KV:
-                total += int(lens[group].sum()) * token_bytes
-            else:
-                total += int((-(-(ends[group] - lens[group]) // self.plan.page_size)).sum()) * page_bytes(self.spec, self.plan)
-        return total
 
     def close(self) -> None:
         """Stops the device's queues and returns all memory."""
         if self.gpu:
             self.gpu.close()
-        self._meta = np.empty(0, np.int32)  # a view that is still held would keep the arena's file open
+        self._meta = self._metadata.out = np.empty(0, np.int32)  # a view that is still held would keep the arena's file open
+        self._logits = np.empty((0, 0), np.float32)
+        self._placed.clear()
+        self._last = None
         self.host.close()
 
     def __enter__(self) -> Executor:

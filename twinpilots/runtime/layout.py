@@ -144,11 +144,10 @@ def _lay_out_weights(spec: ModelSpec, plan: Plan, layout: Layout, take: Take) ->
             layout.weights[op.layer, op.name] = take((last - first) * op.row_bytes, "weights")
             layout.rows[op.layer, op.name] = (first, last)
     if layout.space == Space.HOST:
-        element = spec.weight_bytes_per_element
         if not spec.tied:
-            layout.small["embed"] = take(spec.vocab_size * spec.hidden_size * element, "weights")
+            layout.small["embed"] = take(spec.table_bytes, "weights")
         if spec.learned_positions:
-            layout.small["positions"] = take(spec.learned_positions * spec.hidden_size * element, "weights")
+            layout.small["positions"] = take(spec.position_bytes, "weights")
 
 
 def _lay_out_kv(spec: ModelSpec, plan: Plan, on_gpu: bool, take: Take) -> KvRegion | None:

@@ -12,7 +12,10 @@ from twinpilots.request import SamplingParams
 
 
 class OutputText:
-    """Text so far. While the sequence runs, the tail that may be the beginning of a stop string is not shown."""
+    """Text so far. While the sequence runs, the tail that may be the beginning of a stop string is not shown.
+
+    Without stop strings nobody needs a token's text before somebody looks: tokens wait until then, and are decoded together.
+    """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_ids: SequenceABC[int]) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
@@ -20,14 +23,19 @@ class OutputText:
         self._min_tokens = params.min_tokens
         self._longest_stop = max((len(stop) for stop in self._stops), default=0)
         self._text = ""
+        self._waiting: list[int] = []
         self._searchable_from = 0  # text made before min_tokens were reached does not stop the sequence
 
     def add(self, token: int, num_output_tokens: int) -> str | None:
         """Append the token's text. Returns the stop string found, if any; the text then ends before it."""
+        if not self._stops:
+            self._waiting.append(token)
+            return None
         return self._append(self._detokenizer.add((token,)), num_output_tokens <= self._min_tokens)
 
     def close(self) -> str | None:
         """Append what the detokenizer held back; the stop string found in it, if any."""
+        self._catch_up()
         return self._append(self._detokenizer.flush(), protected=False)
 
     def _append(self, piece: str, protected: bool) -> str | None:
@@ -45,7 +53,13 @@ class OutputText:
         self._text = self._text[:position]
         return stop
 
+    def _catch_up(self) -> None:
+        if self._waiting:
+            self._text += self._detokenizer.add(self._waiting)
+            self._waiting = []
+
     def visible(self, finished: bool) -> str:
+        self._catch_up()
         if finished or self._longest_stop <= 1:
             return self._text
         return self._text[: -(self._longest_stop - 1)]

@@ -2,7 +2,7 @@
 
 Owns `Machine` (both arenas as tensors, the current batch) and `OPS`, one small function per instruction. The meaning is docs/execution.md's. Knows
 nothing of queues, waits or streams: the caller runs it on the stream it likes. On the CPU everything is computed in fp32; on CUDA 16-bit weights
-multiply activations rounded to the weights' type, with fp32 sums.
+multiply activations rounded to the weights' type, with fp32 sums. Quantised weights are unpacked to fp32 by `runtime/torch_quant.py`.
 
 Shapes: M rows (tokens or logits), K inputs, N outputs, P panels, D head_dim, G KV heads, H query heads.
 """
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twinpilots.kernels.abi import INSN, NULL, Act, Dtype, Epilogue, Meta, NormKind, Op, Space
+from twinpilots.runtime.torch_quant import FORMAT_OF, panel_weights, rounded
 
 TORCH_DTYPES: dict[int, torch.dtype] = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16}
 ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
@@ -191,17 +192,33 @@ def embed(m: Machine, insn: Insn) -> None:
     dst, dst_ld, table, layout, dtype, width, unit, vocab, pos_table, pos_offset, pos_dtype = insn.a[:11]
     first, last = m.rows(insn)
     token, columns = m.batch.index(Meta.OFF_TOKEN, first, last)[:, None], torch.arange(width, device=m.device)
-    if layout == 0:
-        where = token * width + columns
+    if dtype in FORMAT_OF:
+        x = embed_quantized(m, insn, first, last)
+    elif layout == 0:
+        x = m.flat(table, dtype, vocab * width)[token * width + columns].float() * insn.f[0]
     else:
         start = token // unit * unit  # of the token's panel, [width][panel rows]
         where = start * width + columns * (vocab - start).clamp(max=unit) + token - start
-    x = m.flat(table, dtype, vocab * width)[where].float() * insn.f[0]
+        x = m.flat(table, dtype, vocab * width)[where].float() * insn.f[0]
     if pos_table != NULL:
         position = m.batch.index(Meta.OFF_POSITION, first, last) + pos_offset
         rows = int(max(m.batch.ints(Meta.OFF_POSITION, first, last))) + pos_offset + 1
         x = x + m.flat(pos_table, pos_dtype, rows * width).view(rows, width)[position].float()
     m.matrix(dst, dst_ld, first, last, width).copy_(x)
+
+
+def embed_quantized(m: Machine, insn: Insn, first: int, last: int) -> Tensor:
+    """Columns of unit panels: each panel that holds one of the batch's tokens is unpacked once."""
+    _, _, table, _, dtype, width, unit, vocab = insn.a[:8]
+    tokens = m.batch.ints(Meta.OFF_TOKEN, first, last)
+    fmt, x = FORMAT_OF[dtype], torch.empty((last - first, width), device=m.device)
+    for start in {token // unit * unit for token in tokens}:
+        columns = min(unit, vocab - start)
+        packed = m.bytes_at(table + fmt.row_bytes(start * width, "out"), fmt.row_bytes(columns * width, "out"))
+        weights = panel_weights(packed, fmt, 1, columns, width)[0]
+        for row in (row for row, token in enumerate(tokens) if token // unit * unit == start):
+            x[row] = weights[tokens[row] - start]
+    return x * insn.f[0]
 
 
 def norm(m: Machine, insn: Insn) -> None:
@@ -214,16 +231,26 @@ def norm(m: Machine, insn: Insn) -> None:
     m.matrix(dst, dst_ld, first, last, width).copy_(normed(x, m.vector(gain, width), m.vector(bias, width), kind, insn.f[0]))
 
 
+def unit_panels(m: Machine, w: int, dtype: int, width: int, start: int, count: int, halves: int, panel: int) -> Tensor:
+    """``count`` panels of ``panel`` outputs (of each half) from output ``start`` on: [P, K, halves * panel]."""
+    elements = count * halves * panel * width
+    if dtype not in FORMAT_OF:
+        return m.flat(w + halves * start * width * TORCH_DTYPES[dtype].itemsize, dtype, elements).view(count, width, halves * panel)
+    fmt = FORMAT_OF[dtype]
+    packed = m.bytes_at(w + fmt.row_bytes(halves * start * width, "out"), fmt.row_bytes(elements, "out"))
+    return panel_weights(packed, fmt, count, halves * panel, width).transpose(1, 2)
+
+
 def linear(m: Machine, insn: Insn) -> None:
     dst, dst_ld, src, src_ld, w, dtype, rows, width, unit, epilogue, activation, bias, bias2 = insn.a[:13]
     first, last = m.rows(insn)
     x, halves = m.matrix(src, src_ld, first, last, width), 2 if epilogue == Epilogue.ACT_MUL else 1
+    if dtype in FORMAT_OF:
+        x = rounded(x, insn.a[13])
     parts = []
     for start, count, panel in ((0, rows // unit, unit), (rows // unit * unit, 1, rows % unit)):  # the whole panels at once, then a narrower last one
         if count * panel:
-            address = w + halves * start * width * TORCH_DTYPES[dtype].itemsize
-            panels = m.flat(address, dtype, count * width * halves * panel).view(count, width, halves * panel)
-            y = multiply(x, panels).view(count, last - first, halves, panel)
+            y = multiply(x, unit_panels(m, w, dtype, width, start, count, halves, panel)).view(count, last - first, halves, panel)
             parts.append(y.permute(2, 1, 0, 3).reshape(halves, last - first, count * panel))
     y = torch.cat(parts, -1)  # [halves, M, rows]
     biases = [m.vector(address, rows) for address in (bias, bias2)]
@@ -242,7 +269,13 @@ def linear(m: Machine, insn: Insn) -> None:
 def linear_in(m: Machine, insn: Insn) -> None:
     dst, dst_ld, src, src_ld, w, dtype, rows, width, accumulate = insn.a[:9]
     first, last = m.rows(insn)
-    y = multiply(m.matrix(src, src_ld, first, last, rows), m.flat(w, dtype, rows * width).view(1, rows, width))[0]
+    x = m.matrix(src, src_ld, first, last, rows)
+    if dtype in FORMAT_OF:
+        fmt = FORMAT_OF[dtype]
+        weights = panel_weights(m.bytes_at(w, fmt.row_bytes(rows * width, "in")), fmt, 1, width, rows)[0]
+        y = torch.matmul(rounded(x, insn.a[9]), weights.T)
+    else:
+        y = multiply(x, m.flat(w, dtype, rows * width).view(1, rows, width))[0]
     out = m.matrix(dst, dst_ld, first, last, width)
     if accumulate:
         out.add_(y)

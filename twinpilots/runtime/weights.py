@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from twinpilots.kernels import format as weight_format
+from twinpilots.kernels import quant_format
 from twinpilots.kernels.abi import NULL
 from twinpilots.model.spec import ModelSpec, OpSpec, RopeSpec
 from twinpilots.plan.plan import Plan
@@ -24,6 +25,10 @@ class TensorSource(Protocol):
     """What a checkpoint gives: a tensor by id, linears as float32 or raw 16-bit words in the model's dtype, norms and biases as float32."""
 
     def array(self, tensor_id: str) -> np.ndarray: ...
+
+    def blocks(self, tensor_id: str) -> np.ndarray:
+        """Row blocks (`kernels.quant_format`) of a weight that the model keeps quantised."""
+        ...
 
 
 class HostMemory(Protocol):
@@ -42,10 +47,10 @@ def load_weights(
         _load_op(op, source, host, memory, gpu, gpu_write)
         if progress:
             progress(op.weight_bytes)
-    for name in ("embed", "positions"):
-        if name in host.small:
-            tensor = source.array(name)
-            _host_view(memory, host.small[name], tensor.nbytes)[:] = tensor.reshape(-1).view(np.uint8)
+    if "embed" in host.small:
+        _load_table(spec, plan, source, _host_view(memory, host.small["embed"], spec.table_bytes))
+    if "positions" in host.small:
+        _host_view(memory, host.small["positions"], spec.position_bytes)[:] = source.array("positions").reshape(-1).view(np.uint8)
     for name, values in _small_values(spec, plan, source):
         for layout in (host, gpu):
             if layout is None or layout.small.get(name, NULL) == NULL:
@@ -56,6 +61,14 @@ def load_weights(
             else:
                 assert gpu_write is not None
                 gpu_write(layout.small[name] & OFFSET_MASK, raw)
+
+
+def _load_table(spec: ModelSpec, plan: Plan, source: TensorSource, out: np.ndarray) -> None:
+    """The untied embedding table: row by row, or in panels like lm_head's where it is quantised."""
+    if spec.table_format.is_quantized:
+        quant_format.pack_out(source.blocks("embed"), spec.table_format, spec.ops(plan.unit_rows)[-1].unit_rows, out=out)
+    else:
+        out[:] = source.array("embed").reshape(-1).view(np.uint8)
 
 
 def _host_view(memory: HostMemory, addr: int, num_bytes: int) -> np.ndarray:
@@ -82,11 +95,15 @@ def _load_op(op: OpSpec, source: TensorSource, host: Layout, memory: HostMemory,
 def _op_tensors(op: OpSpec, source: TensorSource) -> list[np.ndarray]:
     prefix = "" if op.layer < 0 else f"{op.layer}."
     names = ("gate_proj", "up_proj") if op.name == "gate_up_proj" else (op.name,)
-    return [source.array(f"{prefix}{name}") for name in names]
+    read = source.blocks if op.format.is_quantized else source.array
+    return [read(f"{prefix}{name}") for name in names]
 
 
 def _pack(op: OpSpec, parts: list[np.ndarray], row0: int, row1: int, out: np.ndarray) -> None:
     """Rows [row0, row1) of the op in the format of docs/execution.md, into ``out`` (bytes)."""
+    if op.format.is_quantized:
+        _pack_blocks(op, parts, row0, row1, out)
+        return
     typed = out.view(parts[0].dtype)
     if op.split_dim == "in":
         weight_format.pack_in(parts[0], out=typed, row0=row0, row1=row1)
@@ -94,6 +111,15 @@ def _pack(op: OpSpec, parts: list[np.ndarray], row0: int, row1: int, out: np.nda
         weight_format.pack_gate_up(parts[0], parts[1], op.unit_rows, out=typed, row0=row0, row1=row1)
     else:
         weight_format.pack_out(parts[0], op.unit_rows, out=typed, row0=row0, row1=row1)
+
+
+def _pack_blocks(op: OpSpec, parts: list[np.ndarray], row0: int, row1: int, out: np.ndarray) -> None:
+    if op.split_dim == "in":
+        quant_format.pack_in(parts[0], op.format, out=out, row0=row0, row1=row1)
+    elif op.name == "gate_up_proj":
+        quant_format.pack_gate_up(parts[0], parts[1], op.format, op.unit_rows, out=out, row0=row0, row1=row1)
+    else:
+        quant_format.pack_out(parts[0], op.format, op.unit_rows, out=out, row0=row0, row1=row1)
 
 
 def _small_values(spec: ModelSpec, plan: Plan, source: TensorSource) -> Iterator[tuple[str, np.ndarray]]:

@@ -83,6 +83,14 @@ int tp_event_wait(void* host, int event, int32_t value, double timeout_s) {
   }
 }
 
+// ---- weights
+
+void tp_quantize(int dtype, const float* weights, int64_t blocks, void* out, void* pool) { quantize(dtype, weights, blocks, static_cast<char*>(out), static_cast<Pool*>(pool)); }
+
+void tp_pack_columns(int dtype, const void* row_blocks, int64_t row_stride, int64_t rows, int64_t blocks, void* panel, int64_t w, int64_t column, void* pool) {
+  pack_columns(dtype, static_cast<const char*>(row_blocks), row_stride, rows, blocks, static_cast<char*>(panel), w, column, static_cast<Pool*>(pool));
+}
+
 // ---- the machine's rates, for the profiler
 
 double tp_read_rate(void* data, int64_t bytes, void* pool, int duration_ms) {

@@ -15,6 +15,7 @@ namespace tp {
 
 static const Kernels* table(int level) {
 #if defined(__x86_64__)
+  if (level == 3) return &kAvx512Vnni;
   if (level == 2) return &kAvx512;
   if (level == 1) return &kAvx2;
 #endif
@@ -26,7 +27,7 @@ int best_isa() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return wide ? 2 : 1;
+  return !wide ? 1 : __builtin_cpu_supports("avx512vnni") ? 3 : 2;
 #else
   return 0;
 #endif
@@ -52,8 +53,7 @@ struct Scratch {
   ~Scratch() { std::free(data); }
 };
 
-char* thread_scratch(size_t bytes) {
-  static thread_local Scratch scratch;
+static char* grown(Scratch& scratch, size_t bytes) {
   if (bytes > scratch.bytes) {
     std::free(scratch.data);
     scratch.bytes = (bytes + bytes / 4 + 4095) & ~(size_t)4095;
@@ -61,6 +61,17 @@ char* thread_scratch(size_t bytes) {
     if (!scratch.data) throw std::bad_alloc();
   }
   return scratch.data;
+}
+
+char* thread_scratch(size_t bytes) {
+  static thread_local Scratch scratch;
+  return grown(scratch, bytes);
+}
+
+// Memory of the queue that this thread runs, shared with the pool for one instruction.
+static char* queue_scratch(size_t bytes) {
+  static thread_local Scratch scratch;
+  return grown(scratch, bytes);
 }
 
 // ---- the queue
@@ -80,6 +91,8 @@ char* Queue::at(int64_t address) const {
   return (address >> 56 == GPU ? gpu_ : host_) + (address & ((1LL << 56) - 1));
 }
 
+int64_t Queue::spin_ns() const { return box_ == &control(host_)->link_in || box_ == &control(host_)->link_out ? LINK_SPIN_NS : WAIT_SPIN_NS; }
+
 bool Queue::cancelled(int32_t pass_id) const { return box_ && pass_id <= word(&box_->cancel_pass).load(std::memory_order_relaxed); }
 
 int Queue::wait_event(int event, int32_t value, int32_t pass_id) {
@@ -87,7 +100,7 @@ int Queue::wait_event(int event, int32_t value, int32_t pass_id) {
   uint32_t seen = word(slot).load(std::memory_order_acquire);
   if ((int32_t)(seen - (uint32_t)value) >= 0) return OK;
   link_.idle();
-  Waiter waiter(host_, slot, timeout_ns());
+  Waiter waiter(host_, slot, timeout_ns(), spin_ns());
   for (;;) {
     if (cancelled(pass_id)) return CANCELLED;
     if (const int error = waiter.pause(seen)) return error;
@@ -120,6 +133,7 @@ int Queue::run(const Entry& entry) {
   const Insn* insns = ptr<const Insn>(entry.insns);
   int64_t(*trace)[3] = ptr<int64_t[3]>(entry.trace);
   meta_ = ptr<const int32_t>(entry.meta);
+  rounded_of_ = {};
   for (int32_t i = 0; i < entry.count; i++) {
     const Insn& insn = insns[i];
     if (word(&control(host_)->abort).load(std::memory_order_relaxed)) return ABORTED;
@@ -130,6 +144,7 @@ int Queue::run(const Entry& entry) {
     if (link_.seed()) dawdle();
     if (trace) trace[i][1] = now_ns();
     if (const int error = execute(insn)) return error;
+    forget_rounded(insn);
     if (trace) trace[i][2] = now_ns();
     if (insn.record >= 0) publish(host_, event_slot(host_, insn.record), (uint32_t)entry.pass_id);
   }
@@ -142,7 +157,7 @@ int Queue::loop() {
     uint32_t tail = word(&box_->tail).load(std::memory_order_acquire);
     if (tail == head) {
       link_.idle();
-      Waiter waiter(host_, &box_->tail, -1);
+      Waiter waiter(host_, &box_->tail, -1, spin_ns());
       while (tail == head) {
         if (waiter.pause(tail)) return ABORTED;
         tail = word(&box_->tail).load(std::memory_order_acquire);
@@ -185,7 +200,19 @@ void Queue::each_row(const Insn& insn, int64_t elements_per_row, F&& fn) {
   });
 }
 
+static bool known_weights(int64_t dtype, int64_t width) {
+  return dtype >= FP32 && dtype <= Q6_K && (!is_quantized(dtype) || width % quant_format((int)dtype).block == 0);
+}
 static bool known_dtype(int64_t dtype) { return dtype == FP32 || dtype == BF16 || dtype == FP16; }
+
+// The rounded input is kept through instructions that write elsewhere.
+void Queue::forget_rounded(const Insn& insn) {
+  if (insn.op == LOAD || !rounded_of_.src) return;
+  const bool strided = insn.op == LINEAR || insn.op == COPY;
+  const float *dst = ptr<float>(insn.a[0]), *src = rounded_of_.src;
+  if (strided && (dst + rows(insn).last * insn.a[1] <= src || src + rounded_of_.last * rounded_of_.ld <= dst)) return;
+  rounded_of_ = {};
+}
 
 int Queue::execute(const Insn& insn) {
   if (insn.mb < 0 || insn.mb >= MAX_MICRO_BATCHES || insn.glo < 0 || insn.ghi < insn.glo || insn.ghi > 3 || insn.row_kind < 0 || insn.row_kind > 1) return BAD_INSTRUCTION;
@@ -211,7 +238,7 @@ int Queue::execute(const Insn& insn) {
 int Queue::embed(const Insn& insn) {
   const int64_t* a = insn.a;
   const EmbedArgs args = {at(a[2]), (int)a[3], (int)a[4], a[5], a[6], a[7], at(a[8]), (int)a[10], (float)insn.f[0]};
-  if (!known_dtype(a[4]) || (args.pos_table && !known_dtype(a[10])) || (a[3] != 0 && (a[3] != 1 || a[6] <= 0))) return BAD_INSTRUCTION;
+  if (!known_weights(a[4], a[5]) || (is_quantized(a[4]) && a[3] != 1) || (args.pos_table && !known_dtype(a[10])) || (a[3] != 0 && (a[3] != 1 || a[6] <= 0))) return BAD_INSTRUCTION;
   float* dst = ptr<float>(a[0]);
   each_row(insn, args.width, [&](int64_t row) { kernels().embed_row(dst + row * a[1], args, words(OFF_TOKEN)[row], words(OFF_POSITION)[row] + a[9]); });
   return OK;
@@ -255,20 +282,42 @@ constexpr int64_t CHUNK_COLUMNS = 256;      // outputs of a chunk: rows are pack
 constexpr int64_t CHUNKS = 4;               // per thread, at least
 constexpr int64_t CHUNK_WORK = 128 * 1024;  // multiply-adds below which handing a chunk to another thread costs more than it saves
 
+static bool known_activations(int64_t activations) { return activations == NULL_ADDRESS || activations == EXACT || activations == FAST; }
+
+// Rows r of a linear's input, rounded once for all chunks, and for the linears that follow over the same input (q, k and v; the pieces of one op);
+// no rows for weights that are not quantised. Only nibbles are multiplied by bytes.
+Rounded Queue::round(const float* src, int64_t src_ld, Rows r, int64_t width, int dtype, int64_t activations) {
+  if (!is_quantized(dtype) || r.first >= r.last) return {nullptr, 0, 0, 0};
+  const int bits = activations == FAST ? 8 : 16, code_bytes = bits == 8 && dtype != Q8_0 && dtype != Q6_K ? 1 : 2;
+  const RoundedOf of = {src, src_ld, r.first, r.last, width, bits, code_bytes};
+  if (of == rounded_of_) return rounded_;
+  rounded_of_ = of;
+  Rounded& x = rounded_ = {nullptr, r.first, r.last - r.first, code_bytes};
+  x.data = queue_scratch((size_t)x.bytes(width));
+  const int64_t step = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
+  parallel(pool_, (x.rows + step - 1) / step, [&](int64_t chunk) {
+    const int64_t first = r.first + chunk * step, last = std::min(first + step, r.last);
+    for (int64_t row = first; row < last; row++) kernels().round_row(src + row * src_ld, width, bits, x, row);
+  });
+  return x;
+}
+
 int Queue::linear(const Insn& insn) {
   const int64_t* a = insn.a;
   const LinearArgs args = {ptr<float>(a[0]), a[1], ptr<float>(a[2]), a[3], at(a[4]), (int)a[5], a[6], a[7], a[8], (int)a[9], (int)a[10], ptr<float>(a[11]), ptr<float>(a[12]),
                            (float)insn.f[0]};
-  if (!known_dtype(a[5]) || a[8] <= 0 || a[9] < NONE || a[9] > SOFTCAP || a[10] < SILU || a[10] > RELU) return BAD_INSTRUCTION;
+  if (!known_weights(a[5], args.width) || !known_activations(a[13]) || a[8] <= 0 || a[9] < NONE || a[9] > SOFTCAP || a[10] < SILU || a[10] > RELU) return BAD_INSTRUCTION;
   const Rows r = rows(insn);
+  const Rounded x = round(args.src, args.src_ld, r, args.width, args.dtype, a[13]);
   const int64_t rows = r.last - r.first, panels = (args.rows + args.unit_rows - 1) / args.unit_rows, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
   const int64_t columns = args.unit_rows * (args.epilogue == ACT_MUL ? 2 : 1), threads = pool_ ? pool_->threads() : 1;
   const int64_t least = CHUNK_WORK / std::max<int64_t>(1, columns * args.width * std::min(BLOCK_ROWS, rows));
-  const int64_t together = rows <= 3 ? 1 : CHUNK_COLUMNS / columns;  // one stream from memory is the fastest while there is little to compute
+  const int64_t together = x.data || rows <= 3 ? 1 : CHUNK_COLUMNS / columns;  // one stream from memory is the fastest while there is little to compute
   const int64_t group = std::max({int64_t(1), least, std::min(together, panels * blocks / (CHUNKS * threads))}), groups = (panels + group - 1) / group;
   parallel(pool_, groups * blocks, [&](int64_t chunk) {
-    const int64_t row = r.first + chunk / groups * BLOCK_ROWS, panel = chunk % groups * group;
-    kernels().linear_panels(args, panel, std::min(panel + group, panels), row, std::min(row + BLOCK_ROWS, r.last));
+    const int64_t row = r.first + chunk / groups * BLOCK_ROWS, first = chunk % groups * group, last = std::min(first + group, panels), last_row = std::min(row + BLOCK_ROWS, r.last);
+    if (!x.data) return kernels().linear_panels(args, first, last, row, last_row);
+    for (int64_t panel = first; panel < last; panel++) kernels().quant_panel(args, x, panel, row, last_row);
   });
   return OK;
 }
@@ -276,16 +325,17 @@ int Queue::linear(const Insn& insn) {
 int Queue::linear_in(const Insn& insn) {
   const int64_t* a = insn.a;
   const LinearInArgs args = {ptr<float>(a[0]), a[1], ptr<float>(a[2]), a[3], at(a[4]), (int)a[5], a[6], a[7], a[8] != 0};
-  if (!known_dtype(a[5])) return BAD_INSTRUCTION;
+  if (!known_weights(a[5], args.rows) || !known_activations(a[9])) return BAD_INSTRUCTION;
   const Rows r = rows(insn);
+  const Rounded x = round(args.src, args.src_ld, r, args.rows, args.dtype, a[9]);
   const int64_t rows = r.last - r.first, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, threads = pool_ ? pool_->threads() : 1;
-  const int64_t widest = rows <= 12 ? 2048 : 512;  // wide blocks read long pieces of each weight row
-  const int64_t each = args.width >= 1024 * threads ? std::max<int64_t>(1, args.width / (threads * widest)) : CHUNKS;  // chunks per thread
-  const int64_t shares = threads == 1 ? 1 : threads * each;
+  const int64_t widest = (rows <= 12 ? 2048 : 512) / (x.data ? 2 : 1);  // wide blocks read long pieces of each weight row
+  const int64_t least = x.data || args.width < 1024 * threads ? CHUNKS : 1, shares = threads == 1 ? 1 : threads * std::max(least, args.width / (threads * widest));
   const int64_t columns = std::clamp<int64_t>(round_up((args.width + shares - 1) / shares, 64), 64, widest), count = (args.width + columns - 1) / columns;
   parallel(pool_, count * blocks, [&](int64_t chunk) {
-    const int64_t row = r.first + chunk / count * BLOCK_ROWS, column = chunk % count * columns;
-    kernels().linear_in_block(args, column, std::min(column + columns, args.width), row, std::min(row + BLOCK_ROWS, r.last));
+    const int64_t row = r.first + chunk / count * BLOCK_ROWS, column = chunk % count * columns, last = std::min(column + columns, args.width);
+    if (x.data) return kernels().quant_in_block(args, x, column, last, row, std::min(row + BLOCK_ROWS, r.last));
+    kernels().linear_in_block(args, column, last, row, std::min(row + BLOCK_ROWS, r.last));
   });
   return OK;
 }
@@ -345,7 +395,7 @@ int Queue::load_kv(const Insn& insn) {
   if (!known_dtype(a[6]) || a[3] <= 0) return BAD_INSTRUCTION;
   const Rows s = sequences(insn, 1, 2);
   if (s.first >= s.last) return OK;
-  link_.begin(Direction::UP, true);
+  link_.begin(Direction::UP, false);  // somebody waits for it: no sleep may overshoot
   for (int64_t i = s.first; i < s.last; i++) {
     const Sequence to = sequence(i, OFF_SEQ_PAGES), from = sequence(i, OFF_SEQ_HOME);
     const int64_t pages = (to.kv_len - to.len + a[3] - 1) / a[3];
@@ -362,7 +412,7 @@ int Queue::store_kv(const Insn& insn) {
   if (!known_dtype(a[6]) || page_size <= 0) return BAD_INSTRUCTION;
   const Rows s = sequences(insn, 1, 2);
   if (s.first >= s.last) return OK;
-  link_.begin(Direction::DOWN, true);
+  link_.begin(Direction::DOWN, false);
   for (int64_t i = s.first; i < s.last; i++) {
     const Sequence from = sequence(i, OFF_SEQ_PAGES), to = sequence(i, OFF_SEQ_HOME);
     for (int64_t token = from.kv_len - from.len; token < from.kv_len;) {

@@ -14,6 +14,10 @@ const Kernels& kernels();  // of the chosen instruction set
 int best_isa();
 int set_isa(int level);  // the level now in use, or -1 when this machine cannot
 
+// quantize.cpp: row blocks of `blocks` blocks of 32 weights (Q8_0 or Q4_1), and row blocks to columns of a panel
+void quantize(int dtype, const float* weights, int64_t blocks, char* out, Pool* pool);
+void pack_columns(int dtype, const char* row_blocks, int64_t row_stride, int64_t rows, int64_t blocks, char* panel, int64_t w, int64_t column, Pool* pool);
+
 class Queue {
  public:
   Queue(void* host, void* gpu, int64_t mailbox_offset, Pool* pool, const LinkParams* link);
@@ -26,10 +30,19 @@ class Queue {
   struct Rows {
     int64_t first, last;
   };
+  struct RoundedOf {  // what the rounded activations were made of
+    const float* src = nullptr;
+    int64_t ld = 0, first = 0, last = 0, width = 0;
+    int bits = 0, code_bytes = 0;
+    bool operator==(const RoundedOf& o) const {
+      return src == o.src && ld == o.ld && first == o.first && last == o.last && width == o.width && bits == o.bits && code_bytes == o.code_bytes;
+    }
+  };
   int wait_for(const Insn& insn, const Entry& entry);
   int wait_event(int event, int32_t value, int32_t pass_id);
   int execute(const Insn& insn);
   bool cancelled(int32_t pass_id) const;
+  int64_t spin_ns() const;
   void dawdle();  // adversarial mode
 
   char* at(int64_t address) const;
@@ -46,6 +59,8 @@ class Queue {
   int norm(const Insn& insn);
   int linear(const Insn& insn);
   int linear_in(const Insn& insn);
+  void forget_rounded(const Insn& insn);
+  Rounded round(const float* src, int64_t src_ld, Rows r, int64_t width, int dtype, int64_t activations);
   int rope_append(const Insn& insn);
   int attend(const Insn& insn);
   int add(const Insn& insn);
@@ -62,6 +77,8 @@ class Queue {
   Pool* pool_;
   Link link_;
   uint64_t random_;
+  Rounded rounded_ = {nullptr, 0, 0, 0};
+  RoundedOf rounded_of_;
   const int32_t* meta_ = nullptr;
   std::vector<int64_t> first_block_;  // attend: blocks before each sequence; kept to avoid allocating in the step loop
 };

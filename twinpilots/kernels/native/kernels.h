@@ -71,9 +71,28 @@ struct Sequence {
   const int32_t* pages;
 };
 
+// Activations of a linear with quantised weights: per row and group of 32 a head (32 inputs' scale; sums of the rounded inputs: all, the first 16, the others), then codes.
+struct RoundedHead {
+  float scale, sum, sum_low, sum_high;
+};
+constexpr int64_t ROUNDED_TILE = 256;  // inputs; a tile of all rows lies together, so that a block of rows streams from memory while a panel passes by
+struct Rounded {
+  const char* data;  // null: weights that are not quantised
+  int64_t first, rows;
+  int code_bytes;  // of one rounded activation: 1 or 2
+
+  int64_t record_bytes() const { return (int64_t)sizeof(RoundedHead) + 32 * code_bytes; }
+  int64_t row_bytes() const { return ROUNDED_TILE / 32 * record_bytes(); }  // of one tile
+  int64_t bytes(int64_t width) const { return (width + ROUNDED_TILE - 1) / ROUNDED_TILE * rows * row_bytes(); }
+  const char* at(int64_t row, int64_t k) const { return data + (k / ROUNDED_TILE * rows + row - first) * row_bytes() + k % ROUNDED_TILE / 32 * record_bytes(); }
+};
+
 struct Kernels {
   void (*linear_panels)(const LinearArgs&, int64_t panel0, int64_t panel1, int64_t row0, int64_t row1);
   void (*linear_in_block)(const LinearInArgs&, int64_t column0, int64_t column1, int64_t row0, int64_t row1);
+  void (*round_row)(const float* x, int64_t width, int bits, const Rounded& to, int64_t row);
+  void (*quant_panel)(const LinearArgs&, const Rounded&, int64_t panel, int64_t row0, int64_t row1);
+  void (*quant_in_block)(const LinearInArgs&, const Rounded&, int64_t column0, int64_t column1, int64_t row0, int64_t row1);
   void (*norm_row)(float* dst, const float* src, const float* gain, const float* bias, int64_t width, int kind, float eps);
   void (*add_row)(float* x, const float* p, const float* q, const float* bias, const float* gain, const float* gain_bias, int64_t width, int kind, float eps);
   void (*embed_row)(float* dst, const EmbedArgs&, int64_t token, int64_t position);
@@ -87,12 +106,33 @@ extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Vnni;
 #endif
 
 // Memory of the calling thread, at least `bytes` large, 64-byte aligned; grows, never shrinks. A later call invalidates an earlier one's contents.
 char* thread_scratch(size_t bytes);
 
 inline int64_t dtype_bytes(int dtype) { return dtype == FP32 ? 4 : 2; }
+
+// A quantised format (model/weight_format.py). A panel's block of w columns is block_bytes * w bytes, the first header * w of them scales.
+struct QuantFormat {
+  int64_t block, block_bytes, group, header;
+};
+inline bool is_quantized(int64_t dtype) { return dtype >= Q8_0 && dtype <= Q6_K; }
+inline QuantFormat quant_format(int dtype) {
+  switch (dtype) {
+    case Q8_0: return {32, 34, 32, 2};
+    case Q4_0: return {32, 18, 32, 2};
+    case Q4_Z64: return {64, 36, 64, 4};
+    case Q4_Z128: return {128, 68, 128, 4};
+    case Q4_K: return {256, 144, 32, 16};
+    case Q6_K: return {256, 210, 16, 18};
+    default: return {32, 20, 32, 4};  // Q4_1, Q4_Z32
+  }
+}
+inline int64_t weight_bytes(int dtype, int64_t elements) {
+  return is_quantized(dtype) ? elements / quant_format(dtype).block * quant_format(dtype).block_bytes : elements * dtype_bytes(dtype);
+}
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 constexpr int64_t ATTEND_ROWS = 64;  // query rows (tokens x heads of one KV head) that share a converted block of K and V
 

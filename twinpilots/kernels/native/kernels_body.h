@@ -2,6 +2,8 @@
 #include "vector.h"
 #include "gemm.h"
 #include "linear.h"
+#include "quant.h"
+#include "quant_linear.h"
 #include "rowwise.h"
 #include "attend.h"
 

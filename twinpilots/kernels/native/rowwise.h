@@ -63,7 +63,11 @@ static void embed_row(float* dst, const EmbedArgs& a, int64_t token, int64_t pos
     gather_any(a.dtype, dst, a.table, token * a.width, 1, a.width);
   } else {
     const int64_t first = token / a.unit_rows * a.unit_rows, outputs = a.vocab - first < a.unit_rows ? a.vocab - first : a.unit_rows;
-    gather_any(a.dtype, dst, a.table, first * a.width + token - first, outputs, a.width);
+    if (is_quantized(a.dtype)) {
+      quant_column(a.dtype, (const char*)a.table + weight_bytes(a.dtype, first * a.width), outputs, token - first, a.width, dst);
+    } else {
+      gather_any(a.dtype, dst, a.table, first * a.width + token - first, outputs, a.width);
+    }
   }
   for (int64_t i = 0; i < a.width; i++) dst[i] *= a.scale;
   if (!a.pos_table) return;

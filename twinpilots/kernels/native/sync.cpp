@@ -11,7 +11,6 @@
 
 namespace tp {
 
-static constexpr int64_t SPIN_NS = 60'000;
 static constexpr int64_t SLICE_NS = 50'000'000;
 static constexpr int64_t POLLED_SLICE_NS = 10'000;  // where a device writes event words and cannot wake anybody
 static std::atomic<int64_t> g_timeout_ns{120'000'000'000};
@@ -55,7 +54,7 @@ void publish(void* host, uint32_t* address, uint32_t value) {
   if (word(&control(host)->waiters).load(std::memory_order_seq_cst)) futex(address, FUTEX_WAKE, INT_MAX, nullptr);
 }
 
-Waiter::Waiter(void* host, uint32_t* address, int64_t limit_ns) : host_(host), address_(address), began_(now_ns()), limit_(limit_ns) {}
+Waiter::Waiter(void* host, uint32_t* address, int64_t limit_ns, int64_t spin_ns) : host_(host), address_(address), began_(now_ns()), limit_(limit_ns), spin_(spin_ns) {}
 
 int Waiter::pause(uint32_t seen) {
   if (word(&control(host_)->abort).load(std::memory_order_relaxed)) return ABORTED;
@@ -65,7 +64,7 @@ int Waiter::pause(uint32_t seen) {
   }
   const int64_t waited = now_ns() - began_;
   if (limit_ >= 0 && waited > limit_) return TIMED_OUT;
-  if (waited < SPIN_NS) {
+  if (waited < spin_) {
     if (one_core()) sched_yield();
     return OK;
   }

@@ -24,17 +24,23 @@ inline uint32_t* event_slot(void* host, int event) { return reinterpret_cast<uin
 
 void publish(void* host, uint32_t* address, uint32_t value);  // store, then wake whoever sleeps on the word
 
-// One wait: call `more(value)` with the word's latest value until the condition holds. Spins about 60 us, then sleeps on the futex in slices of 50 ms.
+// How long a wait stays awake before it sleeps. A virtual core that idles takes 20 to 500 us to wake, and a pass hands off hundreds of times: computing
+// queues and drivers stay awake through a pass. A link's thread shares its core with the computing queue, which keeps the core awake, and a sleeper is woken
+// at once where a spinner waits for its turn.
+constexpr int64_t WAIT_SPIN_NS = 3'000'000;
+constexpr int64_t LINK_SPIN_NS = 60'000;
+
+// One wait: call `pause(value)` with the word's latest value until the condition holds. Spins for `spin_ns`, then sleeps on the futex in slices of 50 ms.
 class Waiter {
  public:
-  Waiter(void* host, uint32_t* address, int64_t limit_ns);
+  Waiter(void* host, uint32_t* address, int64_t limit_ns, int64_t spin_ns = WAIT_SPIN_NS);
   // After a look that saw `seen` and did not like it: OK to look again, ABORTED, or TIMED_OUT.
   int pause(uint32_t seen);
 
  private:
   void* host_;
   uint32_t* address_;
-  int64_t began_, limit_;
+  int64_t began_, limit_, spin_;
   int turns_ = 0;
 };
 

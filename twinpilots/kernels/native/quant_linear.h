@@ -1,0 +1,126 @@
+// LINEAR and LINEAR_IN with quantised weights, one panel or column block at a time, and EMBED's column of a panel. Included inside each instruction set's namespace.
+
+constexpr int QUANT_DIRECT_ROWS = 4, QUANT_MR = TP_ISA == 2 ? 8 : 6, QUANT_NV = 2;  // QUANT_NV * W divides SCALE_LD
+constexpr int64_t QUANT_AHEAD_BYTES = 16384;
+
+// ---- few rows
+
+template <int KIND, int MR>
+static void quant_direct_rows(const QuantPanel& p, const Rounded& x, int64_t row, int64_t k, float* y, int64_t ldy) {
+  constexpr int NV = TP_ISA == 2 || MR == 1 ? 4 : 2;
+  const int64_t ahead = round_up(QUANT_AHEAD_BYTES, p.stride());
+  const int64_t main = p.columns / (NV * W) * (NV * W), most = p.columns / W * W;
+  const QuantPanel wide = {p.dtype, p.format, p.data, p.w, p.column, main}, narrow = {p.dtype, p.format, p.data, p.w, p.column + main, most - main},
+                   tail = {p.dtype, p.format, p.data, p.w, p.column + most, p.columns - most};
+  if (wide.columns) quant_direct<KIND, MR, NV, false>(wide, x, row, k, y, ldy, ahead);
+  if (narrow.columns) quant_direct<KIND, MR, 1, false>(narrow, x, row, k, y + main, ldy, ahead);
+  if (tail.columns) quant_direct<KIND, MR, 1, true>(tail, x, row, k, y + most, ldy, ahead);
+}
+
+// ---- many rows
+
+using ExpandedFn = void (*)(const ExpandedTile&, const char*, int64_t, float*, int64_t);
+template <int KIND>
+static const ExpandedFn expanded_table[] = {
+    quant_expanded<KIND, 1, QUANT_NV>, quant_expanded<KIND, 2, QUANT_NV>, quant_expanded<KIND, 3, QUANT_NV>,
+    quant_expanded<KIND, 4, QUANT_NV>, quant_expanded<KIND, 5, QUANT_NV>, quant_expanded<KIND, 6, QUANT_NV>,
+#if TP_ISA == 2
+    quant_expanded<KIND, 7, QUANT_NV>, quant_expanded<KIND, 8, QUANT_NV>,
+#endif
+};
+
+// The expanded tile stays in the first-level cache while rows pass by: 128 inputs take 16 KiB (256 where a block is as large).
+template <int KIND>
+static void quant_expanded_rows(const QuantPanel& p, const Rounded& x, int64_t row, int64_t rows, int64_t k, float* y, int64_t ldy) {
+  using C = Codes<KIND>;
+  alignas(64) char codes[ROUNDED_TILE / 32 * C::words * C::steps * SCALE_LD * 4];
+  alignas(64) float scales[ROUNDED_TILE / 32 * C::parts * 2 * SCALE_LD];
+  const int64_t tile = p.format.block > 128 ? p.format.block : 128, blocks = (rows + QUANT_MR - 1) / QUANT_MR;
+  for (int64_t k0 = 0; k0 < k; k0 += tile) {
+    const int64_t kb = k - k0 < tile ? k - k0 : tile;
+    const char* block = p.data + k0 / p.format.block * p.stride();
+    for (int64_t c = 0; c < p.columns; c += SCALE_LD) {
+      const int64_t columns = p.columns - c < SCALE_LD ? p.columns - c : SCALE_LD, at = p.column + c;
+      const QuantPanel part = {p.dtype, p.format, p.data, p.w, at, columns};
+      expand_tile<KIND>(part, block, kb / 32, codes, scales);
+      const char* next = block + kb / p.format.block * p.stride() + 2 * at;
+      ExpandedTile t = {codes, scales, kb / 32, round_up(columns, QUANT_NV * W), next, p.format.header * p.w + 2 * at, 4 * p.w, p.format.block / 32, p.stride()};
+      for (int64_t b = 0; b < blocks; b++) {
+        const int64_t m = rows * b / blocks, mr = rows * (b + 1) / blocks - m;
+        expanded_table<KIND>[mr - 1](t, x.at(row + m, k0), x.row_bytes(), y + m * ldy + c, ldy);
+      }
+    }
+  }
+}
+
+// y[rows, columns] += x[row .. row + rows) @ the panel's columns; y has room for round_up(columns, QUANT_NV * W).
+template <int KIND>
+static void quant_gemm(const QuantPanel& p, const Rounded& x, int64_t row, int64_t rows, int64_t k, float* y, int64_t ldy) {
+  switch (rows) {
+    case 1: return quant_direct_rows<KIND, 1>(p, x, row, k, y, ldy);
+    case 2: return quant_direct_rows<KIND, 2>(p, x, row, k, y, ldy);
+    case 3: return quant_direct_rows<KIND, 3>(p, x, row, k, y, ldy);
+    case 4: return quant_direct_rows<KIND, 4>(p, x, row, k, y, ldy);
+    default: return quant_expanded_rows<KIND>(p, x, row, rows, k, y, ldy);
+  }
+}
+
+static void quant_gemm_any(const QuantPanel& p, const Rounded& x, int64_t row, int64_t rows, int64_t k, float* y, int64_t ldy) {
+  if (p.dtype == Q8_0) return quant_gemm<BYTES>(p, x, row, rows, k, y, ldy);
+  if (p.dtype == Q6_K) return quant_gemm<SIX_BITS>(p, x, row, rows, k, y, ldy);
+  if (p.dtype == Q4_K) return x.code_bytes == 1 ? quant_gemm<K_NIBBLES_FAST>(p, x, row, rows, k, y, ldy) : quant_gemm<K_NIBBLES>(p, x, row, rows, k, y, ldy);
+  if (x.code_bytes == 1) return quant_gemm<NIBBLES_FAST>(p, x, row, rows, k, y, ldy);
+  quant_gemm<NIBBLES>(p, x, row, rows, k, y, ldy);
+}
+
+static void quant_panel(const LinearArgs& a, const Rounded& x, int64_t panel, int64_t row0, int64_t row1) {
+  const int64_t first = panel * a.unit_rows, outputs = a.rows - first < a.unit_rows ? a.rows - first : a.unit_rows;
+  const int64_t pair = a.epilogue == ACT_MUL ? 2 : 1, columns = outputs * pair, ldy = round_up(columns, QUANT_NV * W), rows = row1 - row0;
+  float* y = (float*)thread_scratch(rows * ldy * sizeof(float));
+  __builtin_memset(y, 0, rows * ldy * sizeof(float));
+  const QuantPanel p = {a.dtype, quant_format(a.dtype), (const char*)a.w + weight_bytes(a.dtype, first * pair * a.width), columns, 0, columns};
+  quant_gemm_any(p, x, row0, rows, a.width, y, ldy);
+  for (int64_t m = 0; m < rows; m++) epilogue_row(a, y + m * ldy, first, outputs, a.dst + (row0 + m) * a.dst_ld + first);
+}
+
+// Accumulating continues the chain, as linear_in_block does.
+static void quant_in_block(const LinearInArgs& a, const Rounded& x, int64_t column0, int64_t column1, int64_t row0, int64_t row1) {
+  const int64_t columns = column1 - column0, ldy = round_up(columns, QUANT_NV * W), rows = row1 - row0;
+  float* y = (float*)thread_scratch(rows * ldy * sizeof(float));
+  __builtin_memset(y, 0, rows * ldy * sizeof(float));
+  float* dst = a.dst + row0 * a.dst_ld + column0;
+  for (int64_t m = 0; a.accumulate && m < rows; m++) __builtin_memcpy(y + m * ldy, dst + m * a.dst_ld, columns * sizeof(float));
+  const QuantPanel p = {a.dtype, quant_format(a.dtype), (const char*)a.w, a.width, column0, columns};
+  quant_gemm_any(p, x, row0, rows, a.rows, y, ldy);
+  for (int64_t m = 0; m < rows; m++) __builtin_memcpy(dst + m * a.dst_ld, y + m * ldy, columns * sizeof(float));
+}
+
+// ---- one column
+
+// Code i of a column's block, given the column's first word of codes (and of upper bits), `word` bytes between words.
+static int code_at(int dtype, const char* codes, const char* upper, int64_t word, int64_t i) {
+  if (dtype == Q8_0) return (int8_t)codes[i / 4 * word + i % 4];
+  const int low = (uint8_t)codes[i / 8 * word + i % 4] >> (i / 4 % 2 * 4) & 15;
+  return dtype == Q6_K ? low | ((uint8_t)upper[i / 16 * word + i % 4] >> (i / 4 % 4 * 2) & 3) << 4 : low;
+}
+
+static ScalePair column_scales(int dtype, const char* block, int64_t w, int64_t column, int64_t g) {
+  if (dtype == Q8_0) return scales_of<BYTES>(dtype, block, w, column, g, 1);
+  if (dtype == Q6_K) return scales_of<SIX_BITS>(dtype, block, w, column, g, 1);
+  if (dtype == Q4_K) return scales_of<K_NIBBLES>(dtype, block, w, column, g, 1);
+  return scales_of<NIBBLES>(dtype, block, w, column, g, 1);
+}
+
+// One column of a panel of w columns: k weights, rounded as the packages that write these files round them.
+static void quant_column(int dtype, const char* panel, int64_t w, int64_t column, int64_t k, float* dst) {
+  const QuantFormat format = quant_format(dtype);
+  const int64_t group = dtype == Q6_K ? 16 : 32;
+  for (int64_t b = 0; b < k / format.block; b++, panel += format.block_bytes * w) {
+    const char *codes = panel + format.header * w + 4 * column, *upper = codes + 128 * w;
+    for (int64_t i = 0; i < format.block; i++) {
+      const ScalePair pair = column_scales(dtype, panel, w, column, i / group);
+      const float value = (float)code_at(dtype, codes, upper, 4 * w, i) * pair.scale[0];
+      *dst++ = dtype == Q8_0 ? value : value + pair.offset[0];
+    }
+  }
+}

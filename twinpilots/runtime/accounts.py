@@ -1,0 +1,90 @@
+"""What a pass took and moved: the sums over one program's instructions, with everything that does not change from pass to pass computed once.
+
+Owns the meaning of "busy" and of the byte counts in `EngineStats`. Knows nothing of devices or of how times are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from twinpilots.kernels.abi import Meta, Op
+from twinpilots.plan.tasks import Queue
+from twinpilots.runtime.stats import BusySeconds, BytesMoved
+
+_ROWS = slice(Meta.ROWS, Meta.ROWS + 32)  # [micro-batch][group]: first token row
+_SEQS = slice(Meta.SEQS, Meta.SEQS + 32)
+
+
+IDLE, LINK, SMALL = range(3)  # classes of instructions; further ones are a queue's kinds of linears
+
+
+@dataclass(frozen=True)
+class QueueAccount:
+    """One queue's instructions, sorted by what they count for. Activation copies are the link's work; gathering embeddings is nobody's."""
+
+    queue: Queue
+    classes: np.ndarray  # per instruction: IDLE, LINK, SMALL, or 3 + the number of its kind of linear
+    num_classes: int
+    weight_bytes: int
+    copies: np.ndarray  # INSN
+    kv_copies: np.ndarray  # INSN
+
+    @staticmethod
+    def of(queue: Queue, insns: np.ndarray, linears: Sequence[np.ndarray]) -> QueueAccount:
+        """``linears``: per kind of linear the indices of its instructions."""
+        ops = insns["op"]
+        classes = np.full(len(ops), LINK if queue in ("link_in", "link_out") else SMALL)
+        classes[ops == Op.COPY], classes[ops == Op.EMBED] = LINK, IDLE
+        for number, indices in enumerate(linears):
+            classes[indices] = SMALL + 1 + number
+        return QueueAccount(
+            queue=queue, classes=classes, num_classes=SMALL + 1 + len(linears), weight_bytes=int(insns["a"][ops == Op.LOAD, 2].sum()),
+            copies=insns[ops == Op.COPY], kv_copies=insns[(ops == Op.LOAD_KV) | (ops == Op.STORE_KV)],
+        )  # fmt: skip
+
+    def seconds(self, times: np.ndarray) -> np.ndarray:
+        """Seconds of work per class, from int64 [instructions][3]: wait began, work began, work ended (ns)."""
+        return np.bincount(self.classes, times[:, 2] - times[:, 1], self.num_classes) * 1e-9
+
+    def activation_bytes(self, meta: np.ndarray) -> int:
+        """Bytes of activations that cross in a pass with this metadata."""
+        if not len(self.copies):
+            return 0
+        bounds, copies = meta[_ROWS].reshape(8, 4), self.copies
+        rows = bounds[copies["mb"], copies["ghi"]] - bounds[copies["mb"], copies["glo"]]
+        rows = np.where(copies["row_kind"] == 1, meta[Meta.NUM_LOGITS], rows)
+        return int((rows * copies["a"][:, 4]).sum()) * 4
+
+    def kv_bytes(self, meta: np.ndarray, page_bytes: int, page_size: int) -> int:
+        """Streamed KV moves earlier tokens' whole pages up and the new tokens down."""
+        total = 0
+        if not len(self.kv_copies):
+            return total
+        seqs = meta[_SEQS].reshape(8, 4)
+        lens, ends = (meta[meta[word] : meta[word] + meta[Meta.NUM_SEQS]] for word in (Meta.OFF_SEQ_LEN, Meta.OFF_SEQ_KV))
+        for insn in self.kv_copies:
+            group = slice(seqs[insn["mb"], insn["glo"]], seqs[insn["mb"], insn["ghi"]])
+            if insn["op"] == Op.STORE_KV:
+                total += int(lens[group].sum()) * page_bytes // page_size
+            else:
+                total += int((-(-(ends[group] - lens[group]) // page_size)).sum()) * page_bytes
+        return total
+
+
+def busy_seconds(by_class: dict[Queue, np.ndarray]) -> BusySeconds:
+    """Who worked how long, from each queue's seconds per class."""
+    return BusySeconds(
+        cpu=float(by_class["cpu"][SMALL:].sum()) if "cpu" in by_class else 0.0, gpu=float(by_class["gpu"][SMALL:].sum()) if "gpu" in by_class else 0.0,
+        link=float(sum(seconds[LINK] for seconds in by_class.values())),
+    )  # fmt: skip
+
+
+def bytes_moved(accounts: tuple[QueueAccount, ...], meta: np.ndarray, page_bytes: int, page_size: int) -> BytesMoved:
+    """What crossed the link in a pass with this metadata."""
+    return BytesMoved(
+        link_weights=sum(account.weight_bytes for account in accounts), link_activations=sum(account.activation_bytes(meta) for account in accounts),
+        link_kv=sum(account.kv_bytes(meta, page_bytes, page_size) for account in accounts), disk=0,
+    )  # fmt: skip
