@@ -123,6 +123,16 @@ def test_a_rows_bits_depend_neither_on_the_batch_nor_on_the_threads(isa, pool, d
         assert np.array_equal(run_linear_in(x[rows], w, dtype), wide[1][rows])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [16, 104, 240, 248])  # with and without pairs of vectors and a single one left over, for every width of vectors
+def test_up_to_four_rows_have_the_bits_that_they_have_among_many(isa, pool, dtype, columns):
+    _, x, w = random_case(8, 40, 333, columns, dtype)
+    many = run_linear(x, w, dtype, columns), run_linear_in(x, w, dtype)
+    for few in range(1, 5):
+        assert np.array_equal(run_linear(x[7 : 7 + few], w, dtype, columns, pool=pool), many[0][7 : 7 + few])
+        assert np.array_equal(run_linear_in(x[7 : 7 + few], w, dtype, pool=pool), many[1][7 : 7 + few])
+
+
 def test_an_output_is_one_ascending_chain():
     """The portable kernel rounds each product: its bits are those of the plain loop."""
     from tests.cpu.native_twin import native

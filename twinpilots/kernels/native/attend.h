@@ -123,7 +123,7 @@ static void score_block(const AttendBlock& b) {
     while (r + 1 < b.num_runs && b.runs[r + 1].token <= t) r++;
     const char* values = b.runs[r].values + (t > b.runs[r].token ? t - b.runs[r].token : 0) * value_bytes;
     for (int64_t row = 0, count; row < b.rows; row += count) {
-      count = rows_at_once(b.rows - row, MAX_MR);
+      count = rows_at_once(b.rows - row);
       table[count - 1](row, t, row ? nullptr : values, value_bytes, b);
     }
   }
@@ -221,7 +221,7 @@ static void add_values(const AttendBlock& b) {
   };
   if (b.dim % W) convert_tail<D>(b);
   for (int64_t row = 0, count; row < b.rows; row += count) {
-    count = rows_at_once(b.rows - row, MAX_MR);
+    count = rows_at_once(b.rows - row);
     table[count - 1](row, b);
   }
 }

@@ -12,8 +12,7 @@ struct Panels {
 constexpr int MAX_MR = TP_ISA == 2 ? 12 : 6;  // rows of x that share one load of weights
 constexpr int MAX_TILE = 128;                 // k rows of a tile
 constexpr int PACKED_LD = MAX_TILE + 16;      // not a multiple of 4 KiB: rows do not fall into one cache set
-constexpr int PLACE_ROWS = TP_ISA == 2 ? 12 : 4;  // up to here panels that lie side by side are used in place
-constexpr int PLACE_MR = TP_ISA == 2 ? 12 : 3;    // and so many rows at once: the micro-kernel then reads whole cache lines
+constexpr int PLACE_ROWS = TP_ISA == 2 ? 12 : 0;  // up to here panels that lie side by side are used in place: the micro-kernel then reads whole cache lines
 constexpr int PLACE_TILE = 32;                // k rows of such a tile: they lie pages apart and share few sets of the caches
 constexpr int64_t COPY_BYTES = 128 * 1024;    // of the copied tile of panels that lie side by side
 constexpr int64_t TILE_BYTES = 16 * 1024;     // of one panel's tile: it stays in the first-level cache while the rows pass by
@@ -108,8 +107,8 @@ static void pack_rows(const float* x, int64_t ldx, int64_t rows, int64_t k, floa
   for (int64_t m = 0; m < rows; m++, x += ldx, out += PACKED_LD) __builtin_memcpy(out, x, k * sizeof *x);
 }
 
-// How many of `rows` go together when at most `most` can: as even as possible, because few rows make too few independent chains.
-TP_INLINE int64_t rows_at_once(int64_t rows, int64_t most) { return rows / ((rows + most - 1) / most); }
+// How many of `rows` go together: as even as possible, because few rows make too few independent chains.
+TP_INLINE int64_t rows_at_once(int64_t rows) { return rows / ((rows + MAX_MR - 1) / MAX_MR); }
 
 // All columns of one panel's tile.
 template <int D, int MR>
@@ -130,8 +129,7 @@ static void tile_rows(const float* x, const typename Element<D>::T* w, int64_t l
 }
 
 template <int D>
-static void tile_any_rows(const float* x, int64_t rows, const typename Element<D>::T* w, int64_t ldw, int64_t columns, int64_t k, float* y, int64_t ldy, const Next& next,
-                          int64_t most) {
+static void tile_any_rows(const float* x, int64_t rows, const typename Element<D>::T* w, int64_t ldw, int64_t columns, int64_t k, float* y, int64_t ldy, const Next& next) {
   using Fn = void (*)(const float*, const typename Element<D>::T*, int64_t, int64_t, int64_t, float*, int64_t, const Next&);
   static const Fn table[] = {tile_rows<D, 1>, tile_rows<D, 2>, tile_rows<D, 3>, tile_rows<D, 4>, tile_rows<D, 5>, tile_rows<D, 6>,
 #if TP_ISA == 2
@@ -139,7 +137,7 @@ static void tile_any_rows(const float* x, int64_t rows, const typename Element<D
 #endif
   };
   for (int64_t m = 0, mr; m < rows; m += mr) {
-    mr = rows_at_once(rows - m, most);
+    mr = rows_at_once(rows - m);
     table[mr - 1](x + m * PACKED_LD, w, ldw, columns, k, y + m * ldy, ldy, m ? NOTHING : next);
   }
 }
@@ -172,6 +170,62 @@ static int64_t gemm_scratch(const Panels& p, int64_t rows, int64_t element_bytes
   return rows * PACKED_LD + copies / (int64_t)sizeof(float) + 16;
 }
 
+// ---- few rows
+
+static bool few(int64_t rows, int64_t columns) { return rows <= FEW_ROWS && columns % W == 0; }
+
+// How weights are walked: k rows per tile, and how many k rows further on they are prefetched (past the end: what the next chunk starts with).
+struct Walk {
+  int64_t tile, ahead;
+};
+constexpr int64_t AHEAD_BYTES = 12 * 1024;  // that hide the latency of memory
+constexpr int64_t AHEAD_ROWS = 16;          // of wide rows: they may lie 4 KiB apart, and then all fall into one set of the first-level cache, which holds 8
+
+static Walk walk_of(int64_t row_bytes) {
+  const int64_t rows = AHEAD_BYTES / row_bytes, ahead = rows < AHEAD_ROWS ? AHEAD_ROWS : rows;
+  return {ahead / 2, ahead};
+}
+
+template <int D, int MR, int NV>
+static void few_columns(const float* x, int64_t ldx, const typename Element<D>::T* w, int64_t ldw, int64_t k, int64_t ahead, float* y, int64_t ldy) {
+  constexpr int bytes = NV * W * sizeof *w;  // of one k
+  Sums<D, MR, NV> s;
+  s.read(s, y, ldy);
+  for (int64_t i = 0; i < k; i++, w += ldw) {
+#pragma GCC unroll 8
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch((const char*)(w + ahead) + line, 0, 2);
+    s.step(s, x + i, ldx, w);
+  }
+  s.write(s, y, ldy);
+}
+
+template <int D, int MR>
+static void few_rows(const float* x, int64_t ldx, const typename Element<D>::T* w, int64_t ldw, int64_t columns, int64_t k, float* y, int64_t ldy) {
+  constexpr int NV = vectors_of(MR);
+  const Walk walk = walk_of(columns * sizeof *w);
+  const int64_t ahead = walk.ahead * ldw;
+  for (int64_t k0 = 0; k0 < k; k0 += walk.tile, x += walk.tile, w += walk.tile * ldw) {
+    const int64_t kb = k - k0 < walk.tile ? k - k0 : walk.tile;
+    int64_t n = 0;
+    for (; n + NV * W <= columns; n += NV * W) few_columns<D, MR, NV>(x, ldx, w + n, ldw, kb, ahead, y + n, ldy);
+    for (; NV > 2 && n + 2 * W <= columns; n += 2 * W) few_columns<D, MR, 2>(x, ldx, w + n, ldw, kb, ahead, y + n, ldy);
+    if (n < columns) few_columns<D, MR, 1>(x, ldx, w + n, ldw, kb, ahead, y + n, ldy);
+  }
+}
+
+// Up to FEW_ROWS rows, panels of a multiple of W columns: reading the weights is all the work, so nothing is packed or copied. Each panel is read to its end,
+// because one stream from memory is the fastest.
+template <int D>
+static void gemm_few(const float* x, int64_t ldx, int64_t rows, const Panels& p, int64_t k, float* y, int64_t ldy) {
+  using T = typename Element<D>::T;
+  using Fn = void (*)(const float*, int64_t, const T*, int64_t, int64_t, int64_t, float*, int64_t);
+  static const Fn table[FEW_ROWS] = {few_rows<D, 1>, few_rows<D, 2>, few_rows<D, 3>, few_rows<D, 4>};
+  for (int64_t panel = 0; panel < p.count; panel++)
+    table[rows - 1](x, ldx, (const T*)p.data + panel * p.stride, p.ld, p.columns, k, y + panel * p.columns, ldy);
+}
+
+// ---- any number of rows
+
 // y holds the panels side by side, each in padded(columns) columns. Panels that follow each other are used where they lie, a tile of each in turn: as many
 // streams from memory as there are panels. Rows of panels that lie side by side are pages apart and would share few sets of the caches: while a tile is
 // used, the next one is prefetched and copied, a few whole rows after each panel.
@@ -179,6 +233,7 @@ template <int D>
 static void gemm(const float* x, int64_t ldx, int64_t rows, const Panels& p, int64_t k, float* y, int64_t ldy, float* scratch) {
   using T = typename Element<D>::T;
   constexpr int64_t size = sizeof(T);
+  if (few(rows, p.columns)) return gemm_few<D>(x, ldx, rows, p, k, y, ldy);
   const int64_t tile = tile_of(p, rows, size), panel_bytes = tile * p.columns * size, width = p.count * p.columns;
   const bool copied = !in_place(p, rows);
   T *now = (T*)(scratch + rows * PACKED_LD), *then = now + tile * width;
@@ -191,14 +246,14 @@ static void gemm(const float* x, int64_t ldx, int64_t rows, const Panels& p, int
       float* to = y + panel * padded(p.columns);
       if (copied) {
         const Next next = {kn ? (const char*)after : nullptr, width * size, p.ld * size, (panel + 1) * panel_bytes};
-        tile_any_rows<D>(scratch, rows, now + panel * tile * p.columns, p.columns, p.columns, kb, to, ldy, next, MAX_MR);
+        tile_any_rows<D>(scratch, rows, now + panel * tile * p.columns, p.columns, p.columns, kb, to, ldy, next);
         copy_rows(after, p, tile, kn * panel / p.count, kn * (panel + 1) / p.count, then);
       } else {
         // after a panel's last tile: the first one of the panel that the next group starts with, in case this thread gets it
         const T* follows = kn ? after + panel * p.stride : (const T*)p.data + (panel + p.count) * p.stride;
         Next next = {side_by_side(p) ? nullptr : (const char*)follows, panel_bytes, 0, 0};
         if (kn && side_by_side(p)) next = {(const char*)after, width * size, p.ld * size, panel * panel_bytes};
-        tile_any_rows<D>(scratch, rows, w + panel * p.stride, p.ld, p.columns, kb, to, ldy, next, side_by_side(p) ? PLACE_MR : MAX_MR);
+        tile_any_rows<D>(scratch, rows, w + panel * p.stride, p.ld, p.columns, kb, to, ldy, next);
       }
     }
     T* swap = now;

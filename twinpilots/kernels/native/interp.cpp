@@ -312,7 +312,7 @@ int Queue::linear(const Insn& insn) {
   const int64_t rows = r.last - r.first, panels = (args.rows + args.unit_rows - 1) / args.unit_rows, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
   const int64_t columns = args.unit_rows * (args.epilogue == ACT_MUL ? 2 : 1), threads = pool_ ? pool_->threads() : 1;
   const int64_t least = CHUNK_WORK / std::max<int64_t>(1, columns * args.width * std::min(BLOCK_ROWS, rows));
-  const int64_t together = x.data || rows <= 3 ? 1 : CHUNK_COLUMNS / columns;  // one stream from memory is the fastest while there is little to compute
+  const int64_t together = x.data || rows <= FEW_ROWS ? 1 : CHUNK_COLUMNS / columns;  // one stream from memory is the fastest while there is little to compute
   const int64_t group = std::max({int64_t(1), least, std::min(together, panels * blocks / (CHUNKS * threads))}), groups = (panels + group - 1) / group;
   parallel(pool_, groups * blocks, [&](int64_t chunk) {
     const int64_t row = r.first + chunk / groups * BLOCK_ROWS, first = chunk % groups * group, last = std::min(first + group, panels), last_row = std::min(row + BLOCK_ROWS, r.last);
@@ -330,10 +330,9 @@ int Queue::linear_in(const Insn& insn) {
   const Rounded x = round(args.src, args.src_ld, r, args.rows, args.dtype, a[9]);
   const int64_t rows = r.last - r.first, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, threads = pool_ ? pool_->threads() : 1;
   const int64_t widest = (rows <= 12 ? 2048 : 512) / (x.data ? 2 : 1);  // wide blocks read long pieces of each weight row
-  const bool narrow = x.data || args.width < 1024 * threads;
-  const int64_t each = narrow ? CHUNKS : std::max<int64_t>(1, args.width / (threads * widest));  // chunks per thread
-  const int64_t shares = threads == 1 ? 1 : threads * each;
-  const int64_t columns = std::clamp<int64_t>(round_up((args.width + shares - 1) / shares, 64), 64, widest), count = (args.width + columns - 1) / columns;
+  const int64_t least = x.data || args.width < 1024 * threads ? CHUNKS : 1, shares = threads == 1 ? 1 : threads * std::max(least, args.width / (threads * widest));
+  const int64_t even = !x.data && rows <= FEW_ROWS ? 32 : 64;  // narrow outputs: a finer grain makes chunks of equal size
+  const int64_t columns = std::clamp<int64_t>(round_up((args.width + shares - 1) / shares, even), even, widest), count = (args.width + columns - 1) / columns;
   parallel(pool_, count * blocks, [&](int64_t chunk) {
     const int64_t row = r.first + chunk / count * BLOCK_ROWS, column = chunk % count * columns, last = std::min(column + columns, args.width);
     if (x.data) return kernels().quant_in_block(args, x, column, last, row, std::min(row + BLOCK_ROWS, r.last));

@@ -8,6 +8,8 @@
 
 namespace tp {
 
+constexpr int FEW_ROWS = 4;  // of a linear whose weights are not quantised: up to here reading them is all the work
+
 struct LinearArgs {
   float* dst;
   int64_t dst_ld;

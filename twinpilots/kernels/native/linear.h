@@ -54,11 +54,11 @@ static void linear_panels(const LinearArgs& a, int64_t panel0, int64_t panel1, i
   if (cut < panel1) equal_panels(a, cut, panel1, row0, row1);  // the last one, narrower
 }
 
-constexpr int64_t PANEL = 64;  // columns of a [k][n] matrix that are taken as one panel
+constexpr int64_t PANEL = 64;  // columns of a [k][n] matrix that are taken as one panel; few rows take all of a block
 
 // Accumulating continues the chain of the value that is there: two calls over two halves of K give the bits of one call over K.
 static void linear_in_block(const LinearInArgs& a, int64_t column0, int64_t column1, int64_t row0, int64_t row1) {
-  const int64_t left = column1 - column0, columns = left < PANEL ? left : PANEL, count = left / columns;
+  const int64_t left = column1 - column0, columns = left < PANEL || few(row1 - row0, left) ? left : PANEL, count = left / columns;
   float* dst = a.dst + row0 * a.dst_ld + column0;
   const Panels panels = {(const char*)a.w + column0 * dtype_bytes(a.dtype), count, columns, a.width, columns};
   const float* y = panel_sums(a.dtype, a.src + row0 * a.src_ld, a.src_ld, row1 - row0, panels, a.rows, a.accumulate ? dst : nullptr, a.dst_ld);
