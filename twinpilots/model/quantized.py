@@ -138,7 +138,7 @@ def _quantized(raw: RawTensor, chosen: WeightFormat, what: str) -> Array:
             raise CheckpointError(f"tensor '{what}' holds infinite or undefined weights and cannot be quantised; the file is damaged")
         largest = float(np.abs(part).max())
         if largest > MOST_FP16:  # its scale would be cut off (q4_1) or infinite (q8_0)
-            raise CheckpointError(f"tensor '{what}' holds a weight of magnitude {largest:g}, at most {MOST_FP16:g} can be quantised; leave it native with --keep")
+            raise CheckpointError(f"tensor '{what}' holds a weight of magnitude {largest:g}, {MOST_FP16:g} can be quantised at most; keep it native: --keep")
         result[row : row + ROWS_PER_JOB] = quantize(part, chosen)
 
     with ThreadPoolExecutor(_num_threads()) as pool:
