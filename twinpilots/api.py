@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,12 +24,14 @@ from twinpilots.machine import load_or_measure
 from twinpilots.model.checkpoint import open_checkpoint
 from twinpilots.model.locate import resolve_model
 from twinpilots.model.tokenizer import load_tokenizer
+from twinpilots.plan.difference import difference
 from twinpilots.plan.plan import Plan
 from twinpilots.plan.workload import Workload
 from twinpilots.planner import Planner
 from twinpilots.progress import Progress
 from twinpilots.request import RequestOutput, SamplingParams
 from twinpilots.session import Session
+from twinpilots.trace import DEFAULT_PASSES, Recorder, check_writable, trace_events, write_trace
 
 logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
@@ -78,6 +80,7 @@ class LLM:
                 located, dtype=dtype, quantization=self.config.quantization, keep=self.config.keep, strict=strict, progress=bar.show
             )
         self._session: Session | None = None
+        self._trace: Recorder | None = None
         self._earlier_peak_bytes: dict[Literal["gpu", "host"], int] = {"gpu": 0, "host": 0}
         try:
             self.spec = self._checkpoint.spec
@@ -116,6 +119,25 @@ class LLM:
     def _peak_bytes(self) -> dict[Literal["gpu", "host"], int]:
         """The most that any plan's session has held, this one's included."""
         return {tier: max(before, self._open_session.executor.ledger.peak(tier)) for tier, before in self._earlier_peak_bytes.items()}
+
+    @contextmanager
+    def trace(self, path: str | Path, *, num_passes: int = DEFAULT_PASSES, label: str = "", contender: int = 0) -> Iterator[None]:
+        """Inside, passes are recorded; afterwards ``path`` holds their measured and predicted timelines (Chrome trace format: Perfetto, chrome://tracing),
+        also after an error. Of more than ``num_passes`` passes the first quarter of them and the last are kept. ``label`` and ``contender`` (0, 1, ...)
+        tell several engines' events apart when files are put together. UserError when ``path`` cannot be written, before anything runs."""
+        target = Path(path)
+        check_writable(target)
+        if self._trace is not None:
+            raise RuntimeError("this LLM is being traced already; end that trace first")
+        recorder = self._trace = self._open_session.trace = Recorder(num_passes=num_passes)
+        try:
+            yield
+        finally:
+            self._trace = None
+            if self._session is not None:
+                self._session.trace = None
+            emulated, notes = self._profile.emulated, {"model": self.spec.name, "passes": recorder.num_seen, "passes_kept": len(recorder.passes)}
+            write_trace(target, trace_events(self.spec, recorder, label=label, emulated=emulated, contender=contender), notes)
 
     # -- generating ----------------------------------------------------------------------------------------------------------------------
 
@@ -278,8 +300,9 @@ class LLM:
             workload = replace(workload, output_len=min(workload.output_len, longest - workload.input_len))
             better = self._planner.better_plan(self.plan, workload, longest, self._open_session.load_s, REPLAN_GAIN)
         if better is not None:
-            logger.info("plan changed for %d requests of %d + %d tokens", workload.num_requests, workload.input_len, workload.output_len)
-            self._load(better)
+            requests = f"{workload.num_requests} requests of {workload.input_len} + {workload.output_len} tokens"
+            logger.info("plan changed for %s, %s: %s", requests, better.reason, difference(self.plan, better.plan))
+            self._load(better.plan)
         self._workload = workload
 
     def _mean_workload(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], totals: Sequence[int], limit: int) -> Workload:
@@ -300,6 +323,7 @@ class LLM:
             self._session.close()
             self._session = None
         self._session = Session(self.config, self.spec, self._profile, plan, self._checkpoint, self.tokenizer, self._planner, stats=stats)
+        self._session.trace = self._trace
 
     @property
     def _open_session(self) -> Session:

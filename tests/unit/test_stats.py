@@ -9,6 +9,7 @@ def report(seconds: float, predicted_s: float | None, generated: int, **shares: 
     return PassReport(
         seconds=seconds, predicted_s=predicted_s, busy_s=BusySeconds(cpu=0.5, gpu=0.25, link=0.125), bytes=BytesMoved(link_weights=10, link_kv=1),
         weights=WeightShares(**{"resident": 2.0, "streamed": 1.0, "cpu": 1.0, **shares}), num_prompt_tokens=3, num_generated=generated,
+        predicted_busy_s=BusySeconds(cpu=0.75, gpu=0.5, link=0.25) if predicted_s is not None else None,
     )  # fmt: skip
 
 
@@ -23,6 +24,7 @@ def test_sums_rates_and_keys() -> None:
         "policy": "auto", "device": "emulated:demo", "emulated": True, "tokens": {"prompt": 9, "generated": 108}, "seconds": 10.0,
         "tokens_per_s": {"measured": 2.0, "predicted": 2.0, "plan_bound": 5.0, "hardware_bound": None},
         "bytes": {"link_weights": 30, "link_kv": 3, "link_activations": 0, "disk": 0}, "busy_s": {"cpu": 1.5, "gpu": 0.75, "link": 0.375},
+        "predicted_busy_s": {"cpu": 1.5, "gpu": 1.0, "link": 0.5},
         "peak_bytes": {"gpu": 7, "host": 8}, "weights_frac": {"resident": 0.5, "streamed": 2 / 12, "cpu": 4 / 12}, "plan_changes": 1,
     }  # fmt: skip
 

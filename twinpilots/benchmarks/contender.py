@@ -1,7 +1,8 @@
 """One contender of `bench throughput`: a process that holds one `LLM` and generates when told to.
 
 Owns both ends of a pipe of JSON lines: `Contender` in the benchmark's process, `serve` in the child (``python -m twinpilots.benchmarks.contender``).
-Requests: first ``{"llm": {...}, "prompts": [[ids]], "output_len": N}``, then ``{}`` per run; the end of input ends it.
+Requests: first ``{"llm": {...}, "prompts": [[ids]], "output_len": N}``, then ``{}`` per run, or ``{"trace": {arguments of LLM.trace}}`` for a run that is
+traced; the end of input ends it.
 Replies: ``{"load_s"}``, then ``{"seconds", "generated", "stats"}`` per run, or ``{"error", "user"}``.
 """
 
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -48,9 +50,9 @@ class Contender:
             self.kill()
             raise
 
-    def run(self) -> Run:
-        """Generate once for all prompts."""
-        return Run(**self._ask({}))
+    def run(self, trace: Mapping[str, Any] | None = None) -> Run:
+        """Generate once for all prompts; ``trace``: arguments of `LLM.trace` for this run."""
+        return Run(**self._ask({} if trace is None else {"trace": dict(trace)}))
 
     def close(self) -> None:
         """Let the child close its devices and end; kill it when it does not."""
@@ -112,10 +114,12 @@ def _serve(setup: Mapping[str, Any], requests: IO[str], reply: Any) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=setup["output_len"], ignore_eos=True)
     with LLM(**setup["llm"]) as llm:
         reply({"load_s": time.monotonic() - began_s})
-        for _ in requests:
-            began_s = time.monotonic()
-            outputs = llm.generate(setup["prompts"], params, use_tqdm=False)
-            seconds = time.monotonic() - began_s
+        for request in requests:
+            traced = json.loads(request).get("trace")
+            with llm.trace(**traced) if traced else nullcontext():  # what it writes is written after the time is taken
+                began_s = time.monotonic()
+                outputs = llm.generate(setup["prompts"], params, use_tqdm=False)
+                seconds = time.monotonic() - began_s
             reply({"seconds": seconds, "generated": sum(len(output.outputs[0].token_ids) for output in outputs), "stats": llm.stats()})
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from twinpilots.benchmarks.summary import best_other, compare
 from twinpilots.commands import options
 from twinpilots.errors import UserError
 from twinpilots.progress import Progress
+from twinpilots.trace import joint_trace
 
 if TYPE_CHECKING:
     from twinpilots.hardware.profile import HardwareProfile
@@ -45,9 +47,9 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         print(limits_text(profile), flush=True)
     standings = [Standing(policy=policy) for policy in args.policies]
     total = len(standings) * (args.rounds + 1)
-    with Progress("bench", total=total, unit="runs") as bar:
+    with Progress("bench", total=total, unit="runs") as bar, traces(args) as tracer:
         play = play_reloading if args.reload else play_loaded
-        play(standings, args, bar)
+        play(standings, args, bar, tracer)
     if all(standing.reason for standing in standings):
         raise UserError(f"no policy can run: {'; '.join(f'{standing.policy}: {standing.reason}' for standing in standings)}")
     document = summarize(args, standings, profile)
@@ -90,7 +92,17 @@ def limits_text(profile: HardwareProfile) -> str:
     return "limits, measured now:\n" + profile_text(profile)
 
 
-def play_loaded(standings: Sequence[Standing], args: argparse.Namespace, bar: Progress) -> None:
+Tracer = Callable[[int, str], dict[str, Any] | None]  # (round, policy) -> the arguments of `LLM.trace`, None for a run without
+
+
+@contextmanager
+def traces(args: argparse.Namespace) -> Iterator[Tracer]:
+    """The last round of every contender is traced; all of them together are --trace FILE."""
+    with joint_trace(args.trace, args.policies, args.trace_passes, {"model": args.model, "policies": list(args.policies), "round": args.rounds}) as arguments:
+        yield lambda number, policy: arguments(args.policies.index(policy)) if number == args.rounds - 1 else None
+
+
+def play_loaded(standings: Sequence[Standing], args: argparse.Namespace, bar: Progress, tracer: Tracer) -> None:
     """All contenders stay in memory; the waiting ones sleep."""
     contenders: dict[str, Contender] = {}
     try:
@@ -100,7 +112,7 @@ def play_loaded(standings: Sequence[Standing], args: argparse.Namespace, bar: Pr
         for number in range(args.rounds):
             for standing in turn(standings, number):
                 if standing.policy in contenders:
-                    standing.runs.append(contenders[standing.policy].run())
+                    standing.runs.append(contenders[standing.policy].run(tracer(number, standing.policy)))
                 bar.update(note=f"round {number + 1} of {args.rounds}, {standing.policy}")
     except BaseException:
         for contender in contenders.values():
@@ -110,7 +122,7 @@ def play_loaded(standings: Sequence[Standing], args: argparse.Namespace, bar: Pr
         contender.close()
 
 
-def play_reloading(standings: Sequence[Standing], args: argparse.Namespace, bar: Progress) -> None:
+def play_reloading(standings: Sequence[Standing], args: argparse.Namespace, bar: Progress, tracer: Tracer) -> None:
     """One contender in memory at a time: loaded and warmed up again for every round, neither of which is timed."""
     bar.update(len(standings))
     for number in range(args.rounds):
@@ -120,7 +132,7 @@ def play_reloading(standings: Sequence[Standing], args: argparse.Namespace, bar:
                 enter(standing, args, contenders)
                 for contender in contenders.values():
                     try:
-                        standing.runs.append(contender.run())
+                        standing.runs.append(contender.run(tracer(number, standing.policy)))
                     except BaseException:
                         contender.kill()
                         raise

@@ -32,6 +32,7 @@ def register(subparsers: Any) -> None:
     group.add_argument("--output-len", type=options.positive_int, default=32, metavar="N", help="tokens to generate (default: 32)")
     group.add_argument("--rounds", type=options.positive_int, default=5, metavar="N", help="rounds, after one to warm up (default: 5)")
     group.add_argument("--reload", action="store_true", help="keep one contender in memory at a time; for models that fit only once")
+    options.add_trace_flags(throughput)
     options.add_llm_flags(throughput, policy=False)
     options.add_output_flags(throughput)
     throughput.set_defaults(run=run_throughput)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ def register(subparsers: Any) -> None:
     group.add_argument("--chat-template", action="store_true", help="each prompt is the user's message of a conversation")
     group.add_argument("--logprobs", type=options.non_negative_int, metavar="N", help="report the log probabilities of the N likeliest tokens")
     options.add_sampling_flags(parser, max_tokens=16)
+    options.add_trace_flags(parser)
     options.add_llm_flags(parser)
     options.add_output_flags(parser)
     parser.set_defaults(run=run)
@@ -41,15 +43,32 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         raise UserError("--chat-template needs text prompts; token ids are used as they are")
     with options.open_llm(args) as llm:
         params = options.sampling_params(args, llm, logprobs=args.logprobs)
-        if len(prompts) == 1 and not args.json:
-            _print_stream(llm, prompts[0], params, chat=args.chat_template)
-            return None
-        outputs = _generate(llm, prompts, params, chat=args.chat_template)
-        if args.json:
-            return document(args.model, prompts, outputs, llm.stats())
-    for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), 1):
+        outputs: list[RequestOutput] = []
+        with llm.trace(args.trace, num_passes=args.trace_passes) if args.trace is not None else nullcontext():
+            if len(prompts) == 1 and not args.json:
+                _print_stream(llm, prompts[0], params, chat=args.chat_template)
+            else:
+                outputs = _generate(llm, prompts, params, chat=args.chat_template)
+        stats = llm.stats()
+    if args.json:
+        return document(args.model, prompts, outputs, stats)
+    for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=False), 1):
         print(f"--- {number}: {prompt}\n{output.outputs[0].text}")
+    sys.stdout.flush()
+    print(summary(stats), file=sys.stderr)
     return None
+
+
+def summary(stats: Mapping[str, Any]) -> str:
+    """What the run took: measured beside predicted, in all and for every resource."""
+    rates, tokens, emulated = stats["tokens_per_s"], stats["tokens"], ", an emulated GPU" if stats["emulated"] else ""
+    measured, predicted = (f"{rates[name]:.4g}" if rates[name] is not None else "-" for name in ("measured", "predicted"))
+    resources = (("cpu", "CPU"), ("gpu", "GPU"), ("link", "link"))
+    busy = [f"{name} {stats['busy_s'][key]:.3g} s (predicted {stats['predicted_busy_s'][key]:.3g})" for key, name in resources]
+    return (
+        f"{tokens['prompt']} + {tokens['generated']} tokens in {stats['seconds']:.3g} s on {stats['device']}{emulated}: "
+        f"{measured} tokens/s (predicted {predicted})\nbusy: {', '.join(busy)}; plan changes: {stats['plan_changes']}"
+    )
 
 
 def read_prompts(given: Sequence[str], file: str | None) -> list[Prompt]:

@@ -148,6 +148,26 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> N
     group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
 
 
+def add_trace_flags(parser: argparse.ArgumentParser) -> None:
+    """--trace and how much of a run it keeps."""
+    group = parser.add_argument_group("trace")
+    group.add_argument("--trace", type=new_file, metavar="FILE", help="write the measured and predicted timeline of passes (open it in Perfetto)")
+    group.add_argument(
+        "--trace-passes", type=positive_int, default=32, metavar="N", help="passes in the trace: the first quarter of them and the last (default: 32)"
+    )
+
+
+def new_file(text: str) -> Path:
+    """A file that can be written: found out before anything is loaded."""
+    from twinpilots.trace import check_writable
+
+    try:
+        check_writable(Path(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
 def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `LLM` that the flags of `add_llm_flags` stand for."""
     return {name: getattr(args, name) for name in LLM_ARGUMENTS if hasattr(args, name)}

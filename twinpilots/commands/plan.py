@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twinpilots.commands import options
+from twinpilots.progress import Progress
+
+if TYPE_CHECKING:
+    from twinpilots.hardware.profile import HardwareProfile
+    from twinpilots.model.spec import ModelSpec
+    from twinpilots.plan.solver import Solution
 
 PLOT_ENDINGS = (".png", ".svg", ".html")
 
@@ -41,13 +48,15 @@ def plot_file(text: str) -> Path:
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Print the plan, or return its document."""
     document = plan_document(args)
-    from twinpilots.plan import report
+    from twinpilots.plan.report import plan_text
 
     if args.plot is not None:
-        report.plot(document, args.plot)
+        from twinpilots.plan.picture import plot
+
+        plot(document, args.plot)
     if args.json:
         return document
-    print(report.plan_text(document))
+    print(plan_text(document))
     return None
 
 
@@ -63,12 +72,32 @@ def plan_document(args: argparse.Namespace) -> dict[str, Any]:
         gpu_bytes=limit_bytes(args.gpu_memory, profile.gpu_memory_bytes, "--gpu-memory", profile.name),
         host_bytes=limit_bytes(args.host_memory, profile.host_memory_bytes, "--host-memory", profile.name),
     )
-    workload = Workload(num_requests=args.max_num_seqs, input_len=args.input_len, output_len=args.output_len, max_num_seqs=args.max_num_seqs)
     from twinpilots.plan.report import plan_document  # the planner and scipy load only once the input is known to be good
     from twinpilots.plan.solver import solve
 
     kv_dtype = short_dtype(args.kv_cache_dtype)
-    solution = solve(
-        spec, profile, workload, limits, policy=args.policy, unit_rows=args.unit_rows, kv_dtype=kv_dtype, max_model_len=args.max_model_len,
-    )  # fmt: skip
-    return plan_document(solution, spec, profile, workload, limits)
+
+    def solved(num_seqs: int) -> tuple[Solution, Workload]:
+        workload = Workload(num_requests=num_seqs, input_len=args.input_len, output_len=args.output_len, max_num_seqs=num_seqs)
+        return solve(
+            spec, profile, workload, limits, policy=args.policy, unit_rows=args.unit_rows, kv_dtype=kv_dtype, max_model_len=args.max_model_len,
+        ), workload  # fmt: skip
+
+    solution, workload = solved(args.max_num_seqs)
+    document = plan_document(solution, spec, profile, workload, limits)
+    if args.plot is not None:
+        document |= figures(spec, profile, solution, args.max_num_seqs, lambda num_seqs: solved(num_seqs)[0])
+    return document
+
+
+def figures(spec: ModelSpec, profile: HardwareProfile, solution: Solution, num_seqs: int, solved: Callable[[int], Solution]) -> dict[str, Any]:
+    """What the picture shows beside the document: one pass, and every policy at smaller batches, one more solve for each."""
+    from twinpilots.plan.figures import batch_figures, batch_points, pass_figures
+
+    *smaller, _ = batch_points(num_seqs)
+    points = []
+    with Progress("planning", total=len(smaller), unit="batches") as bar:
+        for count in smaller:
+            points.append((count, solved(count)))
+            bar.update()
+    return {**pass_figures(spec, profile, solution), **batch_figures([*points, (num_seqs, solution)])}

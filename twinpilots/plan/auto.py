@@ -1,7 +1,7 @@
 """The search behind policy ``auto``: solves the linear program on a grid, rounds its answers to plans, and improves the best by simulated coordinate search.
 
-Owns `rounded_plans`, `improve`, `first_layers` and `resolved_buckets`. The program ignores order, units and the ring; the simulator does not, so it has
-the last word.
+Owns `grid`, `rounded_plans`, `improve`, `nudged`, `first_layers` and `resolved_buckets`. The program ignores order, units and the ring; the simulator does
+not, so it has the last word.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from twinpilots.plan.draft import PAGE_TOKENS, Draft, Residency, chunk_choices, most_sequences, nothing_resident, pages_of, ring_rule, split_of
+from twinpilots.plan.draft import PAGE_TOKENS, Draft, Residency, chunk_choices, most_sequences, nothing_resident, pages_of, ring_rule, split_of, unit_edge
 from twinpilots.plan.memory import plan_memory
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Split
 from twinpilots.plan.pricing import bucket_seconds, prefill_shape, price_phase
@@ -25,6 +25,8 @@ MOST_MICRO_BATCHES = 4
 CHUNKS_TRIED = 2
 ROUNDED_PRICED = 3  # answers of the program that the simulator prices
 SCALES = (0.85, 1.15, 0.94, 1.06)  # factors tried on the CPU's shares, coarse then fine
+PHASES: tuple[Phase, ...] = ("decode", "prefill")  # in the order that the search takes them
+ROOMY = 1.05  # resident bytes beyond the program's by more than this are no rounding: memory does not bind
 GAIN = 1.002  # an improvement worth keeping
 
 
@@ -46,15 +48,15 @@ class Trial:
 def rounded_plans(problem: Problem) -> list[Trial]:
     """Trials that keep the limits: the program's best answers over the grid, one for each way of dealing with micro-batches and with KV at first."""
     ranked: list[tuple[float, int, Draft, Choice]] = []
-    for draft, choice in _grid(problem):
-        shares = solve_program(_program(problem, draft, choice), relaxed=True)
+    for draft, choice in grid(problem):
+        shares = solve_program(program_of(problem, draft, choice), relaxed=True)
         if shares is not None:
             waves = -(-problem.workload.num_requests // choice.num_seqs)
             ranked.append((waves * shares.seconds, len(ranked), draft, choice))
     trials: list[Trial] = []
     for draft, choice in _varied([(draft, choice) for _, _, draft, choice in sorted(ranked, key=lambda item: item[:2])]):
-        shares = solve_program(_program(problem, draft, choice))
-        trial = _round(problem, draft, shares) if shares is not None else None
+        shares = solve_program(program_of(problem, draft, choice))
+        trial = rounded(problem, draft, shares) if shares is not None else None
         if trial is not None:
             trials.append(trial)
         if len(trials) == ROUNDED_PRICED:
@@ -83,10 +85,11 @@ def _even(problem: Problem, trial: Trial) -> Trial | None:
     return even if problem.fits(even.plan(problem)) else None
 
 
-def _grid(problem: Problem) -> Iterator[tuple[Draft, Choice]]:
+def grid(problem: Problem, only_chunk: int | None = None) -> Iterator[tuple[Draft, Choice]]:
+    """The points that the program is solved at: chunks, where KV lies and is attended, micro-batches; each with as many sequences as fit."""
     packet_bytes, depth = ring_rule(problem.limits.gpu_bytes)
-    chunks = chunk_choices(problem.spec, problem.workload, problem.workload.concurrency, problem.limits.gpu_bytes)
-    for chunk in chunks[: 2 * CHUNKS_TRIED : 2]:
+    chunks = chunk_choices(problem.spec, problem.workload, problem.workload.concurrency, problem.limits.gpu_bytes)[: 2 * CHUNKS_TRIED : 2]
+    for chunk in chunks if only_chunk is None else [only_chunk]:
         base = Draft(
             policy="auto", num_seqs=1, gpu_seqs=0, pass_tokens=chunk, micro_batches={"prefill": 1, "decode": 1}, uses_cpu=True,
             packet_bytes=packet_bytes, ring_depth=depth,
@@ -132,7 +135,7 @@ def _kv_fits(problem: Problem, base: Draft, count: int, decode_kv: str) -> bool:
     return on_gpu >= 0 and on_host >= 0 and kv_bytes + problem.spec.linear_bytes <= on_gpu + on_host
 
 
-def _program(problem: Problem, draft: Draft, choice: Choice) -> Program:
+def program_of(problem: Problem, draft: Draft, choice: Choice) -> Program:
     on_gpu, on_host = _budgets(problem, draft)
     return Program(
         phases=planned_phases(problem, choice), gpu_budget_bytes=on_gpu, host_budget_bytes=on_host, kv_capacity_bytes=_kv_bytes(problem, draft),
@@ -150,14 +153,24 @@ def _machine(problem: Problem) -> Machine:
     )  # fmt: skip
 
 
-def _round(problem: Problem, draft: Draft, shares: Shares) -> Trial | None:
+def rounded(problem: Problem, draft: Draft, shares: Shares) -> Trial | None:
     """Whole sequences on the GPU, whole units resident; None when the rounding breaks a limit."""
     draft = replace(draft, gpu_seqs=draft.num_seqs if draft.gpu_seqs else int(draft.num_seqs * shares.gpu_kv + 1e-6))
     trial = Trial(
-        draft=draft, residency=fill(problem, draft, shares.resident),
+        draft=draft, residency=_uncrowded(problem, fill(problem, draft, shares.resident), shares),
         shares={"prefill": shares.phases[0].cpu, "decode": shares.phases[1].cpu},
     )  # fmt: skip
     return trial if problem.fits(trial.plan(problem)) else None
+
+
+def _uncrowded(problem: Problem, residency: Residency, shares: Shares) -> Residency:
+    """Where memory has room for more than the program wants resident, filling it would leave the CPU no rows: what a phase wants there stays out."""
+    wanted = sum(shares.resident[name] * op.weight_bytes * (problem.spec.num_layers if op.layer >= 0 else 1) for name, op in problem.ops.items())
+    if sum(rows * problem.ops[name].row_bytes for layer in residency for name, rows in layer.items()) <= ROOMY * wanted:
+        return residency
+    most = {name: unit_edge(op, op.rows * (1.0 - max(phase.cpu[name] for phase in shares.phases))) for name, op in problem.ops.items()}
+    made = {id(layer): {name: min(rows, most[name]) for name, rows in layer.items()} for layer in residency}  # layers alike stay one mapping
+    return tuple(made[id(layer)] for layer in residency)
 
 
 def least_memory(problem: Problem) -> tuple[tuple[Draft, Place], ...]:
@@ -191,7 +204,7 @@ def first_layers(problem: Problem, trial: Trial) -> Trial | None:
 # -- coordinate search -----------------------------------------------------------------------------------------------------------------------
 
 
-class _Search:
+class Search:
     """Prices trials phase by phase; a phase whose decisions did not change is not simulated again."""
 
     def __init__(self, problem: Problem) -> None:
@@ -214,10 +227,10 @@ class _Search:
 
 def improve(problem: Problem, trials: list[Trial]) -> Plan:
     """The best trial after coordinate search, its smaller buckets resolved."""
-    search = _Search(problem)
+    search = Search(problem)
     best = min(trials, key=search.seconds)
     best_s = search.seconds(best)
-    for phase in ("decode", "prefill"):
+    for phase in PHASES:
         for move in MOVES:
             moved = move(best, phase)
             if moved is not None and problem.fits(moved.plan(problem)) and search.seconds(moved) * GAIN < best_s:
@@ -226,6 +239,18 @@ def improve(problem: Problem, trials: list[Trial]) -> Plan:
             while (scaled := _scaled(best, phase, factor)) is not None and search.seconds(scaled) * GAIN < best_s:
                 best, best_s = scaled, search.seconds(scaled)
     return _with_small_buckets(problem, best)
+
+
+def nudged(problem: Problem, trial: Trial) -> Trial:
+    """A short search: the CPU's shares of each phase a little smaller or larger."""
+    search = Search(problem)
+    best, best_s = trial, search.seconds(trial)
+    for phase in PHASES:
+        for factor in SCALES[:2]:
+            moved = _scaled(best, phase, factor)
+            if moved is not None and search.seconds(moved) < best_s:
+                best, best_s = moved, search.seconds(moved)
+    return best
 
 
 def _dealt(trial: Trial, phase: Phase, factor: float) -> Trial | None:

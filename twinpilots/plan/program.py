@@ -21,10 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 INFINITE = float("inf")
+Resource = Literal["cpu", "gpu", "link", "link_out", "chain"]  # what bounds a phase's time from below; chain: one stage waiting for another
 MLP_PAIRS = (("gate_up_proj", "down_proj"), ("fc1", "fc2"))
 # Stages follow one another when there is one micro-batch; ops of one stage may run side by side on the two devices.
 STAGES: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("attention",), ("o_proj",), ("gate_up_proj", "down_proj", "fc1", "fc2"), ("lm_head",))
@@ -113,6 +115,7 @@ class _Rows:
         self.rows: list[list[tuple[int, float]]] = []
         self.row_low: list[float] = []
         self.row_high: list[float] = []
+        self.names: list[tuple[int, Resource] | None] = []
 
     def column(self, low: float = 0.0, high: float = 1.0, *, binary: bool = False) -> int:
         self.low.append(low)
@@ -120,47 +123,87 @@ class _Rows:
         self.binary.append(int(binary and not self.relaxed))
         return len(self.low) - 1
 
-    def row(self, terms: Iterable[tuple[int, float]], low: float, high: float) -> None:
+    def row(self, terms: Iterable[tuple[int, float]], low: float, high: float, name: tuple[int, Resource] | None = None) -> None:
         self.rows.append(list(terms))
         self.row_low.append(low)
         self.row_high.append(high)
+        self.names.append(name)
 
-    def minimise(self, objective: Mapping[int, float]) -> np.ndarray | None:
-        """The optimal point, or None when there is none."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
+    def matrix(self, objective: Mapping[int, float]) -> Matrix:
         from scipy.sparse import csr_array
 
         counts = np.cumsum([0, *(len(row) for row in self.rows)])
         columns = [column for row in self.rows for column, _ in row]
         values = [value for row in self.rows for _, value in row]
-        matrix = csr_array((values, columns, counts), shape=(len(self.rows), len(self.low)))
         cost = np.zeros(len(self.low))
         for column, value in objective.items():
             cost[column] = value
+        return Matrix(
+            cost=cost, a=csr_array((values, columns, counts), shape=(len(self.rows), len(self.low))), row_low=np.array(self.row_low),
+            row_high=np.array(self.row_high), low=np.array(self.low), high=np.array(self.high), binary=np.array(self.binary), names=tuple(self.names),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """The program as numbers: minimise ``cost`` x subject to ``row_low <= a x <= row_high`` and ``low <= x <= high``. ``names`` says of the rows that
+    bound a phase's time from below which phase (by its place) and which resource they speak for."""
+
+    cost: np.ndarray
+    a: Any  # scipy.sparse
+    row_low: np.ndarray
+    row_high: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    binary: np.ndarray
+    names: tuple[tuple[int, Resource] | None, ...]
+
+    def minimise(self) -> np.ndarray | None:
+        """The optimal point, or None when there is none."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
         found = milp(
-            cost, integrality=self.binary, bounds=Bounds(self.low, self.high), constraints=LinearConstraint(matrix, self.row_low, self.row_high),
+            self.cost, integrality=self.binary, bounds=Bounds(self.low, self.high), constraints=LinearConstraint(self.a, self.row_low, self.row_high),
             options={"mip_rel_gap": 1e-4},
         )  # fmt: skip
         return None if found.x is None else np.asarray(found.x)
 
 
+def program_matrix(program: Program) -> Matrix:
+    """The program as numbers; programs that differ in numbers only have the same columns and rows in the same order."""
+    return _assemble(program, relaxed=False).matrix
+
+
 def solve_program(program: Program, *, relaxed: bool = False) -> Shares | None:
     """The optimum, or None when memory does not suffice. ``relaxed`` lets y be fractional: quicker, enough to rank the grid."""
+    made = _assemble(program, relaxed=relaxed)
+    point = made.matrix.minimise()
+    if point is None:
+        return None
+    answers = tuple(phase.answer(point) for phase in made.phases)
+    return Shares(
+        seconds=sum(terms.passes * answer.seconds for terms, answer in zip(program.phases, answers, strict=True)),
+        resident={name: float(point[column]) for name, column in made.resident.items()}, gpu_kv=float(point[made.gpu_kv]), phases=answers,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Assembled:
+    matrix: Matrix
+    resident: Mapping[str, int]
+    gpu_kv: int
+    phases: tuple[_Phase, ...]
+
+
+def _assemble(program: Program, *, relaxed: bool) -> _Assembled:
     rows = _Rows(relaxed)
     frozen = program.resident
     resident = {name: rows.column(*((frozen[name],) * 2 if frozen else (0.0, 1.0))) for name in program.machine.op_bytes}
     gpu_kv = rows.column(*((program.gpu_kv,) * 2 if program.gpu_kv is not None else (0.0, 1.0)))
     if frozen is None:
         _memory_rows(program, rows, resident, gpu_kv)
-    phases = [_Phase(program, terms, rows, resident, gpu_kv) for terms in program.phases]
-    point = rows.minimise({phase.time: phase.terms.passes for phase in phases})
-    if point is None:
-        return None
-    answers = tuple(phase.answer(point) for phase in phases)
-    return Shares(
-        seconds=sum(terms.passes * answer.seconds for terms, answer in zip(program.phases, answers, strict=True)),
-        resident={name: float(point[column]) for name, column in resident.items()}, gpu_kv=float(point[gpu_kv]), phases=answers,
-    )  # fmt: skip
+    phases = tuple(_Phase(program, place, rows, resident, gpu_kv) for place in range(len(program.phases)))
+    return _Assembled(matrix=rows.matrix({phase.time: phase.terms.passes for phase in phases}), resident=resident, gpu_kv=gpu_kv, phases=phases)
 
 
 def _memory_rows(program: Program, rows: _Rows, resident: Mapping[str, int], gpu_kv: int) -> None:
@@ -175,8 +218,9 @@ def _memory_rows(program: Program, rows: _Rows, resident: Mapping[str, int], gpu
 class _Phase:
     """The columns and rows of one phase."""
 
-    def __init__(self, program: Program, terms: PhaseTerms, rows: _Rows, resident: Mapping[str, int], gpu_kv: int) -> None:
-        self.program, self.terms, self.rows, self.gpu_kv = program, terms, rows, gpu_kv
+    def __init__(self, program: Program, place: int, rows: _Rows, resident: Mapping[str, int], gpu_kv: int) -> None:
+        self.program, self.place, self.terms, self.rows, self.gpu_kv = program, place, program.phases[place], rows, gpu_kv
+        terms = self.terms
         self.time = rows.column(0.0, INFINITE)
         self.streamed = {name: rows.column() for name in program.machine.op_bytes}
         self.cpu = {name: rows.column() for name in program.machine.op_bytes}
@@ -210,9 +254,9 @@ class _Phase:
         weights = [(self.streamed[name], size / up) for name, size in self.program.machine.op_bytes.items()]
         return [*weights, (self.host_streamed, self.terms.streamed_kv_bytes / up)]
 
-    def _at_least(self, seconds: Iterable[tuple[int, float]], fixed_s: float = 0.0) -> None:
+    def _at_least(self, resource: Resource, seconds: Iterable[tuple[int, float]], fixed_s: float = 0.0) -> None:
         """T >= seconds + fixed."""
-        self.rows.row([(self.time, 1.0), *((column, -value) for column, value in seconds)], fixed_s, INFINITE)
+        self.rows.row([(self.time, 1.0), *((column, -value) for column, value in seconds)], fixed_s, INFINITE, (self.place, resource))
 
     def _cpu_s(self, names: Iterable[str]) -> list[tuple[int, float]]:
         return [(self.cpu[name], self.terms.cpu_s[name]) for name in names]
@@ -231,14 +275,14 @@ class _Phase:
     def _devices(self) -> None:
         terms, names = self.terms, self.program.machine.op_bytes
         drag_cpu, drag_gpu = ([(column, value * drag) for column, value in self._link()] for drag in self.program.machine.link_drag)
-        self._at_least(_merged([*self._cpu_s(names), (self.host_cpu, terms.attention_cpu_s), *drag_cpu]), terms.fixed_cpu_s)
+        self._at_least("cpu", _merged([*self._cpu_s(names), (self.host_cpu, terms.attention_cpu_s), *drag_cpu]), terms.fixed_cpu_s)
         columns, constant = self._gpu_s(names)
-        self._at_least(_merged([*columns, *self._gpu_attention(), *drag_gpu]), constant + terms.fixed_gpu_s)
+        self._at_least("gpu", _merged([*columns, *self._gpu_attention(), *drag_gpu]), constant + terms.fixed_gpu_s)
 
     def _link_rows(self) -> None:
         program, terms = self.program, self.terms
-        self._at_least(self._link())
-        self._at_least([(self.host_streamed, terms.new_kv_bytes / program.machine.down_bytes_per_s)])
+        self._at_least("link", self._link())
+        self._at_least("link_out", [(self.host_streamed, terms.new_kv_bytes / program.machine.down_bytes_per_s)])
 
     def _chain(self) -> None:
         alone = 1.0 / self.terms.micro_batches
@@ -254,7 +298,7 @@ class _Phase:
             self.rows.row([(e, 1.0), *((column, -value) for column, value in on_cpu)], 0.0, INFINITE)
             self.rows.row([(e, 1.0), *((column, -value) for column, value in on_gpu)], constant, INFINITE)
         handoffs = [(column, alone * seconds) for column, seconds in self._handoffs()]
-        self._at_least([*stages, *handoffs, *self._together(1.0 - alone)], self.terms.fixed_gpu_s)
+        self._at_least("chain", [*stages, *handoffs, *self._together(1.0 - alone)], self.terms.fixed_gpu_s)
 
     def _together(self, part: float) -> list[tuple[int, float]]:
         """The column R, the busier device's time, with coefficient ``part``."""

@@ -1,4 +1,4 @@
-"""What `twinpilots plan` shows: the document (JSON), its text for a terminal, and its picture.
+"""What `twinpilots plan` shows: the document (JSON) and its text for a terminal; `picture.py` draws it.
 
 Owns the document's keys (docs/cli.md, schema 1) and wording. Everything in it is predicted, and says so. Knows nothing of how a plan was found.
 """
@@ -6,23 +6,21 @@ Owns the document's keys (docs/cli.md, schema 1) and wording. Everything in it i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import asdict
+from textwrap import wrap
 from typing import Any
 
-from twinpilots.errors import UserError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.explain import Explanation, explain
 from twinpilots.plan.memory import TierUse
 from twinpilots.plan.plan import BucketPlan, Plan
-from twinpilots.plan.pricing import Price, PricedPass, waves_of
-from twinpilots.plan.simulate import PassEstimator, simulate
+from twinpilots.plan.pricing import Price, waves_of
 from twinpilots.plan.solver import Solution
 from twinpilots.plan.workload import Limits, Workload
 
 DOCUMENT_SCHEMA = 1
-TIMELINE_LAYERS = (3, 2)
-PICTURES = (".png", ".svg", ".html")
-COLOURS = {"cpu": "#d97706", "gpu": "#059669", "link_in": "#2563eb", "link_out": "#7c3aed"}
+TEXT_WIDTH = 100
 Document = dict[str, Any]
 
 
@@ -54,7 +52,7 @@ def plan_document(solution: Solution, spec: ModelSpec, profile: HardwareProfile,
             "disk": _tier(TierUse(weights=0, kv=0, ring=0, staging=0, workspace=0), 0),
         },
         "policies": {name: {"tokens_per_s": each.tokens_per_s, "reason": each.reason} for name, each in solution.candidates.items()},
-        "timeline": _timeline(spec, profile, plan, price),
+        "explanation": _explanation(explain(spec, profile, workload, limits, plan, price)),
     }  # fmt: skip
 
 
@@ -91,16 +89,12 @@ def _tier(use: TierUse, limit_bytes: int) -> dict[str, int]:
     return {"weights": use.weights, "kv": use.kv, "ring": use.ring + use.staging, "workspace": use.workspace, "total": use.total, "limit": limit_bytes}
 
 
-def _timeline(spec: ModelSpec, profile: HardwareProfile, plan: Plan, price: Price) -> list[Document]:
-    """The tasks of one pass (decode where there is one) of the model's first kinds of layers: enough to see who waits for whom."""
-    shown: PricedPass = price.passes[-1]
-    estimator = PassEstimator(spec, plan, shown.bucket, profile, shown.load.shape, TIMELINE_LAYERS)
-    (short, short_plan, _), schedule = estimator.models[0], estimator.schedules[0]
-    timing = simulate(schedule, short, short_plan, profile, shown.load, keep_timeline=True)
-    return [
-        {"queue": e.queue, "kind": schedule.tasks[e.task].kind, "op": schedule.tasks[e.task].op, "start_s": e.start_s, "end_s": e.end_s}
-        for e in timing.timeline
-    ]  # fmt: skip
+def _explanation(found: Explanation) -> Document:
+    return {
+        "limits": {phase: asdict(limit) for phase, limit in found.limits.items()},
+        "operations": [asdict(why) for why in found.operations],
+        "what_if": [asdict(answer) for answer in found.what_if],
+    }  # fmt: skip
 
 
 # -- text ----------------------------------------------------------------------------------------------------------------------------------
@@ -112,19 +106,27 @@ def plan_text(document: Mapping[str, Any]) -> str:
     work = document["workload"]
     lines = [
         f"{document['model']} on {document['hardware']}{emulated}, policy {document['policy']}",
-        f"  hardware: {document['hardware_source']}",
+        *_wrapped(f"hardware: {document['hardware_source']}"),
         f"  workload: {work['num_requests']} requests of {work['input_len']} + {work['output_len']} tokens, {document['sequences_at_once']} at once"
         + (f", {document['prediction']['num_waves']} waves" if document["prediction"]["num_waves"] > 1 else ""),
         "",
         *_prediction_lines(document["prediction"], emulated),
         "",
+        *_limit_lines(document["explanation"]["limits"]),
+        "",
         *_share_lines(document),
         "",
+        *_why_lines(document["explanation"]["operations"]),
+        *_what_if_lines(document["explanation"]["what_if"], emulated),
         *_memory_lines(document["memory"]),
         "",
         *_policy_lines(document, emulated),
     ]
     return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: str = "  ") -> list[str]:
+    return wrap(text, TEXT_WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _prediction_lines(prediction: Mapping[str, Any], emulated: str) -> list[str]:
@@ -136,8 +138,22 @@ def _prediction_lines(prediction: Mapping[str, Any], emulated: str) -> list[str]
     return [
         f"predicted{emulated}: {prediction['tokens_per_s']:.4g} tokens/s (prefill {prediction['prefill_s']:.4g} s, step {prediction['step_s'] * 1e3:.4g} ms)",
         f"  bounds: plan {prediction['plan_bound']:.4g}, hardware {prediction['hardware_bound']:.4g} tokens/s",
-        f"  busy: GPU {busy['gpu']:.0%}, CPU {busy['cpu']:.0%}, link {busy['link_in']:.0%}; bottleneck {prediction['bottleneck']}: {because}",
+        f"  busy: GPU {busy['gpu']:.0%}, CPU {busy['cpu']:.0%}, link {busy['link_in']:.0%}",
+        f"  bottleneck {prediction['bottleneck']}: {because}",
     ]
+
+
+RESOURCES = {"cpu": "CPU", "gpu": "GPU", "link": "link", "link_out": "link out", "dram": "DRAM", "chain": "one stage waiting for another"}
+
+
+def _limit_lines(limits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Per phase who is busy for which part of a pass, and what the program says a second less of work would save."""
+    lines = ["what limits (share of a pass that each works; what 1 ms less of its work would save, by the program)"]
+    for phase, limit in limits.items():
+        busy = ", ".join(f"{RESOURCES[name]} {share:.0%}" for name, share in sorted(limit["busy_frac"].items(), key=lambda item: -item[1]) if share >= 0.005)
+        saves = ", ".join(f"{RESOURCES[name]} {price:.2f} ms" for name, price in sorted((limit["prices"] or {}).items(), key=lambda i: -i[1]) if price >= 0.005)
+        lines += _wrapped(f"{phase + ':':9}{busy}" + (f"; saves: {saves}" if saves else ""))
+    return lines
 
 
 def _share_lines(document: Mapping[str, Any]) -> list[str]:
@@ -161,6 +177,51 @@ def _share_lines(document: Mapping[str, Any]) -> list[str]:
     return [*lines, f"  KV: {kv['gpu']:.0%} on the GPU, {kv['host_cpu']:.0%} in host memory attended by the CPU, {kv['host_streamed']:.0%} streamed to the GPU"]
 
 
+def _why_lines(operations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the choice was between, and the reasons; operations of one reason together."""
+    lines = _cost_lines(operations)
+    for phase in ("decode", "prefill"):
+        reasons: dict[str, list[str]] = {}
+        for why in operations:
+            if why["phase"] == phase:
+                reasons.setdefault(why["reason"], []).append(why["name"])
+        if reasons:
+            lines.append(f"why, in {phase}")
+            for reason, names in reasons.items():
+                lines += _wrapped(f"{'all' if len(reasons) == 1 else ', '.join(names)}: {reason}")
+    return [*lines, ""]
+
+
+def _cost_lines(operations: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = {(why["phase"], why["name"]): why for why in operations if why["cpu_s"] is not None}
+    if not found:
+        return []
+    lines = [f"{'ms if all of it...':16}{'streamed':>10}{'on GPU':>10}{'on CPU':>8}{'':6}{'streamed':>10}{'on GPU':>10}{'on CPU':>8}"]
+    for name in dict.fromkeys(name for _, name in found):
+        cells = []
+        for phase in ("decode", "prefill"):
+            why = found.get((phase, name))
+            widths = (("link_s", 10), ("gpu_s", 10), ("cpu_s", 8))
+            cells.append("".join(f"{_ms(why[key]) if why else '-':>{width}}" for key, width in widths))
+        lines.append(f"  {name:14}{cells[0]}{'':6}{cells[1]}")
+    return lines
+
+
+def _ms(seconds: float) -> str:
+    """Three digits at least, never an exponent."""
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
+
+
+def _what_if_lines(answers: Sequence[Mapping[str, Any]], emulated: str) -> list[str]:
+    if not answers:
+        return []
+    lines = [f"what more would buy, solved again, predicted{emulated}"]
+    for each in answers:
+        note = f"  ({each['note']})" if each["note"] else ""
+        lines += _wrapped(f"{each['change']:28}{each['tokens_per_s']:>10.4g} tokens/s{each['ratio']:>9.3f}x{note}")
+    return [*lines, ""]
+
+
 def _memory_lines(memory: Mapping[str, Mapping[str, int]]) -> list[str]:
     columns = ("weights", "kv", "ring", "workspace", "total", "limit")
     lines = ["memory    " + "".join(f"{column:>12}" for column in columns)]
@@ -176,68 +237,6 @@ def _size(num_bytes: int) -> str:
 def _policy_lines(document: Mapping[str, Any], emulated: str) -> list[str]:
     lines = [f"policies, predicted{emulated} tokens/s"]
     for name, each in sorted(document["policies"].items(), key=lambda item: -(item[1]["tokens_per_s"] or 0.0)):
-        shown = f"{each['tokens_per_s']:>10.4g}" if each["tokens_per_s"] is not None else f"{'-':>10}   {each['reason']}"
-        lines.append(f"  {name:12}{shown}")
+        rate = "-" if each["tokens_per_s"] is None else f"{each['tokens_per_s']:.4g}"
+        lines += _wrapped(f"{name:12}{rate:>10}" + (f"   {each['reason']}" if each["reason"] else ""))
     return lines
-
-
-# -- picture -------------------------------------------------------------------------------------------------------------------------------
-
-
-def plot(document: Mapping[str, Any], path: str | Path) -> None:
-    """Tokens/s of every policy with the bounds, and who works when in one pass; png, svg or html (an svg inside) by the path's ending."""
-    target = Path(path)
-    if target.suffix not in PICTURES:
-        raise UserError(f"cannot draw a {target.suffix or 'file without ending'}; name a file that ends in {', '.join(PICTURES)}")
-    figure = _figure(document)
-    try:
-        if target.suffix == ".html":
-            target.write_text(_html(figure, str(document["model"])), encoding="utf-8")
-        else:
-            figure.savefig(target, format=target.suffix[1:], dpi=150)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}; choose another path") from error
-
-
-def _figure(document: Mapping[str, Any]) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("drawing needs matplotlib, which is not installed; pip install 'twinpilots[plot]'") from error
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    bars, gantt = figure.subplots(2, 1)
-    emulated = " (emulated)" if document["emulated"] else ""
-    figure.suptitle(f"{document['model']} on {document['hardware']}{emulated}: predicted")
-    _draw_bars(bars, document)
-    _draw_gantt(gantt, document["timeline"])
-    return figure
-
-
-def _draw_bars(axes: Any, document: Mapping[str, Any]) -> None:
-    rates = {name: each["tokens_per_s"] or 0.0 for name, each in document["policies"].items()}
-    axes.bar(list(rates), list(rates.values()), color=["#059669" if name == document["policy"] else "#94a3b8" for name in rates])
-    for place, (name, rate) in enumerate(rates.items()):
-        axes.annotate(f"{rate:.3g}" if document["policies"][name]["tokens_per_s"] is not None else "infeasible", (place, rate), ha="center", va="bottom")
-    for name, style in (("plan_bound", "--"), ("hardware_bound", ":")):
-        axes.axhline(document["prediction"][name], linestyle=style, color="#475569", label=f"{name.replace('_', ' ')} {document['prediction'][name]:.3g}")
-    axes.set_ylabel("tokens/s")
-    axes.legend()
-
-
-def _draw_gantt(axes: Any, timeline: Sequence[Mapping[str, Any]]) -> None:
-    rows = ("link_out", "link_in", "cpu", "gpu")
-    for place, queue in enumerate(rows):
-        spans = [(1e3 * task["start_s"], 1e3 * (task["end_s"] - task["start_s"])) for task in timeline if task["queue"] == queue]
-        axes.broken_barh(spans, (place - 0.4, 0.8), facecolors=COLOURS[queue], edgecolor="white", linewidth=0.3)
-    axes.set_yticks(range(len(rows)), [row.replace("_", " ") for row in rows])
-    axes.set_xlabel("ms in one pass of three of the layers and the head")
-
-
-def _html(figure: Any, title: str) -> str:
-    from html import escape
-    from io import StringIO
-
-    drawing = StringIO()
-    figure.savefig(drawing, format="svg")
-    svg = drawing.getvalue()
-    return f"<!doctype html><html><head><meta charset='utf-8'><title>{escape(title)}</title></head><body>{svg[svg.index('<svg') :]}</body></html>\n"

@@ -22,6 +22,7 @@ from twinpilots.plan.tasks import HOST_KV, NUM_GROUPS, QUEUES, STREAMED_KV, Pass
 EXACT_LAYERS = 6  # a model of at most this many layers is simulated whole
 SHORT_LAYERS = 3
 CPU, GPU, LINK_IN, LINK_OUT = range(4)
+APART: dict[str, str] = {"send": "copies", "recv": "copies", "embed": "embed"}  # kinds whose time on a compute queue is also counted apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class TimelineEntry:
 class PassTiming:
     """A pass in steady state. ``seconds`` is the time from one pass's end to the next, the driver's overhead included; ``fill_s`` is a first pass from cold.
 
-    ``busy_s``: seconds that each queue works per pass, and ``link``: that any copy between memories of the two link queues is under way.
+    ``busy_s``: seconds that each queue works per pass, and ``link``: that any copy between memories of the two link queues is under way; of the compute
+    queues' seconds, ``copies`` are activation copies and ``embed`` is the gather of embeddings.
     ``bytes``: link_weights, link_kv, link_activations.
     """
 
@@ -47,6 +49,13 @@ class PassTiming:
     busy_s: dict[str, float]
     bytes: dict[str, float]
     timeline: tuple[TimelineEntry, ...] = ()
+
+    @property
+    def resource_s(self) -> dict[str, float]:
+        """Seconds of work as a pass reports them (`LLM.stats`): activation copies are the link's, the gather of embeddings is nobody's."""
+        busy = self.busy_s
+        link_s = busy["link_in"] + busy["link_out"] + busy["copies"]
+        return {"cpu": max(0.0, busy["cpu"] - busy["embed"]), "gpu": max(0.0, busy["gpu"] - busy["copies"]), "link": link_s}
 
 
 def simulate(
@@ -61,9 +70,12 @@ def simulate(
     clock.run()
     begin_s, end_s = clock.pass_end[clock.reported - 1 : clock.reported + 1]
     base = clock.reported * len(schedule.tasks)
-    busy_s: dict[str, float] = dict.fromkeys((*QUEUES, "link"), 0.0)
+    busy_s: dict[str, float] = dict.fromkeys((*QUEUES, "link", *APART.values()), 0.0)
     for task in schedule.tasks:
-        busy_s[task.queue] += clock.end[base + task.index] - clock.start[base + task.index]
+        seconds = clock.end[base + task.index] - clock.start[base + task.index]
+        busy_s[task.queue] += seconds
+        if task.kind in APART:
+            busy_s[APART[task.kind]] += seconds
     busy_s["link"] = clock.link_busy_s
     timeline = tuple(
         TimelineEntry(task.queue, task.index, clock.start[base + task.index] - begin_s, clock.end[base + task.index] - begin_s)
@@ -226,6 +238,7 @@ class PassEstimator:
         lines = [_Line(*(sum(work[self.kinds[layer]][axis] for layer in layers) for layers in sets)) for axis in range(len(QUEUES) + 1)]
         by_queue: dict[str, _Line] = {**dict(zip(QUEUES, lines, strict=False)), "link": lines[LINK_IN]}
         by_count = _Line(*(len(layers) for layers in sets))
+        by_queue |= dict.fromkeys(APART.values(), by_count)
         busy_s = {name: by_queue[name].at(longer.busy_s[name], shorter.busy_s[name], by_count) for name in longer.busy_s}
         num_bytes = {name: by_count.at(longer.bytes[name], shorter.bytes[name], by_count) for name in longer.bytes}
         num_bytes["link_weights"] = by_queue["link_in"].at(longer.bytes["link_weights"], shorter.bytes["link_weights"], by_count)

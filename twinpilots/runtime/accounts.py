@@ -49,29 +49,33 @@ class QueueAccount:
         """Seconds of work per class, from int64 [instructions][3]: wait began, work began, work ended (ns)."""
         return np.bincount(self.classes, times[:, 2] - times[:, 1], self.num_classes) * 1e-9
 
-    def activation_bytes(self, meta: np.ndarray) -> int:
-        """Bytes of activations that cross in a pass with this metadata."""
-        if not len(self.copies):
-            return 0
-        bounds, copies = meta[_ROWS].reshape(8, 4), self.copies
-        rows = bounds[copies["mb"], copies["ghi"]] - bounds[copies["mb"], copies["glo"]]
-        rows = np.where(copies["row_kind"] == 1, meta[Meta.NUM_LOGITS], rows)
-        return int((rows * copies["a"][:, 4]).sum()) * 4
 
-    def kv_bytes(self, meta: np.ndarray, page_bytes: int, page_size: int) -> int:
-        """Streamed KV moves earlier tokens' whole pages up and the new tokens down."""
-        total = 0
-        if not len(self.kv_copies):
-            return total
-        seqs = meta[_SEQS].reshape(8, 4)
-        lens, ends = (meta[meta[word] : meta[word] + meta[Meta.NUM_SEQS]] for word in (Meta.OFF_SEQ_LEN, Meta.OFF_SEQ_KV))
-        for insn in self.kv_copies:
-            group = slice(seqs[insn["mb"], insn["glo"]], seqs[insn["mb"], insn["ghi"]])
-            if insn["op"] == Op.STORE_KV:
-                total += int(lens[group].sum()) * page_bytes // page_size
-            else:
-                total += int((-(-(ends[group] - lens[group]) // page_size)).sum()) * page_bytes
-        return total
+def instruction_rows(insns: np.ndarray, meta: np.ndarray) -> np.ndarray:
+    """Rows that each instruction works on in a pass with this metadata: of its micro-batch and groups, or the logit rows."""
+    bounds = meta[_ROWS].reshape(8, 4)
+    rows = bounds[insns["mb"], insns["ghi"]] - bounds[insns["mb"], insns["glo"]]
+    return np.where(insns["row_kind"] == 1, meta[Meta.NUM_LOGITS], rows)
+
+
+def instruction_bytes(insns: np.ndarray, meta: np.ndarray, page_bytes: int, page_size: int) -> np.ndarray:
+    """Bytes that each instruction moves over the link in such a pass; 0 for those that compute."""
+    ops, moved = insns["op"], np.zeros(len(insns), np.int64)
+    loads, copies = ops == Op.LOAD, ops == Op.COPY
+    moved[loads] = insns["a"][loads, 2]
+    moved[copies] = 4 * instruction_rows(insns[copies], meta) * insns["a"][copies, 4]
+    for index in np.flatnonzero((ops == Op.LOAD_KV) | (ops == Op.STORE_KV)):
+        moved[index] = _kv_bytes(insns[index], meta, page_bytes, page_size)
+    return moved
+
+
+def _kv_bytes(insn: np.void, meta: np.ndarray, page_bytes: int, page_size: int) -> int:
+    """Streamed KV moves earlier tokens' whole pages up and the new tokens down."""
+    seqs = meta[_SEQS].reshape(8, 4)
+    lens, ends = (meta[meta[word] : meta[word] + meta[Meta.NUM_SEQS]] for word in (Meta.OFF_SEQ_LEN, Meta.OFF_SEQ_KV))
+    group = slice(seqs[insn["mb"], insn["glo"]], seqs[insn["mb"], insn["ghi"]])
+    if insn["op"] == Op.STORE_KV:
+        return int(lens[group].sum()) * page_bytes // page_size
+    return int((-(-(ends[group] - lens[group]) // page_size)).sum()) * page_bytes
 
 
 def busy_seconds(by_class: dict[Queue, np.ndarray]) -> BusySeconds:
@@ -84,7 +88,11 @@ def busy_seconds(by_class: dict[Queue, np.ndarray]) -> BusySeconds:
 
 def bytes_moved(accounts: tuple[QueueAccount, ...], meta: np.ndarray, page_bytes: int, page_size: int) -> BytesMoved:
     """What crossed the link in a pass with this metadata."""
+
+    def total(insns: np.ndarray) -> int:
+        return int(instruction_bytes(insns, meta, page_bytes, page_size).sum()) if len(insns) else 0
+
     return BytesMoved(
-        link_weights=sum(account.weight_bytes for account in accounts), link_activations=sum(account.activation_bytes(meta) for account in accounts),
-        link_kv=sum(account.kv_bytes(meta, page_bytes, page_size) for account in accounts), disk=0,
+        link_weights=sum(account.weight_bytes for account in accounts), link_activations=sum(total(account.copies) for account in accounts),
+        link_kv=sum(total(account.kv_copies) for account in accounts), disk=0,
     )  # fmt: skip

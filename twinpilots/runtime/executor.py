@@ -23,12 +23,12 @@ from twinpilots.plan.memory import gpu_layout_bytes, host_layout_bytes
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.schedule import expand
 from twinpilots.plan.tasks import PassShape, Queue
-from twinpilots.runtime.accounts import SMALL, QueueAccount, busy_seconds, bytes_moved
+from twinpilots.runtime.accounts import SMALL, QueueAccount, busy_seconds, bytes_moved, instruction_bytes, instruction_rows
 from twinpilots.runtime.batch import MetadataWriter, StepBatch, metadata_words
 from twinpilots.runtime.compile import Compiler, Program
 from twinpilots.runtime.interrupts import Interrupts
 from twinpilots.runtime.layout import Layout, lay_out, page_bytes
-from twinpilots.runtime.stats import PassReport, WeightShares
+from twinpilots.runtime.stats import PassReport, PassTimes, QueueTimes, WeightShares
 from twinpilots.runtime.weights import OFFSET_MASK, TensorSource, load_weights
 from twinpilots.stats.tracker import OpTime
 
@@ -97,7 +97,8 @@ class Executor:
         self._compiler = Compiler(spec, plan, self.host_layout, self.gpu_layout)
         self._placed: dict[tuple[int, PassShape], Placed] = {}
         self._pass_id = self._stream_began = 0
-        self._ahead: tuple[bytes, int] | None = None  # what link_in is already doing for the next pass: (stream, pass id)
+        self._ahead: tuple[Placed, int] | None = None  # what link_in is already doing for the next pass: (its program, pass id)
+        self._link_in: Placed | None = None  # whose weight stream the last pass had: another program's with the same stream, when link_in ran ahead
         self.interrupts = Interrupts(self.host.set_abort)
         self._last: Placed | None = None
         self._by_class: dict[Queue, np.ndarray] = {}  # of the last pass: seconds of work per class of instructions (runtime.accounts)
@@ -139,7 +140,7 @@ class Executor:
                     self.gpu.submit(queue, self._entry(placed, queue, self._pass_id, first_pass))
             if more and len(placed.program.queues["link_in"]):
                 self.gpu.submit("link_in", self._entry(placed, "link_in", self._pass_id + 1, first_pass))
-                self._ahead = (placed.program.stream, self._pass_id + 1)
+                self._ahead = (placed, self._pass_id + 1)
         self.pilot.run(self._entry(placed, "cpu", self._pass_id, first_pass), self.host)
         if self.gpu:
             self.gpu.wait("gpu", PASS_TIMEOUT_S)
@@ -154,11 +155,12 @@ class Executor:
 
     def _take_stream(self, placed: Placed) -> tuple[int, bool]:
         """Opens the next pass. Returns (the first pass of its weight stream, whether link_in is already working for it)."""
-        if self._ahead and self._ahead[0] == placed.program.stream:
-            self._pass_id = self._ahead[1]
+        if self._ahead and self._ahead[0].program.stream == placed.program.stream:
+            self._link_in, self._pass_id = self._ahead
             self._ahead = None
             return self._stream_began, True
         self._drop_ahead()
+        self._link_in = placed
         self._pass_id += 1
         self._stream_began = self._pass_id
         return self._stream_began, False
@@ -271,6 +273,11 @@ class Executor:
             records.append(OpTime(device=group.queue, key=group.key, tokens=tokens, elements=group.elements, num_tasks=len(group.indices), seconds=seconds))
         return records
 
+    def _times(self, placed: Placed, queue: Queue) -> np.ndarray:
+        """int64 [count][3] of the last pass: wait began, work began, work ended (ns)."""
+        placed = self._link_in if queue == "link_in" and self._link_in is not None else placed
+        return placed.times[queue][self._pass_id % 2]
+
     def _put(self, data: np.ndarray) -> int:
         offset = self._program_area + self._program_pos
         self._program_pos += -(-data.nbytes // 64) * 64
@@ -280,12 +287,26 @@ class Executor:
     # -- what a pass took ----------------------------------------------------------------------------------------------------------------
 
     def _report(self, placed: Placed, batch: StepBatch, seconds: float) -> PassReport:
-        self._by_class = {account.queue: account.seconds(placed.times[account.queue][self._pass_id % 2]) for account in placed.accounts}
+        self._by_class = {account.queue: account.seconds(self._times(placed, account.queue)) for account in placed.accounts}
         return PassReport(
             seconds=seconds, predicted_s=None, busy_s=busy_seconds(self._by_class),
             bytes=bytes_moved(placed.accounts, self._meta, page_bytes(self.spec, self.plan), self.plan.page_size), weights=placed.shares,
             num_prompt_tokens=batch.num_prompt_tokens, num_generated=batch.num_generated,
         )  # fmt: skip
+
+    def pass_times(self) -> PassTimes | None:
+        """A copy of the last pass's times and what its tasks worked on, for a trace; None before the first pass."""
+        placed, page = self._last, page_bytes(self.spec, self.plan)
+        if placed is None:
+            return None
+        queues = {
+            queue: QueueTimes(
+                times=self._times(placed, queue).copy(), rows=instruction_rows(insns, self._meta),
+                num_bytes=instruction_bytes(insns, self._meta, page, self.plan.page_size),
+            )
+            for queue, insns in placed.program.queues.items() if len(insns)
+        }  # fmt: skip
+        return PassTimes(schedule=placed.program.schedule, queues=queues)
 
     def close(self) -> None:
         """Stops the device's queues and returns all memory."""
@@ -294,7 +315,7 @@ class Executor:
         self._meta = self._metadata.out = np.empty(0, np.int32)  # a view that is still held would keep the arena's file open
         self._logits = np.empty((0, 0), np.float32)
         self._placed.clear()
-        self._last = None
+        self._last = self._link_in = self._ahead = None
         self.host.close()
 
     def __enter__(self) -> Executor:

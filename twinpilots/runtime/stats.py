@@ -5,8 +5,13 @@ Owns the accumulation and the shape of the document (docs/cli.md). Knows nothing
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+
+from twinpilots.plan.tasks import Queue, Schedule
 
 LINK_KINDS = ("link_weights", "link_kv", "link_activations", "disk")
 DEVICES = ("cpu", "gpu", "link")
@@ -40,7 +45,7 @@ class WeightShares:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassReport:
-    """What one pass did. ``predicted_s`` is None when nothing was predicted: such a pass is left out of both rates."""
+    """What one pass did. ``predicted_s`` is None when nothing was predicted: such a pass is left out of both rates. ``predicted_busy_s`` goes with it."""
 
     seconds: float
     predicted_s: float | None
@@ -49,6 +54,25 @@ class PassReport:
     weights: WeightShares
     num_prompt_tokens: int
     num_generated: int
+    predicted_busy_s: BusySeconds | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QueueTimes:
+    """What one queue did in a pass, task by task in its order. ``times``: int64 [tasks][3] in ns of the monotonic clock: wait began, work began, work
+    ended. ``rows``: token or logit rows worked on. ``num_bytes``: moved over the link."""
+
+    times: np.ndarray
+    rows: np.ndarray
+    num_bytes: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassTimes:
+    """One pass, task by task; `Schedule.queue` gives the tasks in the order of `QueueTimes`."""
+
+    schedule: Schedule
+    queues: Mapping[Queue, QueueTimes]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,6 +92,7 @@ class EngineStats:
     _compared_tokens: int = 0
     _bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LINK_KINDS, 0))
     _busy_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(DEVICES, 0.0))
+    _predicted_busy_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(DEVICES, 0.0))
     _weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("resident", "streamed", "cpu"), 0.0))
 
     def add(self, report: PassReport) -> None:
@@ -81,6 +106,8 @@ class EngineStats:
         for total, part in ((self._bytes, report.bytes), (self._busy_s, report.busy_s), (self._weights, report.weights)):
             for name in total:
                 total[name] += getattr(part, name)
+        for name in self._predicted_busy_s if report.predicted_busy_s is not None else ():
+            self._predicted_busy_s[name] += getattr(report.predicted_busy_s, name)
 
     def as_dict(
         self, *, peak_gpu_bytes: int, peak_host_bytes: int, plan_bound: float | None = None, hardware_bound: float | None = None
@@ -99,6 +126,7 @@ class EngineStats:
             "tokens_per_s": rates,
             "bytes": dict(self._bytes),
             "busy_s": dict(self._busy_s),
+            "predicted_busy_s": dict(self._predicted_busy_s),
             "peak_bytes": {"gpu": peak_gpu_bytes, "host": peak_host_bytes},
             "weights_frac": {name: share / total if total else 0.0 for name, share in shares.items()},
             "plan_changes": self.plan_changes,

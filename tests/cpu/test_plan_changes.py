@@ -1,0 +1,47 @@
+"""A plan change is logged with its reason, and neither stats nor a trace loses what ran before it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import PROMPTS
+from twinpilots import LLM, SamplingParams
+
+FIRST_LEN = 16  # tokens of the prompt and of the output that the first plan is made for: too short for what comes
+
+
+def test_a_longer_request_changes_the_plan_and_says_why(
+    zoo_model: Any, balanced_machine: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("twinpilots.api.DEFAULT_LEN", FIRST_LEN)
+    params = SamplingParams(temperature=0.0, max_tokens=25, ignore_eos=True)
+    with LLM(str(zoo_model("qwen3").path), device="cpu", max_num_seqs=2) as llm, caplog.at_level(logging.INFO, "twinpilots"):
+        with llm.trace(tmp_path / "trace.json"):
+            llm.generate([[5]], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True), use_tqdm=False)
+            assert llm.stats()["plan_changes"] == 0
+            llm.generate([PROMPTS[0]], params, use_tqdm=False)
+        stats = llm.stats()
+    (message,) = [record.getMessage() for record in caplog.records if "plan changed" in record.getMessage()]
+    assert message.startswith("plan changed for 1 requests of ") and "the present plan cannot hold it; predicted" in message and "of loading" in message
+    assert f"longest sequence {2 * FIRST_LEN} -> " in message
+    assert stats["plan_changes"] == 1 and stats["tokens"]["generated"] == 27
+    assert stats["predicted_busy_s"]["cpu"] > 0 and stats["predicted_busy_s"]["gpu"] == stats["predicted_busy_s"]["link"] == 0.0
+    passes = [event for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if event.get("cat") == "pass"]
+    assert sum(event["args"]["generated"] for event in passes if event["tid"] == 1) == 27
+
+
+def test_one_trace_at_a_time_and_none_after_it(zoo_model: Any, balanced_machine: None, tmp_path: Path) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    with LLM(str(zoo_model("qwen3").path), device="cpu", max_num_seqs=2) as llm:
+        with llm.trace(tmp_path / "one.json"):
+            llm.generate([[5]], params, use_tqdm=False)
+            with pytest.raises(RuntimeError, match="traced already"), llm.trace(tmp_path / "two.json"):
+                pass
+        before = (tmp_path / "one.json").read_bytes()
+        llm.generate([[5]], params, use_tqdm=False)
+    assert (tmp_path / "one.json").read_bytes() == before and not (tmp_path / "two.json").exists()
