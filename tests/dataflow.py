@@ -147,6 +147,7 @@ class Machine:
             x += post(spec.post_norms, act @ self.weights[layer, second] + (self.bias[layer, second] if spec.mlp_bias else 0))
         return norm(x) @ self.weights[-1, "lm_head"].T + self.bias[-1, "lm_head"]
 
+
 def attend(q: np.ndarray, pages: np.ndarray) -> np.ndarray:
     return np.tanh(q) + np.tile(pages, (1, q.shape[1] // pages.shape[1]))
 

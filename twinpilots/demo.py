@@ -68,7 +68,8 @@ def results_table(results: Sequence[Result]) -> str:
         rates, busy, seconds = result.stats["tokens_per_s"], result.stats["busy_s"], result.stats["seconds"]
         rows.append(
             [
-                result.policy, *(_rate(rates[name]) for name in ("measured", "predicted", "plan_bound", "hardware_bound")),
+                result.policy,
+                *(_rate(rates[name]) for name in ("measured", "predicted", "plan_bound", "hardware_bound")),
                 f"{result.tokens_per_s / max(singles):.2f}x" if singles else "-",
                 *(f"{busy[name]:.1f} s ({100 * busy[name] / seconds:.0f} %)" for name in ("cpu", "gpu", "link")),
             ]

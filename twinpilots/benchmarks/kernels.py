@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from twinpilots.commands import options
 from twinpilots.device.cpu import CpuPilot
 from twinpilots.errors import UserError
+from twinpilots.hardware.bench import typical_s
 from twinpilots.hardware.kernel_bench import FAST, KERNELS, LINEARS, KernelBench, KernelCase, Work, fits, supported_formats, whole_work
-from twinpilots.hardware.measure import typical_s
 from twinpilots.hardware.peaks import PeakMeter
 from twinpilots.kernels import native
 from twinpilots.model.weight_format import FORMATS

@@ -146,7 +146,10 @@ def document(model: str, prompts: Sequence[Prompt], outputs: Sequence[RequestOut
         best = output.outputs[0]
         rows.append(
             {
-                "prompt": prompt, "text": best.text, "token_ids": list(best.token_ids), "finish_reason": best.finish_reason,
+                "prompt": prompt,
+                "text": best.text,
+                "token_ids": list(best.token_ids),
+                "finish_reason": best.finish_reason,
                 "logprobs": None if best.logprobs is None else [_logprobs(step) for step in best.logprobs],
             }
         )

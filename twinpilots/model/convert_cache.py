@@ -1,4 +1,4 @@
-"""The user's cache of converted models: a quantised GGUF, dequantised to fp16, kept as an ordinary Hugging Face directory.
+"""The user's cache of converted models: a GGUF that cannot stay packed (its types, or --dtype), dequantised, kept as an ordinary Hugging Face directory.
 
 Owns: fingerprints of files, the cache's place (``$XDG_CACHE_HOME`` or ``~/.cache``, then ``twinpilots/converted``), atomic writing. A converted model has
 safetensors, config, tokenizer and chat template, and opens like any directory. Knows nothing of what the weights mean.

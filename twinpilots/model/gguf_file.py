@@ -129,7 +129,8 @@ def import_gguf(where: str) -> Any:
         importlib.import_module("gguf.quants")
         return importlib.import_module("gguf")
     except ImportError as error:
-        raise UserError(f"{where}: quantised GGUF files need the gguf package; install it with: pip install 'twinpilots[gguf]'") from error
+        known = ", ".join([*_PLAIN_NAMES.values(), *(packed.name.upper() for packed in _PACKED.values())])
+        raise UserError(f"{where}: tensors of other types than {known} need the gguf package; install it with: pip install 'twinpilots[gguf]'") from error
 
 
 class _Cursor:

@@ -121,8 +121,7 @@ class _Clock:
         for task in tasks:
             self.order[queue_of[task.index]].append(task.index)
         self.waits = [
-            [(w.task - self.count if w.previous else w.task, _handoff_s(profile, queue_of[task.index], queue_of[w.task])) for w in task.waits]
-            for task in tasks
+            [(w.task - self.count if w.previous else w.task, _handoff_s(profile, queue_of[task.index], queue_of[w.task])) for w in task.waits] for task in tasks
         ]
         total = self.num_passes * self.count
         self.start, self.end = [inf] * total, [inf] * total

@@ -1,0 +1,198 @@
+"""One side's measuring ground: its linears, attention and small instructions, run in a rig over memory that the caches do not hold.
+
+Owns those experiments and what a repeated run "takes". Knows nothing of the other side or of the link (`contention.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from twinpilots.device.base import GpuDevice
+from twinpilots.hardware.peaks import host_region_bytes
+from twinpilots.hardware.profile import Curve
+from twinpilots.hardware.rig import Rig, instruction, work_s
+from twinpilots.kernels.abi import ACT_CODES, DTYPE_CODES, NULL, Epilogue, NormKind, Op
+from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.model.weight_format import FORMATS
+
+Side = Literal["cpu", "gpu"]
+MIN_RUNS = 3
+MOST_INSTRUCTIONS = 5000  # per queue: what the rig has room for. Only tiny models have so many linears in a cycle, and theirs lie in cache in a pass, too
+GPU_CACHE_BYTES = 40 << 20
+FILL = {"fp32": 0x3C, "bf16": 0x3C}  # bytes that make ordinary small numbers in each format
+FILL_HALF = 0x2C  # in fp16, and in the fp16 scales of quantised formats
+
+
+@dataclass
+class Bench:
+    """One side's measuring ground: where its weights, activations and pages lie in the rig."""
+
+    rig: Rig
+    side: Side
+    spec: ModelSpec
+    tokens: int
+    weights: int = 0
+    weight_bytes: int = 0
+    buffers: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        alloc = self.rig.alloc_host if self.side == "cpu" else self.rig.alloc_gpu
+        self.weight_bytes = weight_region_bytes(self.rig.gpu is not None and self.side == "gpu", gpu_arena_bytes(self.rig.gpu))
+        self.weights = alloc(self.weight_bytes)
+        self.fill_weights(spec.weight_dtype)
+        widths = {"wide": max(spec.intermediate_size, spec.q_size + 2 * spec.kv_size), "hidden": spec.hidden_size, "out": spec.hidden_size, "attn": spec.q_size}
+        for name, width in widths.items():
+            self.buffers[name] = alloc(4 * width * self.tokens)
+            self.rig.fill(self.buffers[name], 4 * width * self.tokens, FILL["fp32"])
+        self.wide = widths["wide"]
+
+    def run(self, rows: list[tuple[object, ...]]) -> np.ndarray:
+        return self.rig.run({self.side: rows})[self.side]
+
+    def run_cold(self, rows: list[tuple[object, ...]]) -> np.ndarray:
+        """As `run`, with weights out of cache: an emulated GPU's memory may be smaller than the processor's L3, which other weights fill in a real pass."""
+        if self.rig.gpu is not None and self.rig.gpu.emulated and self.side == "gpu":
+            self.rig.read_host(host_region_bytes() // 2)
+        return self.run(rows)
+
+    def fill_weights(self, weights: str) -> None:
+        """Ordinary numbers in this format."""
+        self.rig.fill(self.weights, self.weight_bytes, FILL.get(weights, FILL_HALF))
+
+    @property
+    def most_common(self) -> str:
+        """The kind that most of the model's weights split along the output have."""
+        sizes = Counter[str]()
+        for op in self.spec.ops(64):
+            if op.split_dim == "out":
+                sizes[op.rate_key] += op.weight_bytes
+        return sizes.most_common(1)[0][0]
+
+    def ops(self, rate_key: str) -> list[OpSpec]:
+        """One layer's linears of a kind (`OpSpec.rate_key`), as if all that can be were of that kind: those of the model may be too few to cycle through."""
+        name, *fast, dim = rate_key.split("/")
+        weights = FORMATS[name]
+        ops = [op for op in self.spec.layer_ops(0, 64).values() if op.split_dim == dim]
+        shapes = {op.name: (op.width, op.rows) if dim == "out" else (op.rows, op.width) for op in ops}  # (inputs, outputs)
+        return [replace(op, format=weights, fast=bool(fast)) for op in ops if weights.fits(*shapes[op.name], op.split_dim)]
+
+    def linears(self, rate_key: str) -> tuple[list[tuple[object, ...]], list[int]]:
+        """The layer's linears of a kind over and over, through all of the weight region once; and how many weights each has."""
+        ops = self.ops(rate_key)
+        rows: list[tuple[object, ...]] = []
+        elements: list[int] = []
+        position = 0
+        while True:
+            op = ops[len(rows) % len(ops)]
+            count = max(min(op.unit_rows, op.rows), min(op.rows, self.weight_bytes // 4 // (op.row_bytes * op.unit_rows) * op.unit_rows))
+            if position + count * op.row_bytes > self.weight_bytes or len(rows) == MOST_INSTRUCTIONS:
+                return rows, elements
+            rows.append(self._linear(op, count, self.weights + position))
+            elements.append(count * op.row_elements)
+            position += -(-count * op.row_bytes // 64) * 64
+
+    def _linear(self, op: OpSpec, count: int, weight: int) -> tuple[object, ...]:
+        spec, b = self.spec, self.buffers
+        dtype = DTYPE_CODES[op.format.name]
+        fast = int(op.fast and self.side == "cpu")
+        if op.split_dim == "in":
+            return instruction(Op.LINEAR_IN, (b["out"], spec.hidden_size, b["wide"], self.wide, weight, dtype, count, spec.hidden_size, 0, fast))
+        epilogue = {"gate_up_proj": Epilogue.ACT_MUL, "fc1": Epilogue.ACT}.get(op.name, Epilogue.NONE)
+        where = (b["wide"], self.wide, b["hidden"], spec.hidden_size, weight, dtype)
+        return instruction(Op.LINEAR, (*where, count, op.width, op.unit_rows, epilogue, ACT_CODES[spec.activation], NULL, NULL, fast))
+
+    def curve(self, rate_key: str, grid: Sequence[int], budget_s: float) -> Curve:
+        """Seconds per weight at each token count. All weights while that is quick; where computing takes longer than reading, as many as the time allows."""
+        self.fill_weights(rate_key.partition("/")[0])
+        rows, elements = self.linears(rate_key)
+        cycle = len(self.ops(rate_key))
+        per_weight: list[float] = []
+        for i, tokens in enumerate(grid):
+            expected_s = per_weight[-1] * tokens / grid[i - 1] if per_weight else 0.0
+            runs_s = budget_s / len(grid) / MIN_RUNS
+            count = len(rows)
+            while count > cycle and expected_s * sum(elements[:count]) > runs_s:
+                count -= cycle
+            count = max(min(cycle, len(rows)), count)
+            self.rig.set_tokens(tokens)
+            seconds = repeated_s(lambda count=count: float(work_s(self.run_cold(rows[:count])).sum()), runs_s)  # type: ignore[misc]
+            per_weight.append(seconds / sum(elements[:count]))
+        # More tokens never take less time: where they seem to, a neighbour was busy at the smaller count.
+        monotone = np.minimum.accumulate(per_weight[::-1])[::-1]
+        return Curve(x=tuple(float(t) for t in grid), y=tuple(float(y) for y in monotone))
+
+    def norm(self) -> tuple[object, ...]:
+        """A small instruction that every interpreter runs alike."""
+        b, hidden = self.buffers, self.spec.hidden_size
+        return instruction(Op.NORM, (b["out"], hidden, b["hidden"], hidden, b["attn"], NULL, hidden, NormKind.RMS), (1e-5,))
+
+    def elementwise_rate(self) -> float:
+        """Bytes per second of a norm over many rows (read and write counted)."""
+        tokens, hidden = self.tokens, self.spec.hidden_size
+        self.rig.set_tokens(tokens)
+        row = self.norm()
+        return 8.0 * tokens * hidden / repeated_s(lambda: float(np.median(work_s(self.run([row] * 5)))), 0.02)
+
+    def task_s(self) -> float:
+        """Fixed cost of a task: the time of a one-row norm, dispatch between instructions included."""
+        self.rig.set_tokens(1)
+        row = self.norm()
+
+        def per_task() -> float:
+            trace = self.run([row] * 100)
+            return float(trace[-1, 2] - trace[0, 0]) * 1e-9 / 100
+
+        return repeated_s(per_task, 0.02)
+
+    def attention(self, kv_dtype: str) -> tuple[float, float]:
+        """(KV bytes per second of decode attention, FLOPs per second of prefill attention), through pages in the weight region."""
+        spec, element, page = self.spec, BYTES_PER_WEIGHT[kv_dtype], 16
+        token_bytes = 2 * spec.kv_size * element
+        context = max(page, min(512, self.weight_bytes // 16 // token_bytes // page * page))
+        num_seqs = max(1, min(8, self.tokens, self.weight_bytes // (4 * context * token_bytes)))
+        layer_bytes = num_seqs * context * token_bytes
+        layers = max(1, min(32, self.weight_bytes // layer_bytes))
+        self.rig.set_sequences([(1, context)] * num_seqs, page)
+        rows = [self._attend(self.weights + layer * layer_bytes, token_bytes * page, page, kv_dtype) for layer in range(layers)]
+        decode_s = repeated_s(lambda: float(work_s(self.run_cold(rows)).sum()), 0.1)
+        query = min(256, self.tokens, context)
+        self.rig.set_sequences([(query, query)], page)
+        prefill_s = repeated_s(lambda: float(work_s(self.run(rows[:1])).sum()), 0.1)
+        return layers * layer_bytes / decode_s, spec.attention_flops(1, query * (query + 1) / 2) / prefill_s
+
+    def _attend(self, kv: int, page_stride: int, page: int, kv_dtype: str) -> tuple[object, ...]:
+        spec, b = self.spec, self.buffers
+        args = (b["attn"], spec.q_size, b["wide"], self.wide, spec.num_heads, spec.num_kv_heads, spec.head_dim, kv, page_stride, page, DTYPE_CODES[kv_dtype], 0)
+        return instruction(Op.ATTEND, args, (spec.softmax_scale, 0.0))
+
+
+def weight_region_bytes(on_gpu: bool, gpu_budget_bytes: int) -> int:
+    """How much weight memory an experiment cycles through: beyond the caches, but at most half of the GPU's memory."""
+    if not on_gpu:
+        return host_region_bytes()
+    return min(max(GPU_CACHE_BYTES, gpu_budget_bytes // 4), gpu_budget_bytes // 2)  # a quarter of a GiB is more than any card's L2
+
+
+def gpu_arena_bytes(gpu: GpuDevice | None) -> int:
+    return 0 if gpu is None else min(gpu.memory_bytes, 1 << 30)
+
+
+def repeated_s(experiment: Callable[[], float], budget_s: float) -> float:
+    """The lower quartile of at least MIN_RUNS and at most 9 runs of an experiment that returns seconds, within a time budget after those."""
+    began = time.perf_counter()
+    found: list[float] = []
+    while len(found) < MIN_RUNS or (len(found) < 9 and time.perf_counter() - began < budget_s):
+        found.append(experiment())
+    return typical_s(found)
+
+
+def typical_s(runs: Sequence[float]) -> float:
+    """What a run takes: the lower quartile. Neighbours on a shared box only ever add time, so the lower part says more about the machine than the middle."""
+    return float(np.quantile(runs, 0.25, method="lower"))

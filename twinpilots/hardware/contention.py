@@ -1,0 +1,153 @@
+"""The link on its own, and what the two sides and the link cost each other when they work at the same time.
+
+Owns those experiments. Knows nothing of how fast a side is alone (`bench.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from twinpilots.device.base import GpuDevice
+from twinpilots.hardware.bench import MOST_INSTRUCTIONS, Bench, Side, repeated_s
+from twinpilots.hardware.profile import ComputeProfile, LinkProfile
+from twinpilots.hardware.rig import Rig, instruction, work_s
+from twinpilots.kernels.abi import NULL, NormKind, Op
+from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.tasks import Queue
+
+PEERS: tuple[tuple[Side, Side], ...] = (("cpu", "gpu"), ("gpu", "cpu"))
+SLOWDOWN_RUNS = 7
+HANDOFFS = 100
+CONTENTION_TOKENS = 4  # still bound by memory, but with some work: where a GPU and a CPU most often share a pass
+PACKETS_PER_CARD = 128  # a plan's ring is a 32nd of GPU memory, in four packets
+
+
+def packet_bytes(gpu: GpuDevice | None) -> int:
+    """Size of the packets that the link is measured with: a CUDA queue takes tens of microseconds to launch one, so small ones would measure that."""
+    return 2 << 20 if gpu is None or gpu.emulated else 32 << 20
+
+
+def _loads(rig: Rig, size: int, count: int, target: int, sources: Sequence[int]) -> list[tuple[object, ...]]:
+    """``count`` packets of ``size`` bytes to ``target``, from each source in turn."""
+    table = rig.alloc_host(24 * len(sources))
+    rig.host.view(table & ((1 << 56) - 1), np.dtype(np.int64), (len(sources), 3))[:] = [(target, source, size) for source in sources]
+    return [instruction(Op.LOAD, (table + 24 * (i % len(sources)), 1, size)) for i in range(count)]
+
+
+def measure_link(rig: Rig, spec: ModelSpec) -> LinkProfile:
+    small, big = 64 << 10, packet_bytes(rig.gpu)
+    source, target = rig.alloc_host(big), rig.alloc_gpu(big)
+
+    def load_s(size: int) -> float:
+        rows = _loads(rig, size, 12, target, [source])
+
+        def per_load() -> float:
+            trace = rig.run({"link_in": rows})["link_in"]
+            return float(trace[-1, 2] - trace[3, 2]) * 1e-9 / (len(rows) - 4)  # steady state: the link carries its deadline over from packet to packet
+
+        return repeated_s(per_load, 0.05)
+
+    rate = big / load_s(big)
+    columns, rows = spec.hidden_size, 64 if rig.gpu is None or rig.gpu.emulated else 512  # a real link takes 64 rows in a few microseconds
+    near, far = rig.alloc_gpu(4 * columns * rows), rig.alloc_host(4 * columns * rows)
+
+    def copy_s(tokens: int, down: bool) -> float:
+        rig.set_tokens(tokens)
+        ends = (far, columns, near, columns) if down else (near, columns, far, columns)
+        row = instruction(Op.COPY, (*ends, columns, int(down)))
+        return repeated_s(lambda: float(np.median(work_s(rig.run({"gpu": [row] * 20})["gpu"]))), 0.02)
+
+    down_s = copy_s(rows, True)
+    copy_fixed_s = max(copy_s(1, True) - 4 * columns / rate, 1e-7)
+    return LinkProfile(
+        up_bytes_per_s=rate, down_bytes_per_s=4 * columns * (rows - 1) / max(down_s - copy_s(1, True), 1e-9), packet_s=max(load_s(small) - small / rate, 0.0),
+        copy_s=copy_fixed_s, handoff_s=_handoff_s(rig, near, far, columns, _loads(rig, small, 40, target, [source])),
+        queue_handoff_s=_queue_handoff_s(rig, near, columns, target, source),
+    )  # fmt: skip
+
+
+def _handoff_s(rig: Rig, near: int, far: int, columns: int, loads: list[tuple[object, ...]]) -> float:
+    """From a record on one side to the waiting instruction's start on the other: half of a ping-pong's turn, work excluded, while the link is busy as
+    in a real pass. On an emulated GPU the link's copies share the core that has to answer."""
+    rig.set_tokens(1)
+    turns = HANDOFFS
+    gain, spare = rig.alloc_host(4 * columns), rig.alloc_host(4 * columns)
+    norm = (spare, columns, far, columns, gain, NULL, columns, NormKind.RMS)
+    gpu = [instruction(Op.COPY, (far, columns, near, columns, columns, 1), waits=[2 * i] if i else [], record=2 * i + 1) for i in range(turns)]
+    cpu = [instruction(Op.NORM, norm, (1e-5,), waits=[2 * i + 1], record=2 * i + 2) for i in range(turns)]
+
+    def per_handoff() -> float:
+        traces = rig.run({"link_in": loads, "gpu": gpu, "cpu": cpu})
+        total_s = float(traces["cpu"][-1, 2] - traces["gpu"][0, 1]) * 1e-9
+        return max(0.0, total_s - float(work_s(traces["gpu"]).sum() + work_s(traces["cpu"]).sum())) / (2 * turns)
+
+    return float(np.median([per_handoff() for _ in range(SLOWDOWN_RUNS)]))
+
+
+def _queue_handoff_s(rig: Rig, near: int, columns: int, target: int, source: int) -> float:
+    """As `_handoff_s`, between the GPU's compute queue and a link queue: what streamed KV waits for."""
+    rig.set_tokens(1)
+    size = 4 << 10
+    table = rig.alloc_host(24)
+    rig.host.view(table & ((1 << 56) - 1), np.dtype(np.int64), (3,))[:] = (target, source, size)
+    norm = (near, columns, near, columns, near, NULL, columns, NormKind.RMS)
+    gpu = [instruction(Op.NORM, norm, (1e-5,), waits=[2 * i] if i else [], record=2 * i + 1) for i in range(HANDOFFS)]
+    link = [instruction(Op.LOAD, (table, 1, size), waits=[2 * i + 1], record=2 * i + 2) for i in range(HANDOFFS)]
+
+    def per_handoff() -> float:
+        traces = rig.run({"link_in": link, "gpu": gpu})
+        total_s = float(traces["link_in"][-1, 2] - traces["gpu"][0, 1]) * 1e-9
+        return max(0.0, total_s - float(work_s(traces["gpu"]).sum() + work_s(traces["link_in"]).sum())) / (2 * HANDOFFS)
+
+    return float(np.median([per_handoff() for _ in range(SLOWDOWN_RUNS)]))
+
+
+def with_contention(rig: Rig, benches: dict[Side, Bench], sides: dict[Side, ComputeProfile], link: LinkProfile) -> dict[Side, ComputeProfile]:
+    """Each side's slow-down while the link runs at its full rate, from memory out of the caches, in packets of the size that plans choose."""
+    assert rig.gpu is not None
+    size = max(64 << 10, min(packet_bytes(rig.gpu), rig.gpu.memory_bytes // PACKETS_PER_CARD & -4096))
+    target = rig.alloc_gpu(size)
+    region = benches["cpu"]
+    found = {}
+    for side, bench in benches.items():
+        rig.set_tokens(CONTENTION_TOKENS)
+        rows, _ = bench.linears(bench.most_common)
+        alone_s = repeated_s(lambda rows=rows, side=side: float(work_s(rig.run({side: rows})[side]).sum()), 0.05)  # type: ignore[misc]
+        count = 4 + int(3 * alone_s * link.up_bytes_per_s / size)
+        sources = [region.weights + i * size for i in range(region.weight_bytes // size)]
+        loads = _loads(rig, size, count, target, sources)
+        ratios = [ratio for _ in range(SLOWDOWN_RUNS) if (ratio := _slowdown(rig, side, rows, loads)) is not None]
+        found[side] = replace(sides[side], copy_slowdown=max(1.0, float(np.median(ratios))) if ratios else 1.0)
+    return found
+
+
+def _slowdown(rig: Rig, side: Side, rows: list[tuple[object, ...]], loads: list[tuple[object, ...]]) -> float | None:
+    """Time of the instructions that ran while the link was busy, against the same ones alone; None when hardly any did."""
+    return _beside(rig.run({"link_in": loads, side: rows}), rig.run({side: rows}), side, "link_in")
+
+
+def _beside(together: dict[Queue, np.ndarray], alone: dict[Queue, np.ndarray], side: Side, other: Queue) -> float | None:
+    trace = together[side]
+    busy = (trace[:, 1] >= together[other][0, 1]) & (trace[:, 2] <= together[other][-1, 2])
+    return float(work_s(trace)[busy].sum() / work_s(alone[side])[busy].sum()) if busy.mean() > 0.5 else None
+
+
+def with_peers(rig: Rig, benches: dict[Side, Bench], sides: dict[Side, ComputeProfile]) -> dict[Side, ComputeProfile]:
+    """Each side's slow-down while the other one reads its weights, too: they may share one memory."""
+    rig.set_tokens(CONTENTION_TOKENS)
+    rows = {side: bench.linears(bench.most_common)[0] for side, bench in benches.items()}
+    alone_s = {side: repeated_s(lambda side=side: float(work_s(rig.run({side: rows[side]})[side]).sum()), 0.02) for side in rows}  # type: ignore[misc]
+    for side, other in PEERS:  # both at work for about as long
+        times = max(1, round(alone_s[other] / alone_s[side]))
+        rows[side] = (rows[side] * times)[:MOST_INSTRUCTIONS]
+    ratios: dict[Side, list[float]] = {"cpu": [], "gpu": []}
+    for _ in range(SLOWDOWN_RUNS):
+        together = rig.run({"gpu": rows["gpu"], "cpu": rows["cpu"]})
+        for side, other in PEERS:
+            ratio = _beside(together, rig.run({side: rows[side]}), side, other)
+            if ratio is not None:
+                ratios[side].append(ratio)
+    return {side: replace(found, peer_slowdown=max(1.0, float(np.median(ratios[side] or [1.0])))) for side, found in sides.items()}
