@@ -212,14 +212,14 @@ def test_the_estimate_of_like_layers_is_within_two_percent(num_layers, shares, m
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(8, 24), SHARES, SHARES, st.floats(0.1, 0.9), st.booleans(), st.integers(1, 2), st.sampled_from(sorted(PRESETS)))
-def test_the_estimate_of_unlike_layers_is_within_six_percent(num_layers, first, second, frac, spread, micro_batches, preset) -> None:
+def test_the_estimate_of_unlike_layers_is_within_seven_percent(num_layers, first, second, frac, spread, micro_batches, preset) -> None:
     """First layers of one kind and the rest of another, or the two spread evenly."""
     spec = _model(num_layers)
     is_first = [int((i + 1) * frac) > int(i * frac) if spread else i < num_layers * frac for i in range(num_layers)]
     plan = _plan(spec, [first if chosen else second for chosen in is_first], micro_batches=micro_batches)
     load = decode_load(8, 8, 200, plan.buckets[0])
     full = _price(spec, plan, PRESETS[preset], load)
-    assert estimate_pass_s(spec, plan, plan.buckets[0], PRESETS[preset], load) == pytest.approx(full.seconds, rel=0.06)
+    assert estimate_pass_s(spec, plan, plan.buckets[0], PRESETS[preset], load) == pytest.approx(full.seconds, rel=0.07)
 
 
 def test_the_estimate_of_a_shallow_model_is_the_simulation() -> None:
