@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from twinpilots.hardware.presets import PRESETS
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import LayerSpec, ModelSpec, RopeSpec, WeightDtype
 from twinpilots.plan.workload import Limits, Workload
 
-DEMO = PRESETS["demo"]
+DEMO = replace(PRESETS["demo"], gpu_memory_bytes=84 << 20)  # a third of the 16-bit SmolLM2, which these tests plan
 RTX_4090 = PRESETS["rtx-4090"]
 
 
