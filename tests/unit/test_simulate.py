@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.machines import LINK, machine, processor, without_gpu
 from tests.random_plans import Case, cases
 from twinpilots.hardware.presets import PRESETS
-from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.hardware.profile import HardwareProfile, LinkProfile
 from twinpilots.model.spec import LayerSpec, ModelSpec
 from twinpilots.plan.cost import CostModel
 from twinpilots.plan.load import GroupLoad, PassLoad, SeqClass, decode_load
@@ -34,7 +34,7 @@ def _costs(case: Case, schedule: Schedule, profile: HardwareProfile) -> list[flo
     return [model.cost(task).seconds for task in schedule.tasks]
 
 
-def _longest_paths(schedule: Schedule, seconds: list[float], overhead_s: float, handoff_s: float, passes: int) -> list[float]:
+def _longest_paths(schedule: Schedule, seconds: list[float], overhead_s: float, link: LinkProfile, passes: int) -> list[float]:
     """When each pass ends if nothing slows anything down: every task starts when its queue, its waits and the fence let it."""
     count, pass_end, queue_end = len(schedule.tasks), [], {}
     end: list[float] = []
@@ -45,8 +45,9 @@ def _longest_paths(schedule: Schedule, seconds: list[float], overhead_s: float, 
                 start = max(start, pass_end[-1] + overhead_s)
             for wait in task.waits:
                 target = (number - wait.previous) * count + wait.task
-                crosses = {task.queue, schedule.tasks[wait.task].queue} == {"cpu", "gpu"}
-                start = max(start, end[target] + handoff_s * crosses) if target >= 0 else start
+                queues = {task.queue, schedule.tasks[wait.task].queue}
+                latency_s = 0.0 if len(queues) == 1 else link.handoff_s if queues == {"cpu", "gpu"} else link.queue_handoff_s
+                start = max(start, end[target] + latency_s) if target >= 0 else start
             end.append(start + seconds[task.index])
             queue_end[task.queue] = end[-1]
         pass_end.append(max(end[number * count + task.index] for task in schedule.tasks if task.kind != "load"))
@@ -56,10 +57,11 @@ def _longest_paths(schedule: Schedule, seconds: list[float], overhead_s: float, 
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_without_contention_a_pass_is_the_longest_path_through_its_tasks(case: Case) -> None:
-    profile = machine(link=replace(LINK, handoff_s=5e-4), step_overhead_s=3e-3)
+    link = replace(LINK, handoff_s=5e-4, queue_handoff_s=2e-4)
+    profile = machine(link=link, step_overhead_s=3e-3)
     schedule = expand(case.spec, case.plan, case.bucket, case.shape)
     timing = simulate(schedule, case.spec, case.plan, profile, _load(case))
-    ends = _longest_paths(schedule, _costs(case, schedule, profile), 3e-3, 5e-4, 4)
+    ends = _longest_paths(schedule, _costs(case, schedule, profile), 3e-3, link, 4)
     assert timing.fill_s == pytest.approx(ends[0] + 3e-3)
     assert any(timing.seconds == pytest.approx(after - before) for before, after in pairwise(ends))
 

@@ -75,16 +75,20 @@ def _handoff_s(rig: Rig, near: int, far: int, columns: int, loads: list[tuple[ob
     """From a record on one side to the waiting instruction's start on the other: half of a ping-pong's turn, work excluded, while the link is busy as
     in a real pass. On an emulated GPU the link's copies share the core that has to answer."""
     rig.set_tokens(1)
-    turns = HANDOFFS
     gain, spare = rig.alloc_host(4 * columns), rig.alloc_host(4 * columns)
     norm = (spare, columns, far, columns, gain, NULL, columns, NormKind.RMS)
-    gpu = [instruction(Op.COPY, (far, columns, near, columns, columns, 1), waits=[2 * i] if i else [], record=2 * i + 1) for i in range(turns)]
-    cpu = [instruction(Op.NORM, norm, (1e-5,), waits=[2 * i + 1], record=2 * i + 2) for i in range(turns)]
+    gpu = [instruction(Op.COPY, (far, columns, near, columns, columns, 1), waits=[2 * i] if i else [], record=2 * i + 1) for i in range(HANDOFFS)]
+    cpu = [instruction(Op.NORM, norm, (1e-5,), waits=[2 * i + 1], record=2 * i + 2) for i in range(HANDOFFS)]
+    return _half_turn_s(rig, {"link_in": loads, "gpu": gpu, "cpu": cpu}, "cpu")
+
+
+def _half_turn_s(rig: Rig, programs: dict[Queue, list[tuple[object, ...]]], answering: Queue) -> float:
+    """What one of HANDOFFS turns between the GPU's compute queue and ``answering`` takes beside the work of both, halved."""
 
     def per_handoff() -> float:
-        traces = rig.run({"link_in": loads, "gpu": gpu, "cpu": cpu})
-        total_s = float(traces["cpu"][-1, 2] - traces["gpu"][0, 1]) * 1e-9
-        return max(0.0, total_s - float(work_s(traces["gpu"]).sum() + work_s(traces["cpu"]).sum())) / (2 * turns)
+        traces = rig.run(dict(programs))
+        total_s = float(traces[answering][-1, 2] - traces["gpu"][0, 1]) * 1e-9
+        return max(0.0, total_s - float(work_s(traces["gpu"]).sum() + work_s(traces[answering]).sum())) / (2 * HANDOFFS)
 
     return float(np.median([per_handoff() for _ in range(SLOWDOWN_RUNS)]))
 
@@ -98,13 +102,7 @@ def _queue_handoff_s(rig: Rig, near: int, columns: int, target: int, source: int
     norm = (near, columns, near, columns, near, NULL, columns, NormKind.RMS)
     gpu = [instruction(Op.NORM, norm, (1e-5,), waits=[2 * i] if i else [], record=2 * i + 1) for i in range(HANDOFFS)]
     link = [instruction(Op.LOAD, (table, 1, size), waits=[2 * i + 1], record=2 * i + 2) for i in range(HANDOFFS)]
-
-    def per_handoff() -> float:
-        traces = rig.run({"link_in": link, "gpu": gpu})
-        total_s = float(traces["link_in"][-1, 2] - traces["gpu"][0, 1]) * 1e-9
-        return max(0.0, total_s - float(work_s(traces["gpu"]).sum() + work_s(traces["link_in"]).sum())) / (2 * HANDOFFS)
-
-    return float(np.median([per_handoff() for _ in range(SLOWDOWN_RUNS)]))
+    return _half_turn_s(rig, {"link_in": link, "gpu": gpu}, "link_in")
 
 
 def with_contention(rig: Rig, benches: dict[Side, Bench], sides: dict[Side, ComputeProfile], link: LinkProfile) -> dict[Side, ComputeProfile]:

@@ -6,7 +6,6 @@ Owns what is measured and in which order; the experiments are `bench.py`'s and `
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from functools import cache
@@ -16,7 +15,7 @@ from twinpilots.device.cpu import CpuPilot, choose_cores
 from twinpilots.device.memory import host_memory_available_bytes
 from twinpilots.hardware.bench import GPU_CACHE_BYTES, Bench, Side, gpu_arena_bytes, repeated_s
 from twinpilots.hardware.contention import measure_link, packet_bytes, with_contention, with_peers
-from twinpilots.hardware.peaks import PeakMeter, host_region_bytes
+from twinpilots.hardware.peaks import PeakMeter, host_region_bytes, timed_s
 from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
 from twinpilots.hardware.rig import Rig
 from twinpilots.model.spec import ModelSpec
@@ -125,16 +124,10 @@ def _cuda_s(work: Callable[[], object], device: str) -> float:
     return float(began.elapsed_time(ended)) * 1e-3 / PEAK_REPEATS
 
 
-def _timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def _measure_step(rig: Rig, benches: dict[Side, Bench]) -> float:
     """The driver's cost of a pass outside the queues' work: submitting, waking and collecting one instruction per queue."""
     rig.set_tokens(1)
     row: dict[Queue, list[tuple[object, ...]]] = {}
     for side, bench in benches.items():
         row[side] = [bench.norm()]
-    return repeated_s(lambda: _timed(lambda: rig.run(dict(row))), 0.05)
+    return repeated_s(lambda: timed_s(lambda: rig.run(dict(row))), 0.05)

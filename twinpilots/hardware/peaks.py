@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,15 +67,11 @@ def host_region_bytes() -> int:
     cores = allowed_cpus()
     for core in cores:
         try:
-            shared, size = (_cache_text(SYSFS_CPUS / f"cpu{core}/cache/index3" / name) for name in ("shared_cpu_list", "size"))
+            shared, size = ((SYSFS_CPUS / f"cpu{core}/cache/index3" / name).read_text().strip() for name in ("shared_cpu_list", "size"))
             found[shared] = int(size.removesuffix("K")) << 10
         except (OSError, ValueError):  # a container that does not say
             continue
     return max(CACHE_BYTES, (sum(found.values()) or L3_GUESS_PER_CORE_BYTES * len(cores)) * CACHE_MULTIPLE)
-
-
-def _cache_text(path: Path) -> str:
-    return path.read_text().strip()
 
 
 def _torch_sampler(threads: int) -> Callable[[], tuple[float, float]]:
@@ -84,10 +79,11 @@ def _torch_sampler(threads: int) -> Callable[[], tuple[float, float]]:
 
     torch.set_num_threads(threads)
     big, square = torch.ones(host_region_bytes() // 4), torch.ones(TORCH_SQUARE, TORCH_SQUARE)
-    return lambda: (big.numel() * 4 / _timed(lambda: big.sum()), 2 * TORCH_SQUARE**3 / _timed(lambda: square @ square))
+    return lambda: (big.numel() * 4 / timed_s(lambda: big.sum()), 2 * TORCH_SQUARE**3 / timed_s(lambda: square @ square))
 
 
-def _timed(work: Callable[[], object]) -> float:
+def timed_s(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
