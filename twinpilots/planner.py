@@ -79,6 +79,8 @@ class Planner:
         self._tracker = Tracker(profile)
         self._observed_passes = 0
         self._driver_s = 0.0  # scheduling and sampling of a pass, as measured lately
+        self._known_plan: Plan | None = None
+        self._known_s: dict[Workload, float] = {}  # of the known plan
         self._solve_s = 0.0  # what the last solve took
 
     @property
@@ -120,12 +122,22 @@ class Planner:
         if not holds(current, longest):
             found = self.solve(workload, longest=longest).plan
             return PlanChange(plan=found, now_s=None, then_s=self._seconds(found, workload), switch_s=load_s)
-        now_s = self._seconds(current, workload)
-        if now_s * MOST_GAIN < load_s + self._solve_s:
+        if self._about_s(current, workload) * MOST_GAIN < load_s + self._solve_s:
             return None  # not worth the search
         found = self.solve(workload, longest=longest).plan
+        if found is current:
+            return None
+        now_s = self._seconds(current, workload)
         change = PlanChange(plan=found, now_s=now_s, then_s=self._seconds(found, workload), switch_s=load_s)
         return change if change.then_s + load_s < gain * now_s else None
+
+    def _about_s(self, plan: Plan, workload: Workload) -> float:
+        """As `_seconds`, by the rates of the first time that this was asked: to price a plan takes tens of milliseconds."""
+        if self._known_plan is not plan:
+            self._known_plan, self._known_s = plan, {}
+        if workload not in self._known_s:
+            self._known_s[workload] = self._seconds(plan, workload)
+        return self._known_s[workload]
 
     def _seconds(self, plan: Plan, workload: Workload) -> float:
         price = price_plan(self.spec, self.profile, workload, plan)

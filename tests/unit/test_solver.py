@@ -188,3 +188,15 @@ def test_solving_eighty_layers_is_quick() -> None:
     began = time.process_time()
     solve(llama_70b(), RTX_4090, workload(64, 512, 128), memory_of(RTX_4090))
     assert time.process_time() - began < 3.0  # about 0.7 s on an idle core; the margin is for a busy one
+
+
+def test_a_phase_may_do_without_the_gpu() -> None:
+    """Where hand-offs cost half a decode step and prompts are long, both pilots read the prompts and the CPU decodes alone."""
+    assert DEMO.link is not None
+    slow_to_meet = replace(DEMO, link=replace(DEMO.link, handoff_s=2e-4), gpu_memory_bytes=24 << 20)
+    solution = solve(smollm2(), slow_to_meet, workload(1, 512, 32), memory_of(slow_to_meet))
+    decode, prefill = (solution.plan.bucket_for(phase, tokens) for phase, tokens in (("decode", 1), ("prefill", solution.plan.max_pass_tokens)))  # type: ignore[arg-type]
+    assert not any(split.gpu for layer in decode.splits for split in layer.values()), "the GPU takes part in decode"
+    assert any(split.gpu for layer in prefill.splits for split in layer.values()) and any(split.cpu for layer in prefill.splits for split in layer.values())
+    best_other = max(each.tokens_per_s or 0.0 for name, each in solution.candidates.items() if name != "auto")
+    assert solution.prediction.tokens_per_s > 1.05 * best_other

@@ -11,17 +11,18 @@ from dataclasses import replace
 import numpy as np
 
 from twinpilots.device.base import GpuDevice
-from twinpilots.hardware.bench import MOST_INSTRUCTIONS, Bench, Side, repeated_s
+from twinpilots.hardware.bench import MOST_INSTRUCTIONS, PAGE, Bench, Side, repeated_s
 from twinpilots.hardware.profile import ComputeProfile, LinkProfile
 from twinpilots.hardware.rig import Rig, instruction, work_s
-from twinpilots.kernels.abi import NULL, NormKind, Op
-from twinpilots.model.spec import ModelSpec
-from twinpilots.plan.tasks import Queue
+from twinpilots.kernels.abi import DTYPE_CODES, NULL, NormKind, Op
+from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec
+from twinpilots.plan.tasks import STREAMED_KV, Queue
 
 PEERS: tuple[tuple[Side, Side], ...] = (("cpu", "gpu"), ("gpu", "cpu"))
 LINK_RUNS = 5
 SLOWDOWN_RUNS = 7
 HANDOFFS = 100
+KV_PAGES = 8  # a short sequence
 CONTENTION_TOKENS = 1  # where the sides wait for memory most, and where sharing a pass gains least
 PACKETS_PER_CARD = 128  # a plan's ring is a 32nd of GPU memory, in four packets
 
@@ -103,6 +104,27 @@ def _queue_handoff_s(rig: Rig, near: int, columns: int, target: int, source: int
     gpu = [instruction(Op.NORM, norm, (1e-5,), waits=[2 * i] if i else [], record=2 * i + 1) for i in range(HANDOFFS)]
     link = [instruction(Op.LOAD, (table, 1, size), waits=[2 * i + 1], record=2 * i + 2) for i in range(HANDOFFS)]
     return _half_turn_s(rig, {"link_in": link, "gpu": gpu}, "link_in")
+
+
+def with_kv_copies(rig: Rig, bench: Bench, link: LinkProfile, kv_dtype: str) -> LinkProfile:
+    """Copies of streamed KV: one at a time, and on an emulated GPU they share its core with the linears between which they fall."""
+    spec = bench.spec
+    page_bytes = 2 * spec.kv_size * BYTES_PER_WEIGHT[kv_dtype] * PAGE
+    home, staging = rig.alloc_host(KV_PAGES * page_bytes), rig.alloc_gpu(KV_PAGES * page_bytes)
+    args = (staging, home, page_bytes, PAGE, spec.num_kv_heads, spec.head_dim, DTYPE_CODES[kv_dtype])
+    rig.set_sequences([(1, KV_PAGES * PAGE)], PAGE, STREAMED_KV)
+    rows, _ = bench.linears(bench.most_common)
+    gpu = [row[:7] + (i,) + row[8:] for i, row in enumerate(rows[:HANDOFFS])]  # each records its number
+
+    def beyond_packet_s(op: Op, queue: Queue, num_bytes: float, rate: float) -> float:
+        copies = [instruction(op, args, waits=[i]) for i in range(len(gpu))]
+        took_s = repeated_s(lambda: float(np.mean(work_s(rig.run({"gpu": gpu, queue: copies})[queue]))), 0.02)
+        return max(0.0, took_s - link.packet_s - num_bytes / rate)
+
+    return replace(
+        link, load_kv_s=beyond_packet_s(Op.LOAD_KV, "link_in", KV_PAGES * page_bytes, link.up_bytes_per_s),
+        store_kv_s=beyond_packet_s(Op.STORE_KV, "link_out", page_bytes / PAGE, link.down_bytes_per_s),
+    )  # fmt: skip
 
 
 def with_contention(rig: Rig, benches: dict[Side, Bench], sides: dict[Side, ComputeProfile], link: LinkProfile) -> dict[Side, ComputeProfile]:

@@ -14,7 +14,7 @@ from twinpilots.device.base import GpuDevice
 from twinpilots.device.cpu import CpuPilot, choose_cores
 from twinpilots.device.memory import host_memory_available_bytes
 from twinpilots.hardware.bench import GPU_CACHE_BYTES, MIN_RUNS, Bench, Side, gpu_arena_bytes, in_rounds, repeated_s
-from twinpilots.hardware.contention import measure_link, packet_bytes, with_contention, with_peers
+from twinpilots.hardware.contention import measure_link, packet_bytes, with_contention, with_kv_copies, with_peers
 from twinpilots.hardware.peaks import PeakMeter, host_region_bytes, timed_s
 from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
 from twinpilots.hardware.rig import Rig
@@ -51,7 +51,7 @@ def measure(
         link = None
         if gpu:
             progress("link: packets, small copies, hand-off, contention")
-            link = measure_link(rig, spec)
+            link = with_kv_copies(rig, benches["gpu"], measure_link(rig, spec), kv_dtype or spec.weight_dtype)
             sides = with_peers(rig, benches, with_contention(rig, benches, sides, link))
         step_s = _measure_step(rig, benches)
     # What DRAM gives is at least what all cores read, and what the pilot reads beside a busy link together with what the link takes.

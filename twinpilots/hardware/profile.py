@@ -95,10 +95,12 @@ class LinkProfile:
     copy_s: float  # fixed cost of one activation copy
     handoff_s: float  # from a record on one device to the waiting task's start on the other
     queue_handoff_s: float = 0.0  # the same between the GPU's compute queue and its link queues
+    load_kv_s: float = 0.0  # what bringing one layer's host KV takes beyond a packet of that size, beside a GPU that computes
+    store_kv_s: float = 0.0  # and taking its new KV back
 
     def __post_init__(self) -> None:
         _check_numbers(self, "up_bytes_per_s down_bytes_per_s", above=0)
-        _check_numbers(self, "packet_s copy_s handoff_s queue_handoff_s", least=0)
+        _check_numbers(self, "packet_s copy_s handoff_s queue_handoff_s load_kv_s store_kv_s", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

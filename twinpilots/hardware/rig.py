@@ -14,7 +14,7 @@ from twinpilots.device.base import GpuDevice
 from twinpilots.device.cpu import CpuPilot
 from twinpilots.device.memory import HostArena
 from twinpilots.kernels.abi import ENTRY, EVENTS_OFFSET, INSN, MAX_WAITS, NULL, NUM_ARGS, NUM_FLOATS, Meta, Op, Space, address
-from twinpilots.plan.tasks import Queue
+from twinpilots.plan.tasks import GPU_KV, Queue
 
 TIMEOUT_S = 60.0
 PROGRAM_BYTES = 4 << 20
@@ -72,8 +72,8 @@ class Rig:
         """All token rows in micro-batch 0, group 0; every row at position 0 of slot = its number."""
         self.set_sequences([(tokens, tokens)], page_size=1 << 30)
 
-    def set_sequences(self, sequences: Sequence[tuple[int, int]], page_size: int) -> None:
-        """Sequences of (query tokens, KV tokens after the pass), each on pages of its own, numbered from 0."""
+    def set_sequences(self, sequences: Sequence[tuple[int, int]], page_size: int, group: int = GPU_KV) -> None:
+        """Sequences of (query tokens, KV tokens after the pass), each on pages of its own, numbered from 0; all of one ``group``."""
         meta = self._meta
         meta[:] = 0
         tokens = sum(query for query, _ in sequences)
@@ -88,8 +88,8 @@ class Rig:
         for word, size in sizes.items():
             meta[word] = position
             position += size
-        meta[Meta.ROWS : Meta.ROWS + 4] = (0, tokens, tokens, tokens)
-        meta[Meta.SEQS : Meta.SEQS + 4] = (0, count, count, count)
+        meta[Meta.ROWS : Meta.ROWS + 4] = [tokens if edge > group else 0 for edge in range(4)]
+        meta[Meta.SEQS : Meta.SEQS + 4] = [count if edge > group else 0 for edge in range(4)]
         starts = np.cumsum([0] + [query for query, _ in sequences])[:-1]
         first_pages = np.cumsum([0, *pages])[:-1]
         for word, values in (

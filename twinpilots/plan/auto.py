@@ -54,14 +54,16 @@ def rounded_plans(problem: Problem) -> list[Trial]:
             waves = -(-problem.workload.num_requests // choice.num_seqs)
             ranked.append((waves * shares.seconds, len(ranked), draft, choice))
     trials: list[Trial] = []
-    for draft, choice in _varied([(draft, choice) for _, _, draft, choice in sorted(ranked, key=lambda item: item[:2])]):
+    best_first = [(draft, choice) for _, _, draft, choice in sorted(ranked, key=lambda item: item[:2])]
+    for draft, choice in _varied(best_first):
         shares = solve_program(program_of(problem, draft, choice))
         trial = rounded(problem, draft, shares) if shares is not None else None
         if trial is not None:
             trials.append(trial)
         if len(trials) == ROUNDED_PRICED:
             break
-    return trials + [even for trial in trials[:1] if (even := _even(problem, trial)) is not None]
+    others = [_even(problem, trial) for trial in trials[:1]] + [_from_host(problem, *point) for point in best_first if point[1].decode_kv == "cpu"][:1]
+    return trials + [trial for trial in others if trial is not None]
 
 
 def _varied(ranked: list[tuple[Draft, Choice]]) -> list[tuple[Draft, Choice]]:
@@ -83,6 +85,20 @@ def _even(problem: Problem, trial: Trial) -> Trial | None:
         shares[phase] = dict.fromkeys(problem.ops, sum(share[name] * weight[name] for name in problem.ops) / sum(weight.values()))
     even = replace(trial, residency=residency, shares=shares)
     return even if problem.fits(even.plan(problem)) else None
+
+
+def _from_host(problem: Problem, draft: Draft, choice: Choice) -> Trial | None:
+    """Everything in host memory: the pilots share prefill, whose weights are streamed, and the CPU decodes alone. The program cannot say that a phase does
+    without the GPU, and so without hand-offs."""
+    program = replace(program_of(problem, draft, choice), resident=dict.fromkeys(problem.ops, 0.0), gpu_kv=0.0)
+    shares = solve_program(program, relaxed=True)
+    if shares is None:
+        return None
+    trial = Trial(
+        draft=replace(draft, gpu_seqs=0), residency=nothing_resident(problem.spec, problem.ops),
+        shares={"prefill": shares.phases[0].cpu, "decode": dict.fromkeys(problem.ops, 1.0)},
+    )  # fmt: skip
+    return trial if problem.fits(trial.plan(problem)) else None
 
 
 def grid(problem: Problem, only_chunk: int | None = None) -> Iterator[tuple[Draft, Choice]]:
@@ -267,6 +283,12 @@ def _only(trial: Trial, phase: Phase, kept: tuple[str, ...]) -> Trial | None:
     return replace(trial, shares={**trial.shares, phase: share}) if share != trial.shares[phase] else None
 
 
+def _alone(trial: Trial, phase: Phase) -> Trial | None:
+    """The trial with all that is not resident on the CPU."""
+    share = dict.fromkeys(trial.shares[phase], 1.0)
+    return replace(trial, shares={**trial.shares, phase: share}) if share != trial.shares[phase] else None
+
+
 def _scaled(trial: Trial, phase: Phase, factor: float) -> Trial | None:
     """The trial with the CPU's shares of one phase multiplied; None when that changes nothing."""
     scaled = {name: min(1.0, value * factor) for name, value in trial.shares[phase].items()}
@@ -280,6 +302,7 @@ MOVES: tuple[Move, ...] = (
     lambda trial, phase: _only(trial, phase, (*BLOCKS["mlp"], *BLOCKS["head"])),
     lambda trial, phase: _only(trial, phase, BLOCKS["mlp"]),
     lambda trial, phase: _only(trial, phase, ()),
+    _alone,
 )
 
 

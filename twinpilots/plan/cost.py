@@ -169,12 +169,14 @@ def _load(model: CostModel, task: Task) -> TaskCost:
 def _load_kv(model: CostModel, task: Task) -> TaskCost:
     classes = [c for group in model.groups(task) for c in group.classes]
     num_bytes = sum(staged_kv_bytes(model.spec, c, model.plan.page_size, model.kv_bytes) for c in classes)
-    return TaskCost(model.link.packet_s + num_bytes / model.link.up_bytes_per_s, num_bytes, num_bytes, "kv")
+    seconds = model.link.packet_s + model.link.load_kv_s + num_bytes / model.link.up_bytes_per_s
+    return TaskCost(seconds, num_bytes, num_bytes, "kv")
 
 
 def _store_kv(model: CostModel, task: Task) -> TaskCost:
     num_bytes = 2 * model.spec.kv_size * model.kv_bytes * model.tokens(task)
-    return TaskCost(model.link.packet_s + num_bytes / model.link.down_bytes_per_s, num_bytes, num_bytes, "kv")
+    seconds = model.link.packet_s + model.link.store_kv_s + num_bytes / model.link.down_bytes_per_s
+    return TaskCost(seconds, num_bytes, num_bytes, "kv")
 
 
 COSTS: dict[Kind, Callable[[CostModel, Task], TaskCost]] = {
