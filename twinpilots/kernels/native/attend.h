@@ -1,184 +1,215 @@
 // ATTEND for some query tokens of one sequence and the query heads of one KV head. Included inside each instruction set's namespace.
-// Online softmax over blocks of 64 tokens (or a page, if larger) that start at multiples of 64: the blocks that a row sees depend on its position only,
-// and a block that is masked for a row leaves it as it is, so a row's bits do not depend on the rows that it is computed with.
+// Online softmax over blocks of 64 tokens that start at multiples of 64. What a row's numbers are made of depends on its position only: a score is W chains of
+// fused multiply-adds over the dims, added as a tree; a sum of values is one chain in ascending tokens; a block that is masked for a row leaves it as it is.
+// So a row's bits do not depend on the rows that it is computed with.
+//
+// A block is read as four quarters, side by side: that many streams from memory at once. While a block's keys are multiplied its values are
+// prefetched, and while its values are added the next block's keys are: both come a phase ahead, into the second-level cache.
 
 constexpr float MASKED = -__builtin_inff();
-constexpr int64_t KEYS = 16;  // keys that are transposed together: a page of the usual size
-
-// Tokens of a block that lie in one page: where their keys and values lie, and the keys one block further on (null: no row sees those).
-struct Run {
-  int64_t token, count;
-  const char *keys, *values, *next_keys;
-};
+constexpr int64_t BLOCK = 64, QUARTERS = 4, QUARTER = BLOCK / QUARTERS;
+constexpr int64_t PAIR = 2 * W;  // dims that are loaded together
 
 struct AttendBlock {
-  int64_t rows, group, dim, padded_dim, tokens, padded_tokens;  // rows = query tokens x heads of the group
-  float *q, *keys, *scores, *sums, *peak, *total, *tail;  // [dim / MAX_TILE][rows][PACKED_LD], [dim][KEYS], [rows][padded_tokens], [rows][padded_dim], [rows], [rows], [tokens][W]
-  int64_t t0, t1, num_runs;  // of the block at hand: tokens [t0, t1) are seen by some row
-  Run runs[64];
+  int64_t rows, group, dim, padded_dim;                   // rows = query tokens x heads of the group
+  float *q, *scores, *sums, *peak, *total, *copy;         // [rows][padded_dim], [rows][BLOCK], [rows][padded_dim], [rows], [rows], [2][BLOCK][padded_dim] or null
+  int64_t t0, t1, row_bytes;                              // of the block at hand: tokens [t0, t1) are seen by some row; bytes from one token to the next
+  const char *keys[QUARTERS], *values[QUARTERS], *next_keys[QUARTERS];  // of each quarter; next: of the block behind it, null where no row sees it
 };
+
+// Whether keys and values are used where they lie: in whole pairs of vectors, and a quarter never crosses pages. Else a block is copied to fp32 first.
+static bool used_in_place(const KvArgs& kv) { return kv.head_dim % PAIR == 0 && kv.page_size % QUARTER == 0; }
 
 static AttendBlock attend_layout(const AttendArgs& a, int64_t queries) {
   AttendBlock b;
   b.group = a.heads / a.kv.kv_heads;
   b.rows = queries * b.group;
   b.dim = a.kv.head_dim;
-  b.padded_dim = round_up(b.dim, 16);
-  b.tokens = a.kv.page_size >= 64 ? a.kv.page_size : 64 / a.kv.page_size * a.kv.page_size;
-  b.padded_tokens = round_up(b.tokens, KEYS);
-  const int64_t sizes[] = {(b.dim + MAX_TILE - 1) / MAX_TILE * b.rows * PACKED_LD, b.dim * KEYS, b.rows * b.padded_tokens, b.rows * b.padded_dim, round_up(b.rows, 16),
-                           round_up(b.rows, 16), b.tokens * W};
-  float** parts[] = {&b.q, &b.keys, &b.scores, &b.sums, &b.peak, &b.total, &b.tail};
+  b.padded_dim = round_up(b.dim, PAIR);
+  const int64_t copied = used_in_place(a.kv) ? 0 : 2 * BLOCK * b.padded_dim;
+  const int64_t sizes[] = {b.rows * b.padded_dim, b.rows * BLOCK, b.rows * b.padded_dim, round_up(b.rows, 16), round_up(b.rows, 16), copied};
+  float** parts[] = {&b.q, &b.scores, &b.sums, &b.peak, &b.total, &b.copy};
   int64_t floats = 0;
   for (int64_t size : sizes) floats += size;
   float* next = (float*)thread_scratch(floats * sizeof(float));
-  for (int i = 0; i < 7; i++) {
+  for (int i = 0; i < 6; i++) {
     *parts[i] = next;
     next += sizes[i];
   }
+  if (!copied) b.copy = nullptr;
   return b;
 }
 
-// Tokens from `last` on are seen by no row.
-static void find_runs(const KvArgs& kv, const Sequence& s, int64_t head, int64_t base, int64_t last, AttendBlock& b) {
-  b.num_runs = 0;
-  for (int64_t t = b.t0, count; t < b.t1; t += count) {
-    const int64_t page = (base + t) / kv.page_size, offset = base + t - page * kv.page_size, left = kv.page_size - offset;
-    auto at = [&](int64_t index, int64_t which) { return kv_row(kv, s.pages[index], offset, which, head); };
-    count = left < b.t1 - t ? left : b.t1 - t;
-    b.runs[b.num_runs++] = {t, count, at(page, 0), at(page, 1), base + t + b.tokens < last ? at(page + b.tokens / kv.page_size, 0) : nullptr};
+static char* token_row(const KvArgs& kv, const Sequence& s, int64_t token, int64_t which, int64_t head) {
+  return kv_row(kv, s.pages[token / kv.page_size], token % kv.page_size, which, head);
+}
+
+// Where the block at `base` lies. A quarter that no row sees is never read for its values, and its scores are masked: it gets a neighbour's place.
+static void find_quarters(const KvArgs& kv, const Sequence& s, int64_t head, int64_t base, int64_t last, AttendBlock& b) {
+  b.row_bytes = b.dim * dtype_bytes(kv.dtype);
+  const int64_t first = b.t0 / QUARTER;
+  for (int64_t i = 0; i < QUARTERS; i++) {
+    const int64_t t = i * QUARTER < b.t1 && i >= first ? i * QUARTER : first * QUARTER, next = base + BLOCK + i * QUARTER;
+    b.keys[i] = token_row(kv, s, base + t, 0, head);
+    b.values[i] = token_row(kv, s, base + t, 1, head);
+    b.next_keys[i] = next < last ? token_row(kv, s, next, 0, head) : nullptr;
   }
 }
 
-// Dims [d, d + 2 W) (bf16: two to a word) or [d, d + W) of W keys, as rows of a strip.
 template <int D>
-TP_INLINE void load_dims(const char* const* keys, int64_t d, float* out) {
-  vf r[W];
-#pragma GCC unroll 16
-  for (int i = 0; i < W; i++) {
-    const auto* key = (const typename Element<D>::T*)keys[i] + d;
-    r[i] = D == BF16 ? load((const float*)key) : Element<D>::load_vector(key);
+static void to_floats(const char* from, int64_t n, float* out) {
+  const auto* p = (const typename Element<D>::T*)from;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, Element<D>::load_vector(p + i));
+  for (; i < n; i++) out[i] = Element<D>::get(p[i]);
+}
+
+// The tokens that some row sees, as fp32 rows of whole pairs.
+template <int D>
+static void copy_block(const KvArgs& kv, const Sequence& s, int64_t head, int64_t base, AttendBlock& b) {
+  b.row_bytes = b.padded_dim * (int64_t)sizeof(float);
+  for (int64_t which = 0; which < 2; which++)
+    for (int64_t t = b.t0; t < b.t1; t++) {
+      float* out = b.copy + (which * BLOCK + t) * b.padded_dim;
+      to_floats<D>(token_row(kv, s, base + t, which, head), b.dim, out);
+      for (int64_t d = b.dim; d < b.padded_dim; d++) out[d] = 0.0f;
+    }
+  for (int64_t i = 0; i < QUARTERS; i++) {
+    b.keys[i] = (const char*)(b.copy + i * QUARTER * b.padded_dim);
+    b.values[i] = b.keys[i] + BLOCK * b.row_bytes;
+    b.next_keys[i] = nullptr;
   }
-  transpose(r);
+}
+
+TP_INLINE void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+}
+
+// The next block's keys [from, to), counted through the quarters in turn.
+TP_INLINE void prefetch_next(const AttendBlock& b, int64_t from, int64_t to) {
+  for (int64_t i = from; i < to; i++)
+    if (b.next_keys[i % QUARTERS]) prefetch_row(b.next_keys[i % QUARTERS] + i / QUARTERS * b.row_bytes, b.row_bytes);
+}
+
+// ---- scores
+
+constexpr int SCORE_ROWS = 4;                                                     // rows that share one load of keys
+constexpr int score_keys(int rows) { return TP_ISA == 2 || rows < 4 ? 4 : 2; }  // keys that share one load of rows: as many chains as registers hold
+
+// out [NK][MR] = keys . q, each product's lanes added as a tree.
+template <int D, int MR, int NK>
+TP_INLINE void dots(const float* q, int64_t ldq, const char* const* keys, int64_t dim, float* out) {
+  vf c[NK * MR];
 #pragma GCC unroll 16
-  for (int i = 0; i < W; i++) {
-    if (D == BF16) {
-      store(out + (d + 2 * i) * KEYS, (vf)((vu)r[i] << 16));
-      store(out + (d + 2 * i + 1) * KEYS, (vf)((vu)r[i] & 0xffff0000u));
-    } else {
-      store(out + (d + i) * KEYS, r[i]);
+  for (int i = 0; i < NK * MR; i++) c[i] = zero();
+  for (int64_t d = 0; d < dim; d += PAIR) {
+#pragma GCC unroll 4
+    for (int n = 0; n < NK; n++) {
+      vf even, odd;
+      load_pair<D>((const typename Element<D>::T*)keys[n] + d, even, odd);
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; m++) {
+        c[n * MR + m] = fma(even, load(q + m * ldq + d), c[n * MR + m]);
+        c[n * MR + m] = fma(odd, load(q + m * ldq + d + W), c[n * MR + m]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < NK * MR; i += 4) add_lanes(c + i, out + i);
+}
+
+// Scores of MR rows from `row` on. The first rows prefetch the values of the tokens that they score.
+template <int D, int MR>
+static void score_rows(int64_t row, const AttendBlock& b) {
+  constexpr int NK = score_keys(MR);
+  const bool whole = b.t0 == 0 && b.t1 == BLOCK;  // tokens of all quarters in turn; else four neighbours, so that few are scored for nothing
+  const float* q = b.q + row * b.padded_dim;
+  float *scores = b.scores + row * BLOCK, out[NK * MR];
+  for (int64_t g = whole ? 0 : b.t0 / 4; g < (whole ? QUARTER : (b.t1 + 3) / 4); g++) {
+    int64_t tokens[4];
+    const char* keys[4];
+    for (int64_t j = 0; j < 4; j++) {
+      const int64_t t = tokens[j] = whole ? j * QUARTER + g : 4 * g + j, offset = t % QUARTER * b.row_bytes;
+      keys[j] = b.keys[t / QUARTER] + offset;
+      if (row == 0 && !b.copy) prefetch_row(b.values[t / QUARTER] + offset, b.row_bytes);
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < 4; j += NK) {
+      dots<D, MR, NK>(q, b.padded_dim, keys + j, b.padded_dim, out);
+#pragma GCC unroll 4
+      for (int n = 0; n < NK; n++)
+#pragma GCC unroll 4
+        for (int m = 0; m < MR; m++) scores[m * BLOCK + tokens[j + n]] = out[n * MR + m];
     }
   }
 }
 
-// The keys of tokens [t, t + KEYS) to the columns of [dim][KEYS]. Tokens outside [t0, t1) repeat a key: their scores are masked for every row.
-template <int D>
-static void load_keys(int64_t t, const AttendBlock& b) {
-  const char* keys[KEYS];
-  const int64_t begin = t > b.t0 ? t : b.t0, end = t + KEYS < b.t1 ? t + KEYS : b.t1;
-  for (int64_t r = 0; r < b.num_runs; r++) {
-    const Run& run = b.runs[r];
-    const int64_t first = run.token > begin ? run.token : begin, stop = run.token + run.count < end ? run.token + run.count : end;
-    for (int64_t i = first; i < stop; i++) keys[i - t] = run.keys + (i - run.token) * b.dim * (int64_t)sizeof(typename Element<D>::T);
-  }
-  for (int64_t i = 0; i < KEYS; i++)
-    if (t + i < begin || t + i >= end) keys[i] = keys[begin - t];
-  constexpr int64_t width = D == BF16 ? 2 * W : W;
-  int64_t d = 0;
-  for (; d + width <= b.dim; d += width)
-    for (int64_t i = 0; i < KEYS; i += W) load_dims<D>(keys + i, d, b.keys + i);
-  for (; d < b.dim; d++)
-    for (int64_t i = 0; i < KEYS; i++) b.keys[d * KEYS + i] = Element<D>::get(((const typename Element<D>::T*)keys[i])[d]);
-}
-
-// Scores of MR rows from `row` on against the loaded keys, those of tokens from t on. Meanwhile KEYS values are prefetched.
-template <int MR>
-static void score_rows(int64_t row, int64_t t, const char* values, int64_t value_bytes, const AttendBlock& b) {
-  using S = Sums<FP32, MR, KEYS / W>;
-  S s;
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; m++)
-#pragma GCC unroll 4
-    for (int n = 0; n < KEYS / W; n++) s.c[m][n] = zero();
-  for (int64_t d = 0; d < b.dim; d += MAX_TILE) {
-    const int64_t k = b.dim - d < MAX_TILE ? b.dim - d : MAX_TILE;
-    const Ahead ahead = values ? Ahead{values + KEYS * d * value_bytes / b.dim, 2 * KEYS * value_bytes / b.dim} : Ahead{nullptr, 0};
-    S::steps(s, b.q + (d / MAX_TILE * b.rows + row) * PACKED_LD, PACKED_LD, b.keys + d * KEYS, KEYS, k, ahead);
-  }
-  S::write(s, b.scores + row * b.padded_tokens + t, b.padded_tokens);
-}
-
-// scores = q @ keys for the tokens of the block.
 template <int D>
 static void score_block(const AttendBlock& b) {
-  using Fn = void (*)(int64_t, int64_t, const char*, int64_t, const AttendBlock&);
-  static const Fn table[] = {score_rows<1>, score_rows<2>, score_rows<3>, score_rows<4>, score_rows<5>, score_rows<6>,
-#if TP_ISA == 2
-                             score_rows<7>, score_rows<8>, score_rows<9>, score_rows<10>, score_rows<11>, score_rows<12>,
-#endif
-  };
-  const int64_t value_bytes = b.dim * sizeof(typename Element<D>::T);
-  for (int64_t t = b.t0 / KEYS * KEYS, r = 0; t < b.t1; t += KEYS) {
-    load_keys<D>(t, b);
-    while (r + 1 < b.num_runs && b.runs[r + 1].token <= t) r++;
-    const char* values = b.runs[r].values + (t > b.runs[r].token ? t - b.runs[r].token : 0) * value_bytes;
-    for (int64_t row = 0, count; row < b.rows; row += count) {
-      count = rows_at_once(b.rows - row);
-      table[count - 1](row, t, row ? nullptr : values, value_bytes, b);
-    }
+  using Fn = void (*)(int64_t, const AttendBlock&);
+  static const Fn table[SCORE_ROWS] = {score_rows<D, 1>, score_rows<D, 2>, score_rows<D, 3>, score_rows<D, 4>};
+  for (int64_t row = 0, count; row < b.rows; row += count) {
+    const int64_t left = b.rows - row;
+    count = left / ((left + SCORE_ROWS - 1) / SCORE_ROWS);  // as even as possible
+    table[count - 1](row, b);
   }
 }
 
 // Scores to probabilities in place, for one row that sees tokens [lo, hi) of the block; rescales the row's sums.
 static void softmax_row(const AttendArgs& a, AttendBlock& b, int64_t row, int64_t lo, int64_t hi) {
-  float *s = b.scores + row * b.padded_tokens, *sums = b.sums + row * b.padded_dim, peaks[16];
-  const int64_t padded = b.padded_tokens;
-  for (int64_t t = 0; t < padded; t += W) {
-    vf v = load(s + t) * splat(a.scale);
-    if (a.softcap != 0.0f) v = splat(a.softcap) * vtanh(v / splat(a.softcap));
-    store(s + t, v);
-  }
+  constexpr int N = BLOCK / W, LANES = 16;  // sixteen lanes of sums on every instruction set
+  float *s = b.scores + row * BLOCK, lanes[LANES];
   for (int64_t t = 0; t < lo; t++) s[t] = MASKED;
-  for (int64_t t = hi; t < padded; t++) s[t] = MASKED;
-  vf top = splat(MASKED);
-  for (int64_t t = 0; t < padded; t += W) top = vmax(load(s + t), top);
-  store(peaks, top);
-  float peak = b.peak[row];
-  for (int i = 0; i < W; i++) peak = peaks[i] > peak ? peaks[i] : peak;
-  float parts[16] = {};  // sixteen lanes on every instruction set
-  for (int64_t t = 0; t < padded; t += 16)
-    for (int j = 0; j < 16; j += W) {
-      const vf v = load(s + t + j), p = v == splat(MASKED) ? zero() : vexp(v - splat(peak));
-      store(s + t + j, p);
-      store(parts + j, load(parts + j) + p);
-    }
-  for (int half = 8; half; half /= 2)
-    for (int j = 0; j < half; j++) parts[j] += parts[j + half];
+  for (int64_t t = hi; t < BLOCK; t++) s[t] = MASKED;
+  vf v[N], top = splat(MASKED), parts[LANES / W];
+  for (int i = 0; i < N; i++) {
+    v[i] = load(s + i * W) * splat(a.scale);
+    if (a.softcap != 0.0f) v[i] = splat(a.softcap) * vtanh(v[i] / splat(a.softcap));
+  }
+  if (lo > 0 || hi < BLOCK)
+    for (int i = 0; i < N; i++) v[i] = load(s + i * W) == splat(MASKED) ? splat(MASKED) : v[i];
+  for (int i = 0; i < N; i++) top = vmax(v[i], top);
+  store(lanes, top);
   const float before = b.peak[row];
+  float peak = before;
+  for (int i = 0; i < W; i++) peak = lanes[i] > peak ? lanes[i] : peak;
+  for (vf& part : parts) part = zero();
+  for (int i = 0; i < N; i++) {
+    const vf p = v[i] == splat(MASKED) ? zero() : vexp(v[i] - splat(peak));
+    store(s + i * W, p);
+    parts[i % (LANES / W)] = parts[i % (LANES / W)] + p;
+  }
+  for (int i = 0; i < LANES / W; i++) store(lanes + i * W, parts[i]);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int j = 0; j < half; j++) lanes[j] += lanes[j + half];
+  const float added = lanes[0];
   if (before != peak) {
-    float lanes[16];
     store(lanes, vexp(splat(before - peak)));
     const float shrink = before == MASKED ? 0.0f : lanes[0];
+    float* sums = b.sums + row * b.padded_dim;
     b.total[row] *= shrink;
     for (int64_t d = 0; d < b.padded_dim; d += W) store(sums + d, load(sums + d) * splat(shrink));
   }
-  b.total[row] += parts[0];
+  b.total[row] += added;
   b.peak[row] = peak;
 }
 
-// sums [MR][dim] += probabilities @ values, run by run; meanwhile the next block's keys are prefetched.
+// ---- values
+
+// sums [MR][dim] += probabilities @ values; the first rows prefetch the share [from, to) of the next block's keys.
 template <int D, int MR, int NV>
-TP_INLINE void value_columns(int64_t row, int64_t column, const AttendBlock& b) {
+TP_INLINE void value_columns(int64_t row, int64_t column, int64_t from, int64_t to, const AttendBlock& b) {
   using S = Sums<D, MR, NV>;
   using T = typename Element<D>::T;
-  constexpr int64_t bytes = NV * W * sizeof(T);
   float* sums = b.sums + row * b.padded_dim + column;
   S s;
   S::read(s, sums, b.padded_dim);
-  for (int64_t r = 0; r < b.num_runs; r++) {
-    const Run& run = b.runs[r];
-    const Ahead ahead = row == 0 && run.next_keys ? Ahead{run.next_keys + column * run.count * (int64_t)sizeof(T), 2 * bytes} : Ahead{nullptr, 0};
-    S::steps(s, b.scores + row * b.padded_tokens + run.token, b.padded_tokens, (const T*)run.values + column, b.dim, run.count, ahead);
+  for (int64_t i = b.t0 / QUARTER; i * QUARTER < b.t1; i++) {
+    const int64_t first = b.t0 > i * QUARTER ? b.t0 : i * QUARTER, end = b.t1 < (i + 1) * QUARTER ? b.t1 : (i + 1) * QUARTER;
+    if (row == 0) prefetch_next(b, from + (to - from) * i / QUARTERS, from + (to - from) * (i + 1) / QUARTERS);
+    const char* v = b.values[i] + (first - i * QUARTER) * b.row_bytes + column * (int64_t)sizeof(T);
+    const float* p = b.scores + row * BLOCK;
+    for (int64_t t = first; t < end; t++, v += b.row_bytes) S::step(s, p + t, BLOCK, (const T*)v);
   }
   S::write(s, sums, b.padded_dim);
 }
@@ -186,29 +217,11 @@ TP_INLINE void value_columns(int64_t row, int64_t column, const AttendBlock& b) 
 template <int D, int MR>
 static void value_rows(int64_t row, const AttendBlock& b) {
   constexpr int NV = vectors_of(MR);
+  const int64_t dim = b.padded_dim;
+  auto share = [&](int64_t column) { return BLOCK * column / dim; };
   int64_t column = 0;
-  for (; column + NV * W <= b.dim; column += NV * W) value_columns<D, MR, NV>(row, column, b);
-  for (; NV > 2 && column + 2 * W <= b.dim; column += 2 * W) value_columns<D, MR, 2>(row, column, b);
-  if (column + W <= b.dim) {
-    value_columns<D, MR, 1>(row, column, b);
-    column += W;
-  }
-  if (column == b.dim) return;
-  using S = Sums<FP32, MR, 1>;  // the last columns, of a head size that is no multiple of W, from a converted copy
-  S s;
-  S::read(s, b.sums + row * b.padded_dim + column, b.padded_dim);
-  S::steps(s, b.scores + row * b.padded_tokens + b.t0, b.padded_tokens, b.tail + b.t0 * W, W, b.t1 - b.t0, {nullptr, 0});
-  S::write(s, b.sums + row * b.padded_dim + column, b.padded_dim);
-}
-
-template <int D>
-static void convert_tail(const AttendBlock& b) {
-  const int64_t column = b.dim / W * W;
-  for (int64_t r = 0; r < b.num_runs; r++)
-    for (int64_t i = 0; i < b.runs[r].count; i++) {
-      const auto* value = (const typename Element<D>::T*)b.runs[r].values + i * b.dim;
-      for (int64_t j = 0; j < W; j++) b.tail[(b.runs[r].token + i) * W + j] = column + j < b.dim ? Element<D>::get(value[column + j]) : 0.0f;
-    }
+  for (; column + NV * W <= dim; column += NV * W) value_columns<D, MR, NV>(row, column, share(column), share(column + NV * W), b);
+  for (; column < dim; column += PAIR) value_columns<D, MR, 2>(row, column, share(column), share(column + PAIR), b);
 }
 
 template <int D>
@@ -219,37 +232,47 @@ static void add_values(const AttendBlock& b) {
                              value_rows<D, 7>, value_rows<D, 8>, value_rows<D, 9>, value_rows<D, 10>, value_rows<D, 11>, value_rows<D, 12>,
 #endif
   };
-  if (b.dim % W) convert_tail<D>(b);
   for (int64_t row = 0, count; row < b.rows; row += count) {
     count = rows_at_once(b.rows - row);
     table[count - 1](row, b);
   }
 }
 
+// ---- a chunk
+
 // All tokens that some row sees, block by block.
 template <int D>
 static void attend_tokens(const AttendArgs& a, const Sequence& s, int64_t kv_head, int64_t query0, int64_t query1, AttendBlock& b) {
   const int64_t context = s.kv_len - s.len, last = context + query1, first = a.window && context + query0 + 1 > a.window ? context + query0 + 1 - a.window : 0;
-  for (int64_t base = first / b.tokens * b.tokens; base < last; base += b.tokens) {
+  for (int64_t base = first / BLOCK * BLOCK; base < last; base += BLOCK) {
     b.t0 = first > base ? first - base : 0;
-    b.t1 = last - base < b.tokens ? last - base : b.tokens;
-    find_runs(a.kv, s, kv_head, base, last, b);
-    score_block<D>(b);
+    b.t1 = last - base < BLOCK ? last - base : BLOCK;
+    if (b.copy) {
+      copy_block<D>(a.kv, s, kv_head, base, b);
+      score_block<FP32>(b);
+    } else {
+      find_quarters(a.kv, s, kv_head, base, last, b);
+      score_block<D>(b);
+    }
     for (int64_t r = 0; r < b.rows; r++) {
       const int64_t position = context + query0 + r / b.group, start = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
       const int64_t lo = start > base ? start - base : 0, hi = position + 1 - base;
-      softmax_row(a, b, r, lo < b.tokens ? lo : b.tokens, hi < 0 ? 0 : hi < b.tokens ? hi : b.tokens);
+      softmax_row(a, b, r, lo < BLOCK ? lo : BLOCK, hi < 0 ? 0 : hi < BLOCK ? hi : BLOCK);
     }
-    add_values<D>(b);
+    if (b.copy) add_values<FP32>(b);
+    else add_values<D>(b);
   }
 }
 
 static void attend_block(const AttendArgs& a, const Sequence& s, int64_t kv_head, int64_t query0, int64_t query1) {
   AttendBlock b = attend_layout(a, query1 - query0);
+  const bool woven = a.kv.dtype == BF16 && !b.copy;
   const int64_t first_head = kv_head * b.group;
   for (int64_t r = 0; r < b.rows; r++) {
-    const float* q = a.qkv + (s.row + query0 + r / b.group) * a.ld + (first_head + r % b.group) * b.dim;
-    for (int64_t d = 0, tile = 0; d < b.dim; d += MAX_TILE, tile++) pack_rows(q + d, 0, 1, b.dim - d < MAX_TILE ? b.dim - d : MAX_TILE, b.q + (tile * b.rows + r) * PACKED_LD);
+    float* q = b.q + r * b.padded_dim;
+    __builtin_memcpy(q, a.qkv + (s.row + query0 + r / b.group) * a.ld + (first_head + r % b.group) * b.dim, b.dim * sizeof(float));
+    for (int64_t d = b.dim; d < b.padded_dim; d++) q[d] = 0.0f;
+    if (woven) reorder<false>(q, b.dim);
     b.peak[r] = MASKED;
     b.total[r] = 0.0f;
   }
@@ -259,7 +282,7 @@ static void attend_block(const AttendArgs& a, const Sequence& s, int64_t kv_head
   else attend_tokens<FP32>(a, s, kv_head, query0, query1, b);
   for (int64_t r = 0; r < b.rows; r++) {
     float* out = a.dst + (s.row + query0 + r / b.group) * a.dst_ld + (first_head + r % b.group) * b.dim;
-    if (a.kv.dtype == BF16) reorder<true>(b.sums + r * b.padded_dim, b.dim);
+    if (woven) reorder<true>(b.sums + r * b.padded_dim, b.dim);
     for (int64_t d = 0; d < b.dim; d++) out[d] = b.sums[r * b.padded_dim + d] / b.total[r];
   }
 }

@@ -188,6 +188,24 @@ TP_INLINE void transpose(vf (&r)[W]) {
     if (W > 8 && !(i & 8)) exchange<8 % W>(r[i], r[i + 8]);
 }
 
+// out[i] = the lanes of v[i] added, for four vectors: neighbours, then pairs of neighbours, then groups of four from the outer ones inwards.
+TP_INLINE void add_lanes(const vf* v, float* out) {
+  constexpr vi first = (LANE & ~3) + 2 * (LANE & 1) + (((LANE & 2) != 0) & W);
+  const vf a = __builtin_shuffle(v[0], v[1], first) + __builtin_shuffle(v[0], v[1], first + 1);
+  const vf b = __builtin_shuffle(v[2], v[3], first) + __builtin_shuffle(v[2], v[3], first + 1);
+  const vf c = __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + 1);
+#if TP_ISA == 2
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)c), _mm512_extractf32x8_ps((__m512)c, 1));
+#elif TP_ISA == 1
+  const __m256 half = (__m256)c;
+#endif
+#if TP_ISA >= 1
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#else
+  store(out, c);
+#endif
+}
+
 // The first n < W floats of a row; the other lanes are 0.
 TP_INLINE vf load_n(const float* p, int64_t n) {
   float t[W] = {};
