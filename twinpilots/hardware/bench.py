@@ -5,11 +5,12 @@ Owns those experiments and what a repeated run "takes". Knows nothing of the oth
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -22,11 +23,26 @@ from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
 from twinpilots.model.weight_format import FORMATS
 
 Side = Literal["cpu", "gpu"]
+K = TypeVar("K", bound=Hashable)
 MIN_RUNS = 3
+MOST_RUNS = 9
 MOST_INSTRUCTIONS = 5000  # per queue: what the rig has room for. Only tiny models have so many linears in a cycle, and theirs lie in cache in a pass, too
 GPU_CACHE_BYTES = 40 << 20
+PAGE = 16  # tokens
 FILL = {"fp32": 0x3C, "bf16": 0x3C}  # bytes that make ordinary small numbers in each format
 FILL_HALF = 0x2C  # in fp16, and in the fp16 scales of quantised formats
+
+
+Experiments = dict[tuple[str, int], Callable[[], float]]  # by kind, and tokens or context: each returns seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Decode attention: KV bytes per second and what each sequence costs beside; prefill attention: FLOPs per second."""
+
+    bytes_per_s: float
+    flops_per_s: float
+    seq_s: float
 
 
 @dataclass
@@ -39,6 +55,7 @@ class Bench:
     tokens: int
     weights: int = 0
     weight_bytes: int = 0
+    filled: int = -1
     buffers: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,8 +80,11 @@ class Bench:
         return self.run(rows)
 
     def fill_weights(self, weights: str) -> None:
-        """Ordinary numbers in this format."""
-        self.rig.fill(self.weights, self.weight_bytes, FILL.get(weights, FILL_HALF))
+        """Ordinary numbers in this format, unless they are there already."""
+        value = FILL.get(weights, FILL_HALF)
+        if value != self.filled:
+            self.rig.fill(self.weights, self.weight_bytes, value)
+            self.filled = value
 
     @property
     def most_common(self) -> str:
@@ -108,25 +128,48 @@ class Bench:
         where = (b["wide"], self.wide, b["hidden"], spec.hidden_size, weight, dtype)
         return instruction(Op.LINEAR, (*where, count, op.width, op.unit_rows, epilogue, ACT_CODES[spec.activation], NULL, NULL, fast))
 
-    def curve(self, rate_key: str, grid: Sequence[int], budget_s: float) -> Curve:
-        """Seconds per weight at each token count. All weights while that is quick; where computing takes longer than reading, as many as the time allows."""
-        self.fill_weights(rate_key.partition("/")[0])
-        rows, elements = self.linears(rate_key)
-        cycle = len(self.ops(rate_key))
-        per_weight: list[float] = []
-        for i, tokens in enumerate(grid):
-            expected_s = per_weight[-1] * tokens / grid[i - 1] if per_weight else 0.0
-            runs_s = budget_s / len(grid) / MIN_RUNS
-            count = len(rows)
-            while count > cycle and expected_s * sum(elements[:count]) > runs_s:
-                count -= cycle
-            count = max(min(cycle, len(rows)), count)
-            self.rig.set_tokens(tokens)
-            seconds = repeated_s(lambda count=count: float(work_s(self.run_cold(rows[:count])).sum()), runs_s)  # type: ignore[misc]
-            per_weight.append(seconds / sum(elements[:count]))
-        # More tokens never take less time: where they seem to, a neighbour was busy at the smaller count.
-        monotone = np.minimum.accumulate(per_weight[::-1])[::-1]
-        return Curve(x=tuple(float(t) for t in grid), y=tuple(float(y) for y in monotone))
+    def experiments(self, grid: Sequence[int], kv_dtype: str, run_s: float) -> Experiments:
+        """What `rates` needs, ready to run again and again. A linear's experiment goes through all weights while that takes at most ``run_s``; where
+        computing takes longer than reading, through as many as that allows."""
+        found: Experiments = {}
+        for key in self.spec.rate_keys:
+            rows, elements = self.linears(key)
+            cycle, count = len(self.ops(key)), len(rows)
+            weight_s = 0.0
+            for i, tokens in enumerate(grid):
+                expected_s = weight_s * tokens / grid[max(i - 1, 0)]
+                while count > cycle and expected_s * sum(elements[:count]) > run_s:
+                    count -= cycle
+                found[key, tokens] = functools.partial(self._weight_s, key.partition("/")[0], rows[:count], sum(elements[:count]), tokens)
+                weight_s = found[key, tokens]()
+        for name, context in self._contexts(kv_dtype).items():
+            found[name, context] = functools.partial(self._decode_attention_s, kv_dtype, context)
+        found["prefill", 0] = functools.partial(self._prefill_attention_s, kv_dtype)
+        return found
+
+    def rates(self, seconds: Mapping[tuple[str, int], float], grid: Sequence[int], kv_dtype: str) -> tuple[dict[str, Curve], Attention]:
+        """What the typical seconds of the experiments say: each linear's curve, and attention's rates."""
+        curves = {}
+        for key in self.spec.rate_keys:
+            # More tokens never take less time: where they seem to, a neighbour was busy at the smaller count.
+            monotone = np.minimum.accumulate([seconds[key, tokens] for tokens in reversed(grid)])[::-1]
+            curves[key] = Curve(x=tuple(float(tokens) for tokens in grid), y=tuple(float(y) for y in monotone))
+        contexts = self._contexts(kv_dtype)
+        longest, short = contexts["long"], contexts["short"]
+        long_s, short_s = seconds["long", longest], seconds["short", short]
+        per_token_s = (long_s - short_s) / (longest - short) if long_s > short_s else long_s / longest
+        query = self._prefill_tokens(kv_dtype)
+        attention = Attention(
+            bytes_per_s=self._kv_token_bytes(kv_dtype) / per_token_s, seq_s=max(0.0, short_s - short * per_token_s),
+            flops_per_s=self.spec.attention_flops(1, query * (query + 1) / 2) / seconds["prefill", 0],
+        )  # fmt: skip
+        return curves, attention
+
+    def _weight_s(self, weights: str, rows: list[tuple[object, ...]], elements: int, tokens: int) -> float:
+        """Seconds per weight of these linears."""
+        self.fill_weights(weights)
+        self.rig.set_tokens(tokens)
+        return float(work_s(self.run_cold(rows)).sum()) / elements
 
     def norm(self) -> tuple[object, ...]:
         """A small instruction that every interpreter runs alike."""
@@ -151,25 +194,38 @@ class Bench:
 
         return repeated_s(per_task, 0.02)
 
-    def attention(self, kv_dtype: str) -> tuple[float, float]:
-        """(KV bytes per second of decode attention, FLOPs per second of prefill attention), through pages in the weight region."""
-        spec, element, page = self.spec, BYTES_PER_WEIGHT[kv_dtype], 16
-        token_bytes = 2 * spec.kv_size * element
-        context = max(page, min(512, self.weight_bytes // 16 // token_bytes // page * page))
+    def _kv_token_bytes(self, kv_dtype: str) -> int:
+        return 2 * self.spec.kv_size * BYTES_PER_WEIGHT[kv_dtype]
+
+    def _contexts(self, kv_dtype: str) -> dict[str, int]:
+        """A long and a short context of whole pages; equal where memory has room for one page only."""
+        longest = max(PAGE, min(512, self.weight_bytes // 16 // self._kv_token_bytes(kv_dtype) // PAGE * PAGE))
+        return {"long": longest, "short": max(PAGE, longest // 8 // PAGE * PAGE)}
+
+    def _prefill_tokens(self, kv_dtype: str) -> int:
+        return min(256, self.tokens, self._contexts(kv_dtype)["long"])
+
+    def _decode_attention_s(self, kv_dtype: str, context: int) -> float:
+        """Seconds that one sequence of ``context`` tokens adds to a call of decode attention, through pages in the weight region."""
+        token_bytes = self._kv_token_bytes(kv_dtype)
         num_seqs = max(1, min(8, self.tokens, self.weight_bytes // (4 * context * token_bytes)))
         layer_bytes = num_seqs * context * token_bytes
         layers = max(1, min(32, self.weight_bytes // layer_bytes))
-        self.rig.set_sequences([(1, context)] * num_seqs, page)
-        rows = [self._attend(self.weights + layer * layer_bytes, token_bytes * page, page, kv_dtype) for layer in range(layers)]
-        decode_s = repeated_s(lambda: float(work_s(self.run_cold(rows)).sum()), 0.1)
-        query = min(256, self.tokens, context)
-        self.rig.set_sequences([(query, query)], page)
-        prefill_s = repeated_s(lambda: float(work_s(self.run(rows[:1])).sum()), 0.1)
-        return layers * layer_bytes / decode_s, spec.attention_flops(1, query * (query + 1) / 2) / prefill_s
+        self.fill_weights(kv_dtype)
+        self.rig.set_sequences([(1, context)] * num_seqs, PAGE)
+        rows = [self._attend(self.weights + layer * layer_bytes, kv_dtype) for layer in range(layers)]
+        return float(work_s(self.run_cold(rows)).sum()) / (layers * num_seqs)
 
-    def _attend(self, kv: int, page_stride: int, page: int, kv_dtype: str) -> tuple[object, ...]:
+    def _prefill_attention_s(self, kv_dtype: str) -> float:
+        query = self._prefill_tokens(kv_dtype)
+        self.fill_weights(kv_dtype)
+        self.rig.set_sequences([(query, query)], PAGE)
+        return float(work_s(self.run([self._attend(self.weights, kv_dtype)])).sum())
+
+    def _attend(self, kv: int, kv_dtype: str) -> tuple[object, ...]:
         spec, b = self.spec, self.buffers
-        args = (b["attn"], spec.q_size, b["wide"], self.wide, spec.num_heads, spec.num_kv_heads, spec.head_dim, kv, page_stride, page, DTYPE_CODES[kv_dtype], 0)
+        page_stride = self._kv_token_bytes(kv_dtype) * PAGE
+        args = (b["attn"], spec.q_size, b["wide"], self.wide, spec.num_heads, spec.num_kv_heads, spec.head_dim, kv, page_stride, PAGE, DTYPE_CODES[kv_dtype], 0)
         return instruction(Op.ATTEND, args, (spec.softmax_scale, 0.0))
 
 
@@ -184,13 +240,22 @@ def gpu_arena_bytes(gpu: GpuDevice | None) -> int:
     return 0 if gpu is None else min(gpu.memory_bytes, 1 << 30)
 
 
-def repeated_s(experiment: Callable[[], float], budget_s: float) -> float:
-    """The lower quartile of at least MIN_RUNS and at most 9 runs of an experiment that returns seconds, within a time budget after those."""
+def in_rounds(experiments: Mapping[K, Callable[[], float]], budget_s: float) -> dict[K, float]:
+    """What each experiment takes: all of them in turn, MIN_RUNS to MOST_RUNS times, within a time budget after those. A second in which a neighbour is
+    busy then costs each of them one run, not one of them all its runs."""
     began = time.perf_counter()
-    found: list[float] = []
-    while len(found) < MIN_RUNS or (len(found) < 9 and time.perf_counter() - began < budget_s):
-        found.append(experiment())
-    return typical_s(found)
+    found: dict[K, list[float]] = {key: [] for key in experiments}
+    rounds = 0
+    while rounds < MIN_RUNS or (rounds < MOST_RUNS and time.perf_counter() - began < budget_s):
+        for key, experiment in experiments.items():
+            found[key].append(experiment())
+        rounds += 1
+    return {key: typical_s(runs) for key, runs in found.items()}
+
+
+def repeated_s(experiment: Callable[[], float], budget_s: float) -> float:
+    """What one experiment takes, as `in_rounds`."""
+    return in_rounds({0: experiment}, budget_s)[0]
 
 
 def typical_s(runs: Sequence[float]) -> float:

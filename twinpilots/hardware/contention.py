@@ -22,7 +22,7 @@ PEERS: tuple[tuple[Side, Side], ...] = (("cpu", "gpu"), ("gpu", "cpu"))
 LINK_RUNS = 5
 SLOWDOWN_RUNS = 7
 HANDOFFS = 100
-CONTENTION_TOKENS = 4  # still bound by memory, but with some work: where a GPU and a CPU most often share a pass
+CONTENTION_TOKENS = 1  # where the sides wait for memory most, and where sharing a pass gains least
 PACKETS_PER_CARD = 128  # a plan's ring is a 32nd of GPU memory, in four packets
 
 

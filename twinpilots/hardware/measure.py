@@ -13,7 +13,7 @@ from functools import cache
 from twinpilots.device.base import GpuDevice
 from twinpilots.device.cpu import CpuPilot, choose_cores
 from twinpilots.device.memory import host_memory_available_bytes
-from twinpilots.hardware.bench import GPU_CACHE_BYTES, Bench, Side, gpu_arena_bytes, repeated_s
+from twinpilots.hardware.bench import GPU_CACHE_BYTES, MIN_RUNS, Bench, Side, gpu_arena_bytes, in_rounds, repeated_s
 from twinpilots.hardware.contention import measure_link, packet_bytes, with_contention, with_peers
 from twinpilots.hardware.peaks import PeakMeter, host_region_bytes, timed_s
 from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
@@ -22,7 +22,7 @@ from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.tasks import Queue
 
 FULL_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-QUICK_GRID = (1, 4, 16, 64, 256)
+QUICK_GRID = (1, 2, 4, 8, 16, 64, 256)  # kernels walk few tokens in steps: what lies between two points there is no straight line
 PEAK_RUNS = 12
 PEAK_REPEATS = 10
 
@@ -36,7 +36,7 @@ def measure(
     quick: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> HardwareProfile:
-    """Measures this machine for models of ``spec``'s formats and widths. ``quick`` takes about 2 s with fewer points, otherwise under 60 s."""
+    """Measures this machine for models of ``spec``'s formats and widths. ``quick`` takes about 4 s with fewer points, otherwise under 60 s."""
     grid: tuple[int, ...] = QUICK_GRID if quick else FULL_GRID
     budget_s = 0.3 if quick else 4.0
     rig_bytes = host_region_bytes() + GPU_CACHE_BYTES + 2 * packet_bytes(gpu)
@@ -45,12 +45,9 @@ def measure(
     if gpu and gpu_budget < (64 << 20):
         grid = grid[:-2]
     with Rig(pilot, gpu, host_bytes=rig_bytes, gpu_bytes=gpu_budget) as rig:
-        sides: dict[Side, ComputeProfile] = {}
-        benches: dict[Side, Bench] = {}
-        for side in ("cpu", "gpu") if gpu else ("cpu",):
-            progress(f"{side}: linears, attention, small ops")
-            bench = benches[side] = Bench(rig, side, spec, max(grid))
-            sides[side] = _measure_compute(bench, grid, budget_s, kv_dtype or spec.weight_dtype, pilot.threads if side == "cpu" else 1, gpu)
+        benches: dict[Side, Bench] = {side: Bench(rig, side, spec, max(grid)) for side in (("cpu", "gpu") if gpu else ("cpu",))}
+        progress("linears and attention")
+        sides = _measure_compute(benches, grid, budget_s, kv_dtype or spec.weight_dtype, pilot.threads, gpu)
         link = None
         if gpu:
             progress("link: packets, small copies, hand-off, contention")
@@ -70,17 +67,28 @@ def measure(
     )  # fmt: skip
 
 
-def _measure_compute(bench: Bench, grid: Sequence[int], budget_s: float, kv_dtype: str, threads: int, gpu: GpuDevice | None) -> ComputeProfile:
-    dtype = bench.spec.weight_dtype
-    linear = {key: bench.curve(key, grid, budget_s) for key in bench.spec.rate_keys}
-    bench.fill_weights(kv_dtype)
-    # An emulated GPU computes on one core of the CPU's kind, so its peaks are one core's.
-    read_rate, flop_rate = _cuda_peaks(dtype, gpu.name) if bench.side == "gpu" and gpu and not gpu.emulated else cpu_peaks(threads)
-    attention_bytes, attention_flops = bench.attention(kv_dtype)
-    return ComputeProfile(
-        name=bench.side, linear=linear, attention_bytes_per_s=attention_bytes, attention_flops_per_s=attention_flops,
-        elementwise_bytes_per_s=bench.elementwise_rate(), task_s=bench.task_s(), read_bytes_per_s=read_rate, flops_per_s=flop_rate,
-    )  # fmt: skip
+def _measure_compute(
+    benches: dict[Side, Bench], grid: Sequence[int], budget_s: float, kv_dtype: str, threads: int, gpu: GpuDevice | None
+) -> dict[Side, ComputeProfile]:  # fmt: skip
+    """Both sides in the same rounds, so that a busy neighbour does not make one look slower than the other."""
+    experiments = {
+        (side, key): run
+        for side, bench in benches.items()
+        for key, run in bench.experiments(grid, kv_dtype, budget_s / len(grid) / MIN_RUNS).items()
+    }  # fmt: skip
+    seconds = in_rounds(experiments, budget_s * sum(len(bench.spec.rate_keys) for bench in benches.values()))
+    sides: dict[Side, ComputeProfile] = {}
+    for side, bench in benches.items():
+        linear, attention = bench.rates({key: found for (of, key), found in seconds.items() if of == side}, grid, kv_dtype)
+        # An emulated GPU computes on one core of the CPU's kind, so its peaks are one core's.
+        on_card = side == "gpu" and gpu is not None and not gpu.emulated
+        read_rate, flop_rate = _cuda_peaks(bench.spec.weight_dtype, gpu.name) if on_card and gpu else cpu_peaks(threads if side == "cpu" else 1)
+        sides[side] = ComputeProfile(
+            name=side, linear=linear, attention_bytes_per_s=attention.bytes_per_s, attention_flops_per_s=attention.flops_per_s,
+            attention_seq_s=attention.seq_s, elementwise_bytes_per_s=bench.elementwise_rate(), task_s=bench.task_s(),
+            read_bytes_per_s=read_rate, flops_per_s=flop_rate,
+        )  # fmt: skip
+    return sides
 
 
 @cache

@@ -45,8 +45,8 @@ class ComputeProfile:
     """One processor. ``linear["fp16/out"]`` maps tokens to seconds per weight element (weights out of cache) for ops split along the output,
     ``"fp16/in"`` along the input; ``"q4_1/fast/out"`` where the CPU pilot rounds activations to 8 bits (`OpSpec.rate_key`).
 
-    Attention of one sequence and layer takes max(KV bytes / attention_bytes_per_s, FLOPs / attention_flops_per_s). ``task_s`` is the fixed cost of
-    one task. ``read_bytes_per_s`` and ``flops_per_s`` are the peaks of independent micro-benchmarks: only the hardware bound uses them.
+    Attention of one sequence and layer takes attention_seq_s + max(KV bytes / attention_bytes_per_s, FLOPs / attention_flops_per_s). ``task_s`` is the
+    fixed cost of one task. ``read_bytes_per_s`` and ``flops_per_s`` are the peaks of independent micro-benchmarks: only the hardware bound uses them.
     """
 
     name: str
@@ -58,11 +58,12 @@ class ComputeProfile:
     read_bytes_per_s: float
     flops_per_s: float
     copy_slowdown: float = 1.0  # factor on this processor's times while the link runs at full rate
+    attention_seq_s: float = 0.0  # fixed cost of one sequence in attention: what counts when contexts are short
     peer_slowdown: float = 1.0  # factor on its memory-bound times while the other processor reads the same memory (1 where memories are apart)
 
     def __post_init__(self) -> None:
         _check_numbers(self, "attention_bytes_per_s attention_flops_per_s elementwise_bytes_per_s read_bytes_per_s flops_per_s", above=0)
-        _check_numbers(self, "task_s", least=0)
+        _check_numbers(self, "task_s attention_seq_s", least=0)
         _check_numbers(self, "copy_slowdown peer_slowdown", least=1)
 
     def curve(self, rate_key: str) -> Curve:
@@ -79,9 +80,9 @@ class ComputeProfile:
         """Seconds of a linear of ``elements`` weights at ``tokens`` tokens, without the fixed cost."""
         return elements * self.curve(rate_key)(tokens)
 
-    def attention_s(self, kv_bytes: float, flops: float) -> float:
-        """Seconds of attention that reads ``kv_bytes`` and computes ``flops``, without the fixed cost."""
-        return max(kv_bytes / self.attention_bytes_per_s, flops / self.attention_flops_per_s)
+    def attention_s(self, kv_bytes: float, flops: float, num_seqs: float = 1) -> float:
+        """Seconds of attention of ``num_seqs`` sequences that together read ``kv_bytes`` and compute ``flops``, without the task's fixed cost."""
+        return num_seqs * self.attention_seq_s + max(kv_bytes / self.attention_bytes_per_s, flops / self.attention_flops_per_s)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -181,7 +181,8 @@ def attention_times(problem: Problem, tokens: float, seqs: int, context: float) 
     per_token = spec.kv_bytes_per_token(kv_element_bytes(problem)) / spec.num_layers
     kv_bytes, flops = seqs * context * per_token, spec.attention_flops(tokens, context)
     up_s, down_s = kv_bytes / link.up_bytes_per_s, tokens * per_token / link.down_bytes_per_s
-    return profile.cpu.attention_s(kv_bytes, flops) + profile.cpu.task_s, up_s + down_s + gpu.attention_s(kv_bytes, flops) + gpu.task_s
+    on_cpu, on_gpu = (side.attention_s(kv_bytes, flops, seqs) + side.task_s for side in (profile.cpu, gpu))
+    return on_cpu, up_s + down_s + on_gpu
 
 
 def kv_element_bytes(problem: Problem) -> int:

@@ -261,10 +261,9 @@ class _Expansion:
         """Each device gets the other's rows of q, k and v for the tokens that it attends."""
         for source in DEVICES:
             rows = self._attended_on(OTHER[source], layer, mb)
-            for name, column in columns.items():
-                lo, hi = self._rows(layer, name, source)
-                if rows:
-                    self._copy(source, "qkv", mb, column + lo, column + hi, groups=rows, layer=layer)
+            if rows:
+                for lo, hi in _joined([(column, *self._rows(layer, name, source)) for name, column in columns.items()]):
+                    self._copy(source, "qkv", mb, lo, hi, groups=rows, layer=layer)
 
     def _attend(self, layer: int, mb: int) -> None:
         for group in range(NUM_GROUPS):
@@ -348,6 +347,16 @@ class _Expansion:
                 self._copy(OTHER[device], "head", ALL_MICRO_BATCHES, 0, hidden, logits=True, layer=-1)
         self._linears(self._jobs(-1, {"lm_head": 0}, "head", "logits"), [ALL_MICRO_BATCHES])
         self._copy("gpu", "logits", ALL_MICRO_BATCHES, 0, split.gpu, logits=True, layer=-1)
+
+
+def _joined(parts: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """The columns of (first column, rows from, to) parts, empty ones dropped and those that touch made one: every copy has a fixed cost."""
+    found: list[tuple[int, int]] = []
+    for column, lo, hi in parts:
+        if lo < hi:
+            begin = found.pop()[0] if found and found[-1][1] == column + lo else column + lo
+            found.append((begin, column + hi))
+    return found
 
 
 def without_wait(schedule: Schedule, task: int, wait: int) -> Schedule:

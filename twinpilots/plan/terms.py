@@ -142,7 +142,7 @@ def _attention_crossing_s(problem: Problem, link: LinkProfile, tokens: int, batc
     spec = problem.spec
     moved = tokens * ACTIVATION_BYTES
     down_s, up_s = moved * (spec.q_size + 2 * spec.kv_size) / link.down_bytes_per_s, moved * spec.q_size / link.up_bytes_per_s
-    return spec.num_layers * (batches * (4 * link.copy_s + 2 * link.handoff_s) + down_s + up_s)
+    return spec.num_layers * (batches * (2 * link.copy_s + 2 * link.handoff_s) + down_s + up_s)
 
 
 def _handoffs(problem: Problem, link: LinkProfile, each: MeanPass, batches: int, cpu_fixed_s: float) -> dict[str, float]:
