@@ -24,7 +24,7 @@ from twinpilots.plan.plan import BucketPlan, Phase, Plan, Split
 from twinpilots.plan.pricing import prefill_shape, price_phase, price_plan
 from twinpilots.plan.problem import Problem, no_cpu
 
-TOLERANCE = 1e-3  # plans that are better than the best by less than this share are not looked for
+TOLERANCE = 2e-3  # plans that are better than the best by less than this share are not looked for
 NO_RING = (0, 0)
 PLACES: tuple[tuple[Attention, Attention], ...] = (("cpu", "cpu"), ("cpu", "gpu"), ("gpu", "cpu"), ("gpu", "gpu"))  # host KV attended in prefill, decode
 Option = tuple[tuple[Split, ...], int]  # one op's splits, layer by layer, and the number of its residency

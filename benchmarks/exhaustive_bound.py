@@ -6,7 +6,7 @@ a pass longer: slower work beside copies, hazards other than a value that is not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,9 @@ from twinpilots.plan.tasks import GPU_KV, HOST_KV, STREAMED_KV
 Device = Literal["gpu", "cpu"]
 DEVICES: tuple[Device, ...] = ("gpu", "cpu")
 OTHER: dict[Device, Device] = {"gpu": "cpu", "cpu": "gpu"}
+_Ends = Mapping[tuple[Device, str], np.ndarray]  # by device and op
+_Before = Callable[[int], Mapping[Device, np.ndarray]]  # micro-batch -> when each device may begin
+_After = Callable[[int, _Ends], Mapping[Device, np.ndarray]]  # micro-batch, when its linears are done -> when each device can go on
 QKV = ("q_proj", "k_proj", "v_proj")
 HEAD_LAYER = -1
 
@@ -53,22 +56,16 @@ class PhaseBound:
         return sum((count * self._pass_s(load) for load, count in self.loads), np.zeros(size))
 
     def _pass_s(self, load: PassLoad) -> np.ndarray:
-        """Micro-batches that stream change the order of tasks with the ring's size: there only what holds in any order is bounded."""
-        mbs = range(len(load.micro_batches))
-        together = _Pass(self, load, list(mbs))
-        exact_s, busy_s = together.run(), together.busy_s
-        if len(mbs) == 1:
-            return np.maximum(exact_s, together.link_bound_s)
-        alone = [_Pass(self, load, [mb]).run() for mb in mbs]
-        loose_s = np.maximum.reduce([*alone, busy_s["cpu"], busy_s["gpu"], together.link_bound_s])
-        return np.where(together.streamed_bytes > 0, loose_s, exact_s)
+        made = _Pass(self, load)
+        return np.maximum(made.run(), made.link_bound_s)
 
 
 class _Pass:
-    """One pass of some of the micro-batches on the clock of two queues. Times are from the begin of the pass, by combination."""
+    """One pass on the clock of two queues. Times are from the begin of the pass, by combination."""
 
-    def __init__(self, bound: PhaseBound, load: PassLoad, mbs: list[int]) -> None:
-        self.problem, self.plan, self.rows, self.load, self.mbs = bound.problem, bound.plan, bound.rows, load, mbs
+    def __init__(self, bound: PhaseBound, load: PassLoad) -> None:
+        self.problem, self.plan, self.rows, self.load = bound.problem, bound.plan, bound.rows, load
+        self.mbs = list(range(len(load.micro_batches)))
         self.spec, self.profile = self.problem.spec, self.problem.profile
         assert self.profile.gpu is not None and self.profile.link is not None
         self.processor: dict[Device, ComputeProfile] = {"cpu": self.profile.cpu, "gpu": self.profile.gpu}
@@ -77,10 +74,10 @@ class _Pass:
         size = len(next(iter(self.rows.values())).cpu)
         self.zero = np.zeros(size)
         self.free: dict[Device, np.ndarray] = {device: np.full(size, self.profile.step_overhead_s) for device in DEVICES}
-        self.busy_s: dict[Device, np.ndarray] = {device: np.full(size, self.profile.step_overhead_s) for device in DEVICES}
         self.stored = self.zero  # when the last new KV is back in host memory
         self.streamed_bytes = self.zero
         self.kv_s = 0.0
+        self.ready: dict[tuple[Device, int], np.ndarray] = {}
         self.x: dict[tuple[Device, int], np.ndarray] = {}
         self.valid: dict[tuple[Device, int], np.ndarray] = {}
 
@@ -112,7 +109,6 @@ class _Pass:
             start = np.maximum(start, end if source == device else end + self.link.handoff_s)
         end = start + seconds
         self.free[device] = end if where is None else np.where(where, end, self.free[device])
-        self.busy_s[device] = self.busy_s[device] + (seconds if where is None else np.where(where, seconds, 0.0))
         return end
 
     def _elementwise(self, device: Device, num_bytes: float) -> float:
@@ -124,19 +120,52 @@ class _Pass:
         end = self._task("gpu", self.link.copy_s + ACTIVATION_BYTES * tokens * columns / rate, [(source, ready)], where)
         return end if source == "cpu" else end + self.link.handoff_s
 
-    def _linear(self, device: Device, layer: int, name: str, tokens: int, ready: np.ndarray, last: bool) -> np.ndarray:
-        """A device's rows of one op: one task for each source of its rows. ``last``: no other micro-batch loads these rows again."""
+    def _linear(self, device: Device, layer: int, name: str, tokens: int, ready: np.ndarray) -> np.ndarray:
+        """A device's rows of one op: one task for each source of its rows. The last of the streamed rows cannot be there before the link has moved all."""
         op, rows, processor = self.problem.ops[name], self.rows[layer, name], self.processor[device]
         row_s = linear_s(op, 1, tokens, processor)
         if device == "cpu":
             return self._task(device, processor.task_s + rows.cpu * row_s, [(device, ready)], rows.cpu > 0)
         kept = self._task(device, processor.task_s + rows.resident * row_s, [(device, ready)], rows.resident > 0)
-        loaded = self.streamed_bytes + rows.streamed * op.row_bytes
-        arrived = np.maximum(0.0, loaded - self.plan.ring_bytes) / self.link.up_bytes_per_s
-        streamed = self._task(device, processor.task_s + rows.streamed * row_s, [(device, ready), (device, arrived)], rows.streamed > 0)
-        if last:
-            self.streamed_bytes = loaded
+        streamed = self._task(device, processor.task_s + rows.streamed * row_s, [(device, ready)], rows.streamed > 0)
+        moved = self.streamed_bytes + rows.streamed * op.row_bytes
+        streamed = np.maximum(streamed, np.maximum(0.0, moved - self.plan.ring_bytes) / self.link.up_bytes_per_s + processor.task_s)
+        self.free[device] = np.where(rows.streamed > 0, streamed, self.free[device])
         return np.where(rows.streamed > 0, streamed, np.where(rows.resident > 0, kept, ready))
+
+    def _linears(self, layer: int, names: Sequence[str], before: _Before, after: _After) -> None:
+        """One phase of linears. Where the ring may be too small for the phase the order is another one: then the earlier of both, in every respect."""
+        saved = self.free.copy(), self.x.copy(), self.valid.copy()
+        one = self._in_order(layer, names, before, after, by_batch=True)
+        streamed = sum((self.rows[layer, name].streamed * self.problem.ops[name].row_bytes for name in names), self.zero)
+        if len(self.mbs) > 1 and np.any(streamed > 0):
+            free = self.free
+            self.free, self.x, self.valid = saved
+            other = self._in_order(layer, names, before, after, by_batch=False)
+            pick = streamed > 0
+            self.free = {device: np.where(pick, np.minimum(free[device], self.free[device]), free[device]) for device in DEVICES}
+            one = {key: np.where(pick, np.minimum(value, other[key]), value) for key, value in one.items()}
+        self.ready = one
+        self.streamed_bytes = self.streamed_bytes + streamed
+
+    def _in_order(self, layer: int, names: Sequence[str], before: _Before, after: _After, *, by_batch: bool) -> dict[tuple[Device, int], np.ndarray]:
+        """What ``after`` says of every micro-batch when they take turns (``by_batch``), or when all of them take every piece in turn."""
+        ready: dict[tuple[Device, int], np.ndarray] = {}
+        ends: dict[tuple[Device, str, int], np.ndarray] = {}
+        normed: dict[int, Mapping[Device, np.ndarray]] = {}
+        if by_batch:
+            for mb in self.mbs:
+                normed[mb] = before(mb)
+                ends |= {(d, name, mb): self._linear(d, layer, name, self.load.tokens(mb), normed[mb][d]) for d in DEVICES for name in names}
+                ready |= {(d, mb): end for d, end in after(mb, {(d, name): ends[d, name, mb] for d in DEVICES for name in names}).items()}
+            return ready
+        normed = {mb: before(mb) for mb in self.mbs}
+        for device in DEVICES:
+            for name in names:
+                ends |= {(device, name, mb): self._linear(device, layer, name, self.load.tokens(mb), normed[mb][device]) for mb in self.mbs}
+        for mb in self.mbs:
+            ready |= {(d, mb): end for d, end in after(mb, {(d, name): ends[d, name, mb] for d in DEVICES for name in names}).items()}
+        return ready
 
     def _computes(self, layer: int, names: Sequence[str]) -> dict[Device, np.ndarray]:
         return {device: np.logical_or.reduce([self.rows[layer, name].of(device) > 0 for name in names]) for device in DEVICES}
@@ -163,26 +192,32 @@ class _Pass:
 
     def _attention(self, layer: int, needed_next: Mapping[Device, np.ndarray]) -> None:
         needed = self._computes(layer, QKV)
-        ready: dict[tuple[Device, int], np.ndarray] = {}
+        self._linears(layer, QKV, lambda mb: self._normed(mb, needed), lambda mb, ends: self._exchanged_qkv(layer, mb, ends))
+        attended = {mb: self._attend(layer, mb, {device: self.ready[device, mb] for device in DEVICES}) for mb in self.mbs}
+        self._linears(layer, ("o_proj",), lambda mb: attended[mb], lambda _mb, ends: {d: ends[d, "o_proj"] for d in DEVICES})
         for mb in self.mbs:
-            normed = self._normed(mb, needed)
-            ends = {(d, name): self._linear(d, layer, name, self.load.tokens(mb), normed[d], mb == self.mbs[-1]) for d in DEVICES for name in QKV}
-            for device in DEVICES:  # own rows
-                has = [np.where(self.rows[layer, name].of(device) > 0, ends[device, name], 0.0) for name in QKV]
-                ready[device, mb] = np.maximum.reduce(has)
-            for source in DEVICES:
-                tokens = self._attended_tokens(mb, OTHER[source])
-                for name in QKV if tokens else ():
-                    rows = self.rows[layer, name].of(source)
-                    arrived = self._copy(source, tokens, rows, ends[source, name], rows > 0)
-                    ready[OTHER[source], mb] = np.maximum(ready[OTHER[source], mb], np.where(rows > 0, arrived, 0.0))
-        attended = {mb: self._attend(layer, mb, {device: ready[device, mb] for device in DEVICES}) for mb in self.mbs}
-        parts = {(d, mb): self._linear(d, layer, "o_proj", self.load.tokens(mb), attended[mb][d], mb == self.mbs[-1]) for mb, d in self._by_mb()}
-        for mb in self.mbs:
-            self._join(mb, {d: parts[d, mb] for d in DEVICES}, self._computes(layer, ("o_proj",)), needed_next)
+            self._join(mb, {d: self.ready[d, mb] for d in DEVICES}, self._computes(layer, ("o_proj",)), needed_next)
 
-    def _by_mb(self) -> list[tuple[int, Device]]:
-        return [(mb, device) for mb in self.mbs for device in DEVICES]
+    def _exchanged_qkv(self, layer: int, mb: int, ends: _Ends) -> dict[Device, np.ndarray]:
+        """When each device has the q, k and v of the sequences that it attends."""
+        ready = {d: np.maximum.reduce([np.where(self.rows[layer, name].of(d) > 0, ends[d, name], 0.0) for name in QKV]) for d in DEVICES}
+        for source in DEVICES:
+            if self._attended_tokens(mb, OTHER[source]):
+                ready[OTHER[source]] = np.maximum(ready[OTHER[source]], self._sent_qkv(layer, mb, source, ends))
+        return ready
+
+    def _sent_qkv(self, layer: int, mb: int, source: Device, ends: _Ends) -> np.ndarray:
+        """When the other device has this one's rows of q, k and v; columns that touch go in one copy."""
+        tokens, waiting, arrived, ready, full = self._attended_tokens(mb, OTHER[source]), self.zero, self.zero, self.zero, self.zero != 0
+        for name in (*QKV, ""):
+            whole = self.problem.ops[name].rows if name else 0
+            rows = self.rows[layer, name].of(source) if name else self.zero
+            touches = (waiting > 0) & (rows > 0) & (full if source == "gpu" else rows == whole)
+            leaves = (waiting > 0) & ~touches
+            arrived = np.where(leaves, np.maximum(arrived, self._copy(source, tokens, waiting, ready, leaves)), arrived)
+            end = ends[source, name] if name else self.zero
+            waiting, ready, full = np.where(touches, waiting + rows, rows), np.where(touches, np.maximum(ready, end), end), rows == whole
+        return arrived
 
     def _attend(self, layer: int, mb: int, ready: Mapping[Device, np.ndarray]) -> dict[Device, np.ndarray]:
         """When each device has all attention outputs that its rows of o_proj need."""
@@ -233,26 +268,26 @@ class _Pass:
 
     def _mlp(self, layer: int, first: str, second: str) -> None:
         needed = self._computes(layer, (first,))
-        up, down = self.rows[layer, first], self.rows[layer, second]
-        ready: dict[tuple[Device, int], np.ndarray] = {}
+        self._linears(layer, (first,), lambda mb: self._normed(mb, needed), lambda mb, ends: self._exchanged_act(layer, mb, first, second, ends))
+        halves = self.ready
+        self._linears(layer, (second,), lambda mb: {d: halves[d, mb] for d in DEVICES}, lambda _mb, ends: {d: ends[d, second] for d in DEVICES})
+        needed_next = {d: self.zero != 0 for d in DEVICES} if layer + 1 == self.spec.num_layers else self._computes(layer + 1, QKV)
         for mb in self.mbs:
-            normed = self._normed(mb, needed)
-            ends = {d: self._linear(d, layer, first, self.load.tokens(mb), normed[d], mb == self.mbs[-1]) for d in DEVICES}
-            for source, columns in (("gpu", up.of("gpu") - down.of("gpu")), ("cpu", down.of("gpu") - up.of("gpu"))):
-                arrived = self._copy(source, self.load.tokens(mb), columns, ends[source], columns > 0)  # type: ignore[arg-type, index]
-                other = OTHER[source]  # type: ignore[index]
-                own = np.where(needed[other], ends[other], 0.0)
-                ready[other, mb] = np.maximum(own, np.where(columns > 0, arrived, 0.0))
-        parts = {(d, mb): self._linear(d, layer, second, self.load.tokens(mb), ready[d, mb], mb == self.mbs[-1]) for mb, d in self._by_mb()}
-        last = layer + 1 == self.spec.num_layers
-        needed_next = {d: self.zero != 0 for d in DEVICES} if last else self._computes(layer + 1, QKV)
-        for mb in self.mbs:
-            self._join(mb, {d: parts[d, mb] for d in DEVICES}, self._computes(layer, (second,)), needed_next)
+            self._join(mb, {d: self.ready[d, mb] for d in DEVICES}, self._computes(layer, (second,)), needed_next)
+
+    def _exchanged_act(self, layer: int, mb: int, first: str, second: str, ends: _Ends) -> dict[Device, np.ndarray]:
+        """When each device has the activations that its rows of the second half need."""
+        surplus = self.rows[layer, first].of("gpu") - self.rows[layer, second].of("gpu")
+        ready = {d: np.where(self.rows[layer, first].of(d) > 0, ends[d, first], 0.0) for d in DEVICES}
+        for source, columns in ((DEVICES[0], surplus), (DEVICES[1], -surplus)):
+            arrived = self._copy(source, self.load.tokens(mb), columns, ends[source, first], columns > 0)
+            ready[OTHER[source]] = np.maximum(ready[OTHER[source]], np.where(columns > 0, arrived, 0.0))
+        return ready
 
     def _head(self) -> None:
         """From wherever the residuals are: the norm on one device, and the few rows to the other, in the cheapest case."""
         rows, logits = self._computes(HEAD_LAYER, ("lm_head",)), self.load.logit_rows
         start = np.minimum(*(np.maximum.reduce([np.where(self.valid[d, mb], self.x[d, mb], 0.0) for mb in self.mbs]) for d in DEVICES))
         norm_s = min(self._elementwise(d, 2 * ACTIVATION_BYTES * logits * self.spec.hidden_size) for d in DEVICES)
-        ends = {d: self._linear(d, HEAD_LAYER, "lm_head", logits, start + norm_s, True) for d in DEVICES}
+        ends = {d: self._linear(d, HEAD_LAYER, "lm_head", logits, start + norm_s) for d in DEVICES}
         self._copy("gpu", logits, self.rows[HEAD_LAYER, "lm_head"].of("gpu"), ends["gpu"], rows["gpu"])

@@ -56,7 +56,7 @@ def random_problem(seed: int, number: int) -> Problem:
     rng = random.Random(f"{seed} {number}")
     spec = _random_model(rng)
     profile = _random_machine(rng, spec)
-    requests = rng.choice((1, 2, 2, 3, 4))
+    requests = rng.choice((1, 1, 2, 2, 3, 4))
     work = Workload(num_requests=requests, input_len=rng.choice((8, 16, 24, 40, 64)), output_len=rng.choice((1, 4, 8, 16, 32)), max_num_seqs=requests)
     return Problem.of(spec, profile, work, _random_limits(rng, spec, profile, work), PlanOptions())
 
@@ -77,7 +77,7 @@ def _random_machine(rng: random.Random, spec: ModelSpec) -> HardwareProfile:
     """Rates around those of real machines: a GPU 3 to 40 times the CPU, a link of a sixth to one and a half times the CPU's memory."""
     read, element = 1e9, spec.weight_bytes_per_element
     layer_s = spec.linear_bytes / read / spec.num_layers
-    slow = rng.random() < 0.4
+    slow = rng.random() < 0.3
 
     def processor(name: str, factor: float, knee: float) -> ComputeProfile:
         rate, flops = read * factor, read * factor * 2 * knee / element
