@@ -6,7 +6,7 @@ Knows nothing of devices, files, plans or torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import lcm
 from typing import Literal
@@ -181,9 +181,23 @@ class ModelSpec:
         numbers: dict[tuple[tuple[OpName, FormatName], ...], int] = {}
         return tuple(numbers.setdefault(layer.formats, len(numbers)) for layer in self.layers)
 
+    @cached_property
+    def one_layer_per_class(self) -> ModelSpec:
+        """The same model with one layer of each format class: enough to ask about shapes and bytes."""
+        classes = self.format_classes
+        return replace(self, layers=tuple(self.layers[classes.index(number)] for number in range(max(classes) + 1)))
+
     def ops(self, unit_rows: int) -> tuple[OpSpec, ...]:
         """All linear ops in execution order: layer 0's q, k, v, o, MLP, ..., lm_head last. Heads and blocks of quantised weights are never cut."""
-        return _ops(self, unit_rows)
+        made = self._made_ops
+        if unit_rows not in made:
+            made[unit_rows] = _ops(self, unit_rows)
+        return made[unit_rows]
+
+    @cached_property
+    def _made_ops(self) -> dict[int, tuple[OpSpec, ...]]:
+        """By unit: pricing a plan asks for the ops of the same few models again and again."""
+        return {}
 
     def layer_ops(self, layer: int, unit_rows: int) -> dict[str, OpSpec]:
         """The ops of one layer by name."""

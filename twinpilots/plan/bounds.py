@@ -16,7 +16,6 @@ from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
 from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
 from twinpilots.plan.cost import attention_kv_bytes, linear_s
 from twinpilots.plan.load import PassLoad, SeqClass
-from twinpilots.plan.memory import one_layer_per_class
 from twinpilots.plan.workload import Limits
 
 MAX_MICRO_BATCHES = 8  # no plan cuts a pass into more
@@ -57,7 +56,7 @@ class _Program:
         self.spec, self.profile, self.kind, self.kv_element = spec, profile, kind, kv_element
         head = spec.ops(64)[-1]
         counts = Counter(spec.format_classes)
-        short = one_layer_per_class(spec)
+        short = spec.one_layer_per_class
         self.types = [(op, counts[op.layer], load.tokens()) for op in short.ops(64) if op.layer >= 0] + [(head, 1, load.logit_rows)]
         self.classes = [c for group in load.groups(-1, 0, 3) for c in group.classes]
         self.width = 1 + 3 * len(self.types) + 3

@@ -13,7 +13,7 @@ from typing import Literal
 
 from twinpilots.errors import LimitError
 from twinpilots.model.spec import ModelSpec, OpSpec
-from twinpilots.plan.memory import Templates, layer_template, one_layer_per_class, plan_memory
+from twinpilots.plan.memory import Templates, layer_template, plan_memory
 from twinpilots.plan.packets import align, smallest_ring
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Policy, Split
 from twinpilots.plan.workload import Limits, Workload
@@ -82,7 +82,7 @@ def ring_rule(gpu_bytes: int) -> tuple[int, int]:
 
 def tight_ring(spec: ModelSpec, unit_rows: int) -> tuple[int, int]:
     """(packet bytes, packets in the ring) of the smallest ring: packets of one unit, the least that can move."""
-    return smallest_ring(one_layer_per_class(spec), unit_rows, 1, 1), TIGHT_RING_DEPTH
+    return smallest_ring(spec.one_layer_per_class, unit_rows, 1, 1), TIGHT_RING_DEPTH
 
 
 def max_model_len(spec: ModelSpec, workload: Workload, options: PlanOptions) -> int:
@@ -175,7 +175,7 @@ def _with_sizes(spec: ModelSpec, workload: Workload, options: PlanOptions, draft
     streams = draft.uses_gpu and draft.streams
     return Plan(
         model=spec.name, policy=draft.policy, uses_gpu=draft.uses_gpu, uses_cpu=draft.uses_cpu, unit_rows=options.unit_rows, buckets=buckets,
-        ring_bytes=smallest_ring(one_layer_per_class(spec), options.unit_rows, draft.packet_bytes, draft.ring_depth) if streams else 0,
+        ring_bytes=smallest_ring(spec.one_layer_per_class, options.unit_rows, draft.packet_bytes, draft.ring_depth) if streams else 0,
         packet_bytes=draft.packet_bytes, page_size=PAGE_TOKENS, gpu_pages=gpu_pages, host_pages=host_pages,
         kv_dtype=options.kv_dtype or spec.weight_dtype, max_num_seqs=draft.num_seqs, max_pass_tokens=draft.pass_tokens, max_model_len=longest,
         host_kv_layers=draft.host_kv_layers, kv_staging_pages=min(draft.staging_seqs * per_seq, host_pages),

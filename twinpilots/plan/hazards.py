@@ -6,60 +6,70 @@ with weight packets (not with KV, whose loads wait for the pass's metadata): so 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from twinpilots.plan.tasks import QUEUES, Access, Queue, Task, Wait
 
-_Record = tuple[int, Access, bool, Queue]  # task index (negative: of the previous pass), region, writes, queue
+# Task number (negative: of the previous pass), region (lo, hi, mb, glo, ghi), writes, queue
+_Record = tuple[int, int, int, int, int, int, bool, int]
+_History = dict[tuple[str, int], list[_Record]]
+NUMBER_OF: dict[Queue, int] = {queue: number for number, queue in enumerate(QUEUES)}
 
 
-def derive_waits(tasks: tuple[Task, ...]) -> tuple[Task, ...]:
-    """``tasks`` (in serial order) with the fewest waits that order every conflicting pair as the serial order does, in steady state over passes."""
-    history: dict[tuple[str, int], list[_Record]] = {}
+def derive_waits(tasks: Sequence[tuple[Queue, Sequence[Access], Sequence[Access]]]) -> list[tuple[Wait, ...]]:
+    """For tasks (queue, reads, writes) in serial order the fewest waits that order every conflicting pair as that order does, in steady state over passes.
+
+    Solving a plan calls this some hundred times, so the records are plain tuples and the comparisons of regions are written out.
+    """
+    history: _History = {}
     shifted = len(tasks)
-    for task in tasks:  # what the previous pass leaves behind: ring accesses, counted back from the end
-        for access, writes in _accesses(task):
-            if access.buffer == "gpu.ring":
-                _remember(history, (task.index - shifted, access, writes, task.queue))
-    clocks: list[dict[Queue, int]] = []
-    last_of: dict[Queue, int] = {}
+    accesses = [_accesses(index, *task) for index, task in enumerate(tasks)]
+    for index, regions in enumerate(accesses):  # what the previous pass leaves behind: ring accesses, counted back from the end
+        for key, record in regions:
+            if key[0] == "gpu.ring":
+                _remember(history, key, (index - shifted, *record[1:]))
+    clocks: list[list[int]] = []  # by task, the latest task of each queue that is over when it is
+    last_of: list[list[int]] = [[-shifted - 1] * len(QUEUES) for _ in QUEUES]
     result = []
-    for task in tasks:
-        clock = dict(clocks[last_of[task.queue]]) if task.queue in last_of else {}
+    for index, (name, _, _) in enumerate(tasks):
+        number = NUMBER_OF[name]
+        clock = last_of[number].copy()
         waits = []
-        for queue, (index, hazard) in sorted(_conflicts(task, history).items(), key=lambda item: -item[1][0]):
-            if index <= clock.get(queue, -shifted - 1):
+        for other, queue, hazard in sorted(_conflicts(accesses[index], history), reverse=True):
+            if other <= clock[queue]:
                 continue
-            waits.append(Wait(index % shifted, hazard, previous=index < 0))
-            for known, value in ({queue: index} if index < 0 else clocks[index]).items():
-                clock[known] = max(clock.get(known, -shifted - 1), value)
-        clock[task.queue] = task.index
+            waits.append(Wait(other % shifted, hazard, previous=other < 0))
+            if other < 0:
+                clock[queue] = other
+            else:
+                clock = [max(one, two) for one, two in zip(clock, clocks[other], strict=True)]
+        clock[number] = index
         clocks.append(clock)
-        last_of[task.queue] = task.index
-        for access, writes in _accesses(task):
-            _remember(history, (task.index, access, writes, task.queue))
-        result.append(replace(task, waits=tuple(waits)) if waits else task)
-    return tuple(result)
+        last_of[number] = clock
+        for key, record in accesses[index]:
+            _remember(history, key, record)
+        result.append(tuple(waits))
+    return result
 
 
-def _conflicts(task: Task, history: dict[tuple[str, int], list[_Record]]) -> dict[Queue, tuple[int, str]]:
-    """Per other queue, the latest task that this one must come after, and the hazard."""
-    needed: dict[Queue, tuple[int, str]] = {}
-    for access, writes in _accesses(task):
-        for index, other, other_writes, queue in history.get(_key(access), ()):
-            if queue != task.queue and (writes or other_writes) and (queue not in needed or index > needed[queue][0]) and access.overlaps(other):
+def _conflicts(accesses: Sequence[tuple[tuple[str, int], _Record]], history: _History) -> list[tuple[int, int, str]]:
+    """Per other queue, (the latest task that this one must come after, the queue, the hazard)."""
+    needed: dict[int, tuple[int, int, str]] = {}
+    for key, (_, lo, hi, mb, glo, ghi, writes, queue) in accesses:
+        for index, other_lo, other_hi, other_mb, other_glo, other_ghi, other_writes, other in history.get(key, ()):
+            if other == queue or not (writes or other_writes) or (other in needed and index <= needed[other][0]):
+                continue
+            if lo < other_hi and other_lo < hi and (mb < 0 or other_mb < 0 or (mb == other_mb and glo < other_ghi and other_glo < ghi)):
                 hazard = "RAW" if other_writes and not writes else "WAW" if other_writes else "WAR"
-                needed[queue] = (index, f"{hazard} {access.buffer}")
-    return needed
+                needed[other] = (index, other, f"{hazard} {key[0]}")
+    return list(needed.values())
 
 
-def _accesses(task: Task) -> Iterator[tuple[Access, bool]]:
+def _accesses(index: int, queue: Queue, reads: Sequence[Access], writes: Sequence[Access]) -> list[tuple[tuple[str, int], _Record]]:
     """Writes last, so that a task that reads and writes a region leaves its write in the history."""
-    for access in task.reads:
-        yield access, False
-    for access in task.writes:
-        yield access, True
+    number = NUMBER_OF[queue]
+    found = [(_key(a), (index, a.lo, a.hi, a.mb, a.glo, a.ghi, False, number)) for a in reads]
+    return found + [(_key(a), (index, a.lo, a.hi, a.mb, a.glo, a.ghi, True, number)) for a in writes]
 
 
 def _key(access: Access) -> tuple[str, int]:
@@ -67,12 +77,17 @@ def _key(access: Access) -> tuple[str, int]:
     return access.buffer, access.lo if access.buffer.endswith(".kv") else 0
 
 
-def _remember(history: dict[tuple[str, int], list[_Record]], record: _Record) -> None:
+def _remember(history: _History, key: tuple[str, int], record: _Record) -> None:
     """Add a record and drop those that it stands for: a write is ordered after all that it covers, a read after its own queue's covered reads."""
-    _, access, writes, queue = record
-    records = history.setdefault(_key(access), [])
-    if records:
-        records[:] = [old for old in records if not ((writes or (old[3] == queue and not old[2])) and access.covers(old[1]))]
+    records = history.get(key)
+    if records is None:
+        history[key] = [record]
+        return
+    _, lo, hi, mb, glo, ghi, writes, queue = record
+    records[:] = [
+        old for old in records
+        if lo > old[1] or hi < old[2] or not (mb < 0 or (mb == old[3] and glo <= old[4] and ghi >= old[5])) or not (writes or (old[7] == queue and not old[6]))
+    ]  # fmt: skip
     records.append(record)
 
 
@@ -86,8 +101,9 @@ def find_races(tasks: Sequence[Task]) -> list[str]:
     by_buffer: dict[str, list[tuple[int, Access, bool]]] = {}
     for shift in (0, count):
         for task in tasks:
-            for access, writes in _accesses(task):
-                by_buffer.setdefault(access.buffer, []).append((task.index + shift, access, writes))
+            for writes, accesses in ((False, task.reads), (True, task.writes)):
+                for access in accesses:
+                    by_buffer.setdefault(access.buffer, []).append((task.index + shift, access, writes))
     races = []
     for buffer, records in by_buffer.items():
         for position, (second, access, writes) in enumerate(records):

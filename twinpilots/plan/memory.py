@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
@@ -206,15 +206,9 @@ def kv_staging_bytes(spec: ModelSpec, plan: Plan) -> int:
 # -- helpers -------------------------------------------------------------------------------------------------------------------------------
 
 
-def one_layer_per_class(spec: ModelSpec) -> ModelSpec:
-    """The same model with one layer of each format class: enough to ask about shapes and bytes."""
-    classes = spec.format_classes
-    return replace(spec, layers=tuple(spec.layers[classes.index(number)] for number in range(max(classes) + 1)))
-
-
 def layer_templates(spec: ModelSpec, unit_rows: int) -> Templates:
     """By format class, the ops of a layer and lm_head by name. All layers of a dense model have the same shapes and units; formats may differ."""
-    short = one_layer_per_class(spec)
+    short = spec.one_layer_per_class
     *ops, head = short.ops(unit_rows)
     return tuple({op.name: op for op in (*(op for op in ops if op.layer == layer), head)} for layer in range(short.num_layers))
 

@@ -5,7 +5,7 @@ Owns `Price` and the list of passes: waves of sequences, prefill chunk by chunk,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from twinpilots.errors import LimitError
@@ -106,13 +106,29 @@ def price_phase(
     spec: ModelSpec, profile: HardwareProfile, workload: Workload, plan: Plan, phase: Phase, *, quick: bool = False
 ) -> tuple[PricedPass, ...]:  # fmt: skip
     """The passes of one phase of one wave."""
-    _, on_gpu, on_host = waves_of(plan, workload)
     pricer = _Pricer(spec, profile, plan, QUICK_SAMPLES if quick else SAMPLES)
+    return tuple(
+        PricedPass(phase=phase, bucket=bucket, load=load, count=count, timing=pricer.timing(bucket, load))
+        for bucket, load, count in phase_loads(workload, plan, phase, QUICK_CONTEXTS if quick else CONTEXTS)
+    )
+
+
+def phase_loads(workload: Workload, plan: Plan, phase: Phase, contexts: Sequence[float] = CONTEXTS) -> list[tuple[BucketPlan, PassLoad, float]]:
+    """(bucket, load, number of such passes) of one phase of one wave; decode at these places of the output."""
+    _, on_gpu, on_host = waves_of(plan, workload)
     if phase == "prefill":
-        return (pricer.prefill(workload, on_gpu, on_host),)
-    contexts = QUICK_CONTEXTS if quick else CONTEXTS
-    steps = (workload.output_len - 1) / len(contexts)
-    return tuple(pricer.decode(workload.input_len + round(workload.output_len * at), on_gpu, on_host, steps) for at in contexts if steps)
+        return [_prefill(workload, plan, on_gpu, on_host)]
+    bucket, steps = plan.bucket_for("decode", on_gpu + on_host), (workload.output_len - 1) / len(contexts)
+    lengths = [workload.input_len + round(workload.output_len * at) for at in contexts if steps]
+    return [(bucket, decode_load(on_gpu, on_host, length, bucket), steps) for length in lengths]
+
+
+def _prefill(workload: Workload, plan: Plan, on_gpu: int, on_host: int) -> tuple[BucketPlan, PassLoad, float]:
+    shape = prefill_shape(workload, on_gpu + on_host, plan.max_pass_tokens)
+    bucket = plan.bucket_for("prefill", shape.num_seqs * shape.query_tokens)
+    host = round(shape.num_seqs * on_host / (on_gpu + on_host))
+    load = pass_load(bucket, shape.classes(shape.num_seqs - host), shape.classes(host), prompt=True, logit_rows=shape.logit_rows)
+    return bucket, load, shape.count
 
 
 def bucket_seconds(spec: ModelSpec, profile: HardwareProfile, workload: Workload, plan: Plan, bucket: BucketPlan) -> float:
@@ -135,27 +151,12 @@ class _Pricer:
         self.spec, self.profile, self.plan, self.samples = spec, profile, plan, samples
         self.known: dict[tuple[int, PassShape], PassEstimator] = {}
 
-    def _priced(self, phase: Phase, bucket: BucketPlan, load: PassLoad, count: float) -> PricedPass:
-        return PricedPass(phase=phase, bucket=bucket, load=load, count=count, timing=self.timing(bucket, load))
-
     def timing(self, bucket: BucketPlan, load: PassLoad) -> PassTiming:
         key = (id(bucket), load.shape)
         if key not in self.known:
             plan = replace(self.plan, packet_bytes=coarse_packet_bytes(self.spec, self.plan, bucket))
             self.known[key] = PassEstimator(self.spec, plan, bucket, self.profile, load.shape, self.samples)
         return self.known[key].timing(load)
-
-    def decode(self, context: int, on_gpu: int, on_host: int, count: float) -> PricedPass:
-        bucket = self.plan.bucket_for("decode", on_gpu + on_host)
-        return self._priced("decode", bucket, decode_load(on_gpu, on_host, context, bucket), count)
-
-    def prefill(self, workload: Workload, on_gpu: int, on_host: int) -> PricedPass:
-        shape = prefill_shape(workload, on_gpu + on_host, self.plan.max_pass_tokens)
-        bucket = self.plan.bucket_for("prefill", shape.num_seqs * shape.query_tokens)
-        host = round(shape.num_seqs * on_host / (on_gpu + on_host))
-        gpu_classes, host_classes = shape.classes(shape.num_seqs - host), shape.classes(host)
-        load = pass_load(bucket, gpu_classes, host_classes, prompt=True, logit_rows=shape.logit_rows)
-        return self._priced("prefill", bucket, load, shape.count)
 
 
 def coarse_packet_bytes(spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> int:

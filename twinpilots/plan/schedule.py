@@ -68,7 +68,7 @@ class _Expansion:
     bucket: BucketPlan
     shape: PassShape
     poison: bool
-    tasks: list[Task] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)  # fields of `Task`; made once their waits are known
     valid: dict[int, set[Device]] = field(default_factory=dict)
 
     def run(self) -> Schedule:
@@ -85,13 +85,14 @@ class _Expansion:
             self._attention(layer)
             self._mlp(layer)
         self._head()
-        tasks = derive_waits(tuple(self.tasks))
+        waits = derive_waits([(fields["queue"], fields.get("reads", ()), fields.get("writes", ())) for fields in self.tasks])
+        tasks = tuple(Task(index=index, waits=before, **fields) for index, (fields, before) in enumerate(zip(self.tasks, waits, strict=True)))
         return Schedule(tasks, self.packets, self.shape)
 
     # -- building blocks ---------------------------------------------------------------------------------------------------------------
 
     def _emit(self, **fields: Any) -> None:
-        self.tasks.append(Task(index=len(self.tasks), **fields))
+        self.tasks.append(fields)
 
     def _split(self, layer: int, op: str) -> Split:
         return self.bucket.splits[layer][op]
