@@ -1,6 +1,7 @@
 """Plans for one loaded model on one measured machine: the bridge from options to the pure planner.
 
-Owns the memory limits in force, the memory of workloads already solved, frozen plans, and the prediction of single passes. Knows nothing of devices.
+Owns the memory limits in force, the memory of workloads already solved, and frozen plans; `online` predicts single passes and learns from them. Knows
+nothing of devices.
 """
 
 from __future__ import annotations
@@ -14,40 +15,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from twinpilots.background import Background
 from twinpilots.config import EngineConfig
 from twinpilots.errors import LimitError, UserError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.hardware.store import cache_dir
 from twinpilots.model.spec import ModelSpec
+from twinpilots.online import OnlinePlanner
 from twinpilots.plan.load import GroupLoad, PassLoad
 from twinpilots.plan.memory import plan_memory
-from twinpilots.plan.plan import BucketPlan, Plan, Policy
+from twinpilots.plan.plan import Plan, Policy
 from twinpilots.plan.pricing import price_plan
-from twinpilots.plan.simulate import PassEstimator, PassTiming
 from twinpilots.plan.solver import Solution, solve
-from twinpilots.plan.tasks import PassShape
 from twinpilots.plan.workload import Limits, Workload
 from twinpilots.runtime.batch import StepBatch
-from twinpilots.runtime.stats import BusySeconds
-from twinpilots.stats.tracker import OpTime, Tracker
 from twinpilots.units import format_bytes
 
 logger = logging.getLogger(__name__)
 FROZEN_LENS = (8192, 4096, 2048, 1024, 512)  # lengths of one sequence that a frozen plan tries to hold
 HOST_SHARE = 0.9  # of the free host memory, when no limit is given: the rest is for the process itself and its neighbours
-RENEW_PASSES = 16
-DRIVER_DECAY = 0.2  # weight of the newest pass in the mean of the driver's time
-DRIVER_MOST_S = 0.02  # a pause of the process is not the driver's work
 MOST_GAIN = 0.5  # another plan for the same policy hardly ever saves more than this fraction of the time
 KV_STEP = 32  # predictions are remembered per this many tokens of context: a pass's time changes by less than a percent between them
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PassPrediction:
-    """One pass before it ran: its seconds, the driver's included, and how long each resource works, counted as a pass reports it."""
-
-    seconds: float
-    busy_s: BusySeconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +59,18 @@ class Planner:
     """Solves, freezes, compares and prices plans under the limits of ``config``."""
 
     def __init__(self, config: EngineConfig, spec: ModelSpec, profile: HardwareProfile, fingerprint: str) -> None:
-        self.config, self.spec, self.profile, self.fingerprint = config, spec, profile, fingerprint
+        self.config, self.spec, self.fingerprint = config, spec, fingerprint
         self.limits = limits_of(config, profile)
         self._solved: dict[tuple[Workload, int | None, bool], Solution] = {}  # by workload, and whether all policies were compared
-        self._estimators: dict[tuple[int, PassShape], tuple[BucketPlan, PassEstimator]] = {}
-        self._predicted: dict[tuple[int, PassLoad], PassTiming] = {}
-        self._tracker = Tracker(profile)
-        self._observed_passes = 0
-        self._driver_s = 0.0  # scheduling and sampling of a pass, as measured lately
+        self.online = OnlinePlanner(spec, profile, Background(), adapts=config.policy == "auto" and not self.is_fixed)
         self._known_plan: Plan | None = None
         self._known_s: dict[Workload, float] = {}  # of the known plan
         self._solve_s = 0.0  # what the last solve took
+
+    @property
+    def profile(self) -> HardwareProfile:
+        """The machine's rates, as history corrects them."""
+        return self.online.profile
 
     @property
     def is_fixed(self) -> bool:
@@ -150,35 +139,6 @@ class Planner:
         except LimitError:
             return None, None
         return prediction.plan_bound, prediction.hardware_bound
-
-    # -- single passes -------------------------------------------------------------------------------------------------------------------
-
-    def predict(self, plan: Plan, batch: StepBatch) -> PassPrediction:
-        """What the simulator says of this pass, context lengths rounded to `KV_STEP`."""
-        load = pass_load_of(batch)
-        key = (id(batch.bucket), load)
-        if key not in self._predicted:
-            self._predicted[key] = self._estimator(plan, batch.bucket, load.shape).timing(load)
-        timing = self._predicted[key]
-        return PassPrediction(seconds=timing.seconds + self._driver_s, busy_s=BusySeconds(**timing.resource_s))
-
-    def observe(self, records: list[OpTime], driver_s: float) -> None:
-        """Take in a pass's op times, and what the driver took beside it. Predictions follow the corrected profile, renewed every `RENEW_PASSES` passes:
-        simulating is not free."""
-        self._tracker.observe(records)
-        self._driver_s += DRIVER_DECAY * (min(driver_s, DRIVER_MOST_S) - self._driver_s)
-        self._observed_passes += 1
-        if self._observed_passes % RENEW_PASSES == 0:
-            self.profile = self._tracker.profile()
-            for _, estimator in self._estimators.values():
-                estimator.profile = self.profile  # its schedules stay good
-            self._predicted.clear()
-
-    def _estimator(self, plan: Plan, bucket: BucketPlan, shape: PassShape) -> PassEstimator:
-        key = (id(bucket), shape)
-        if key not in self._estimators or self._estimators[key][0] is not bucket:
-            self._estimators[key] = (bucket, PassEstimator(self.spec, plan, bucket, self.profile, shape))  # keeps the bucket alive: its id is the key
-        return self._estimators[key][1]
 
     # -- fixed plans ---------------------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,9 @@ from twinpilots.machine import open_machine
 from twinpilots.model.checkpoint import Checkpoint
 from twinpilots.model.spec import ModelSpec
 from twinpilots.model.tokenizer import Tokenizer
+from twinpilots.online import PassDone
 from twinpilots.plan.difference import difference
+from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import Plan
 from twinpilots.planner import Planner, pass_load_of
 from twinpilots.progress import Progress
@@ -101,31 +103,52 @@ class Session:
         began_ns = time.perf_counter_ns()
         outputs = self.engine.step(partial=partial)
         ended_ns = time.perf_counter_ns()
-        seconds = (ended_ns - began_ns) * 1e-9
         if self._batch is not None and self.executor.last_report is not None:
-            predicted = self._planner.predict(self.plan, self._batch)  # before this pass's own times become known to the planner
-            if self.trace is not None:
-                self.trace.add(functools.partial(self._traced, self._batch, self.executor.last_report, predicted.seconds, began_ns, ended_ns))
-            self._planner.observe(self.executor.op_times(), seconds - self.executor.last_report.seconds)
-            self.stats.add(replace(self.executor.last_report, seconds=seconds, predicted_s=predicted.seconds, predicted_busy_s=predicted.busy_s))
+            self._account(self._batch, self.executor.last_report, began_ns, ended_ns)
             self._batch = None
         return outputs
 
-    def _traced(self, batch: StepBatch, report: PassReport, predicted_s: float, began_ns: int, ended_ns: int, number: int) -> TracedPass:
+    def _account(self, batch: StepBatch, report: PassReport, began_ns: int, ended_ns: int) -> None:
+        """What a pass took goes to the stats, to the trace and to the planner, who may answer with another plan."""
+        seconds = (ended_ns - began_ns) * 1e-9
+        online, load = self._planner.online, pass_load_of(batch)
+        predicted = online.predict(self.plan, batch.bucket, load)  # before this pass's own times become known to the planner
+        if self.trace is not None:
+            self.trace.add(functools.partial(self._traced, batch, load, report, predicted.seconds, began_ns, ended_ns))
+        self.stats.add(replace(report, seconds=seconds, predicted_s=predicted.seconds, predicted_busy_s=predicted.busy_s))
+        schedule = self.executor.last_schedule
+        assert schedule is not None
+        done = PassDone(
+            plan=self.plan, bucket=batch.bucket, load=load, schedule=schedule, work_s=self.executor.work_seconds(), seconds=seconds,
+            driver_s=seconds - report.seconds, remaining=self.scheduler.passes_left(batch.bucket.phase),
+        )  # fmt: skip
+        change = online.after_pass(done, predicted)
+        if change is not None:
+            self.set_plan(change.plan, change.reason)
+
+    def _traced(
+        self, batch: StepBatch, load: PassLoad, report: PassReport, predicted_s: float, began_ns: int, ended_ns: int, number: int
+    ) -> TracedPass:  # fmt: skip
         times = self.executor.pass_times()
         assert times is not None
         return TracedPass(
             number=number, began_ns=began_ns, ended_ns=ended_ns, num_prompt_tokens=report.num_prompt_tokens, num_generated=report.num_generated,
-            predicted_s=predicted_s, times=times, plan=self.plan, bucket=batch.bucket, load=pass_load_of(batch), profile=self._planner.profile,
+            predicted_s=predicted_s, times=times, plan=self.plan, bucket=batch.bucket, load=load, profile=self._planner.profile,
         )  # fmt: skip
 
     def set_plan(self, plan: Plan, reason: str) -> None:
         """Another plan over the same memory, from the next pass on; the change is logged with its reason."""
         logger.info("plan changed, %s: %s", reason, difference(self.plan, plan))
+        began = time.perf_counter()
+        before = {id(bucket) for bucket in self.plan.buckets}
         self.scheduler.set_plan(plan)
         self.executor.set_plan(plan)
+        for bucket in plan.buckets:
+            if id(bucket) not in before:
+                self.executor.compile_bucket(bucket)
         self.plan = plan
         self.stats.plan_changes += 1
+        self._planner.online.switched(time.perf_counter() - began)
 
     def close(self) -> None:
         self.last_pass = None  # its view would outlive the memory

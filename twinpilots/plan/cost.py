@@ -41,12 +41,7 @@ class CostModel:
         self._known: dict[tuple[object, ...], TaskCost] = {}
 
     def cost(self, task: Task) -> TaskCost:
-        # op rows are equal in all layers (ModelSpec describes uniform layers), so the layer matters to attention's window and to formats only
-        key = (
-            task.kind, task.op, task.row1 - task.row0, task.columns, task.mb, task.glo, task.ghi, task.logit_rows, task.queue,
-            self.spec.layers[task.layer].window if task.kind == "attend" else None, len(task.terms), task.norm,
-            self.spec.format_classes[task.layer] if task.layer >= 0 else -1,
-        )  # fmt: skip
+        key = cost_key(self.spec, task)
         found = self._known.get(key)
         if found is None:
             found = self._known[key] = COSTS[task.kind](self, task)
@@ -68,6 +63,16 @@ class CostModel:
 
     def groups(self, task: Task) -> tuple[GroupLoad, ...]:
         return self.load.groups(task.mb, task.glo, task.ghi)
+
+
+def cost_key(spec: ModelSpec, task: Task) -> tuple[object, ...]:
+    """Equal for tasks of equal cost, under every profile and load of one plan."""
+    # op rows are equal in all layers (ModelSpec describes uniform layers), so the layer matters to attention's window and to formats only
+    return (
+        task.kind, task.op, task.row1 - task.row0, task.columns, task.mb, task.glo, task.ghi, task.logit_rows, task.queue,
+        spec.layers[task.layer].window if task.kind == "attend" else None, len(task.terms), task.norm,
+        spec.format_classes[task.layer] if task.layer >= 0 else -1,
+    )  # fmt: skip
 
 
 def task_cost(task: Task, spec: ModelSpec, plan: Plan, profile: HardwareProfile, load: PassLoad) -> TaskCost:

@@ -7,7 +7,7 @@ slowdown of a processor while the link moves data are modelled; rates come from 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from twinpilots.hardware.profile import HardwareProfile
@@ -22,6 +22,7 @@ from twinpilots.plan.tasks import HOST_KV, NUM_GROUPS, QUEUES, STREAMED_KV, Pass
 EXACT_LAYERS = 6  # a model of at most this many layers is simulated whole
 SHORT_LAYERS = 3
 CPU, GPU, LINK_IN, LINK_OUT = range(4)
+COMPUTE: tuple[Queue, ...] = ("cpu", "gpu")
 APART: dict[str, str] = {"send": "copies", "recv": "copies", "embed": "embed"}  # kinds whose time on a compute queue is also counted apart
 
 
@@ -40,7 +41,8 @@ class PassTiming:
     """A pass in steady state. ``seconds`` is the time from one pass's end to the next, the driver's overhead included; ``fill_s`` is a first pass from cold.
 
     ``busy_s``: seconds that each queue works per pass, and ``link``: that any copy between memories of the two link queues is under way; of the compute
-    queues' seconds, ``copies`` are activation copies and ``embed`` is the gather of embeddings.
+    queues' seconds, ``copies`` are activation copies and ``embed`` is the gather of embeddings. ``alone_s``: what the compute queues' tasks would take
+    without each other's and the link's traffic.
     ``bytes``: link_weights, link_kv, link_activations.
     """
 
@@ -48,6 +50,7 @@ class PassTiming:
     fill_s: float
     busy_s: dict[str, float]
     bytes: dict[str, float]
+    alone_s: dict[str, float] = field(default_factory=dict)
     timeline: tuple[TimelineEntry, ...] = ()
 
     @property
@@ -77,12 +80,13 @@ def simulate(
         if task.kind in APART:
             busy_s[APART[task.kind]] += seconds
     busy_s["link"] = clock.link_busy_s
+    alone_s: dict[str, float] = {queue: sum(costs[task.index].seconds for task in schedule.queue(queue)) for queue in COMPUTE}
     timeline = tuple(
         TimelineEntry(task.queue, task.index, clock.start[base + task.index] - begin_s, clock.end[base + task.index] - begin_s)
         for task in (schedule.tasks if keep_timeline else ())
     )
     fill_s = clock.pass_end[0] + profile.step_overhead_s
-    return PassTiming(seconds=end_s - begin_s, fill_s=fill_s, busy_s=busy_s, bytes=_link_bytes(costs), timeline=timeline)
+    return PassTiming(seconds=end_s - begin_s, fill_s=fill_s, busy_s=busy_s, bytes=_link_bytes(costs), alone_s=alone_s, timeline=timeline)
 
 
 def _settled_pass(schedule: Schedule, plan: Plan) -> int:
@@ -248,6 +252,7 @@ class PassEstimator:
             fill_s=max(least_s, lines[-1].at(longer.fill_s, shorter.fill_s, by_count)),
             busy_s=busy_s,
             bytes=num_bytes,
+            alone_s={name: by_queue[name].at(longer.alone_s[name], shorter.alone_s[name], by_count) for name in COMPUTE},
         )
 
     def _work_by_kind(self, timing: PassTiming, load: PassLoad) -> dict[Hashable, list[float]]:

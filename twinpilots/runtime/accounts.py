@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from twinpilots.kernels.abi import Meta, Op
+from twinpilots.plan.expected import SMALL as SMALL_WORK
+from twinpilots.plan.expected import WorkKind
 from twinpilots.plan.tasks import Queue
 from twinpilots.runtime.stats import BusySeconds, BytesMoved
 
@@ -18,7 +20,7 @@ _ROWS = slice(Meta.ROWS, Meta.ROWS + 32)  # [micro-batch][group]: first token ro
 _SEQS = slice(Meta.SEQS, Meta.SEQS + 32)
 
 
-IDLE, LINK, SMALL = range(3)  # classes of instructions; further ones are a queue's kinds of linears
+IDLE, LINK, SMALL = range(3)  # classes of instructions; further ones are a queue's kinds of linears, and attention
 
 
 @dataclass(frozen=True)
@@ -26,28 +28,34 @@ class QueueAccount:
     """One queue's instructions, sorted by what they count for. Activation copies are the link's work; gathering embeddings is nobody's."""
 
     queue: Queue
-    classes: np.ndarray  # per instruction: IDLE, LINK, SMALL, or 3 + the number of its kind of linear
-    num_classes: int
+    classes: np.ndarray  # per instruction: IDLE, LINK, SMALL, or 3 + the number of its kind among `kinds`
+    kinds: tuple[WorkKind | None, ...]  # what each class is in the history: None for IDLE, and for classes that the queue has not
     weight_bytes: int
     copies: np.ndarray  # INSN
     kv_copies: np.ndarray  # INSN
 
     @staticmethod
-    def of(queue: Queue, insns: np.ndarray, linears: Sequence[np.ndarray]) -> QueueAccount:
-        """``linears``: per kind of linear the indices of its instructions."""
+    def of(queue: Queue, insns: np.ndarray, kinds: Sequence[WorkKind | None]) -> QueueAccount:
+        """``kinds``: of every instruction."""
         ops = insns["op"]
-        classes = np.full(len(ops), LINK if queue in ("link_in", "link_out") else SMALL)
-        classes[ops == Op.COPY], classes[ops == Op.EMBED] = LINK, IDLE
-        for number, indices in enumerate(linears):
-            classes[indices] = SMALL + 1 + number
+        first: dict[int, WorkKind] = {}
+        numbers: dict[WorkKind, int] = {}
+        classes = np.full(len(ops), IDLE)
+        for index, kind in enumerate(kinds):
+            if kind is not None:
+                fixed = LINK if kind.resource == "link" else SMALL if kind.key == SMALL_WORK else None
+                if fixed is None:
+                    classes[index] = SMALL + 1 + numbers.setdefault(kind, len(numbers))
+                else:
+                    classes[index], first[fixed] = fixed, kind
         return QueueAccount(
-            queue=queue, classes=classes, num_classes=SMALL + 1 + len(linears), weight_bytes=int(insns["a"][ops == Op.LOAD, 2].sum()),
+            queue=queue, classes=classes, kinds=(None, first.get(LINK), first.get(SMALL), *numbers), weight_bytes=int(insns["a"][ops == Op.LOAD, 2].sum()),
             copies=insns[ops == Op.COPY], kv_copies=insns[(ops == Op.LOAD_KV) | (ops == Op.STORE_KV)],
         )  # fmt: skip
 
     def seconds(self, times: np.ndarray) -> np.ndarray:
         """Seconds of work per class, from int64 [instructions][3]: wait began, work began, work ended (ns)."""
-        return np.bincount(self.classes, times[:, 2] - times[:, 1], self.num_classes) * 1e-9
+        return np.bincount(self.classes, times[:, 2] - times[:, 1], len(self.kinds)) * 1e-9
 
 
 def instruction_rows(insns: np.ndarray, meta: np.ndarray) -> np.ndarray:

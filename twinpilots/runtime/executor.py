@@ -17,20 +17,20 @@ from twinpilots.device.base import GpuDevice
 from twinpilots.device.cpu import CpuPilot
 from twinpilots.device.memory import GpuArena, HostArena, Ledger, Tier
 from twinpilots.errors import DeviceLostError
-from twinpilots.kernels.abi import ENTRY, EVENT_START, Meta, Op, Space, address
-from twinpilots.model.spec import ModelSpec, OpSpec
+from twinpilots.kernels.abi import ENTRY, EVENT_START, Op, Space, address
+from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.expected import WorkKind, kinds_on, rate_keys_of
 from twinpilots.plan.memory import gpu_layout_bytes, host_layout_bytes
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.schedule import expand
-from twinpilots.plan.tasks import PassShape, Queue
-from twinpilots.runtime.accounts import SMALL, QueueAccount, busy_seconds, bytes_moved, instruction_bytes, instruction_rows
+from twinpilots.plan.tasks import PassShape, Queue, Schedule
+from twinpilots.runtime.accounts import QueueAccount, busy_seconds, bytes_moved, instruction_bytes, instruction_rows
 from twinpilots.runtime.batch import MetadataWriter, StepBatch, metadata_words
 from twinpilots.runtime.compile import Compiler, Program
 from twinpilots.runtime.interrupts import Interrupts
 from twinpilots.runtime.layout import Layout, lay_out, page_bytes
 from twinpilots.runtime.stats import PassReport, PassTimes, QueueTimes, WeightShares
 from twinpilots.runtime.weights import OFFSET_MASK, TensorSource, load_weights
-from twinpilots.stats.tracker import OpTime
 
 NUM_EVENTS = 1 << 16
 PASS_TIMEOUT_S = 600.0
@@ -47,20 +47,7 @@ class Placed:
     traces: dict[Queue, tuple[int, int]]
     times: dict[Queue, tuple[np.ndarray, np.ndarray]]
     shares: WeightShares
-    linears: tuple[_Linears, ...]
     accounts: tuple[QueueAccount, ...]
-
-
-@dataclass(frozen=True)
-class _Linears:
-    """The instructions of one queue that are linears of one kind over the same rows: one history record per pass."""
-
-    queue: Literal["cpu", "gpu"]
-    key: str
-    mb: int
-    logit_rows: bool
-    indices: np.ndarray
-    elements: float
 
 
 class PassRunner(Protocol):
@@ -195,9 +182,13 @@ class Executor:
         """Compiles ahead what will come most, until the time is up: each bucket, the largest first."""
         began = time.perf_counter()
         for bucket in sorted(self.plan.buckets, key=lambda bucket: -bucket.max_tokens):
-            self._program(bucket, (self._kinds(bucket),) * bucket.micro_batches)
+            self.compile_bucket(bucket)
             if time.perf_counter() - began > budget_s:
                 return
+
+    def compile_bucket(self, bucket: BucketPlan) -> None:
+        """Compiles the program of this bucket's full passes, unless that is done."""
+        self._program(bucket, (self._kinds(bucket),) * bucket.micro_batches)
 
     def _kinds(self, bucket: BucketPlan) -> tuple[bool, bool, bool]:
         """The groups that passes of this bucket may bring: one program serves them all, whichever have tokens (an instruction without rows does nothing)."""
@@ -239,39 +230,23 @@ class Executor:
             insns[queue] = self._put(placed)
             first, second = traces[queue] = (self._put(np.zeros(3 * len(rows), np.int64)), self._put(np.zeros(3 * len(rows), np.int64)))
             times[queue] = self.host.view(first, np.int64, (len(rows), 3)), self.host.view(second, np.int64, (len(rows), 3))
-        linears = self._linears(program)
-        accounts = tuple(
-            QueueAccount.of(queue, rows, [group.indices for group in linears if group.queue == queue]) for queue, rows in program.queues.items() if len(rows)
-        )
-        return Placed(program, insns, traces, times, weight_shares(self.spec, self.plan, program.bucket), linears, accounts)
+        keys = rate_keys_of(self.spec, self.plan.unit_rows)
+        accounts = tuple(QueueAccount.of(queue, rows, kinds_on(queue, program.schedule, keys)) for queue, rows in program.queues.items() if len(rows))
+        return Placed(program, insns, traces, times, weight_shares(self.spec, self.plan, program.bucket), accounts)
 
-    def _linears(self, program: Program) -> tuple[_Linears, ...]:
-        ops: dict[tuple[int, str], OpSpec] = {(op.layer, op.name): op for op in self.spec.ops(self.plan.unit_rows)}
-        found: dict[tuple[Literal["cpu", "gpu"], str, int, bool], tuple[list[int], list[float]]] = {}
-        queues: tuple[Literal["cpu", "gpu"], ...] = ("cpu", "gpu")
-        for queue in queues:
-            for index, task in enumerate(program.schedule.queue(queue)):
-                if task.kind in ("linear", "linear_in"):
-                    op = ops[task.layer, task.op]
-                    indices, elements = found.setdefault((queue, op.rate_key, max(task.mb, 0), task.logit_rows), ([], []))
-                    indices.append(index)
-                    elements.append((task.row1 - task.row0) * op.row_elements)
-        return tuple(_Linears(*key, np.array(indices), sum(elements)) for key, (indices, elements) in found.items())
+    @property
+    def last_schedule(self) -> Schedule | None:
+        """The task list of the last pass."""
+        return None if self._last is None else self._last.program.schedule
 
-    def op_times(self) -> list[OpTime]:
-        """History records of the last pass: what its linears took, by device, kind and rows."""
-        placed, meta = self._last, self._meta
-        if placed is None:
-            return []
-        bounds = meta[Meta.ROWS : Meta.ROWS + 32].reshape(8, 4)
-        records = []
-        numbers = {"cpu": SMALL, "gpu": SMALL}
-        for group in placed.linears:
-            numbers[group.queue] += 1
-            tokens = int(meta[Meta.NUM_LOGITS] if group.logit_rows else bounds[group.mb, 3] - bounds[group.mb, 0])
-            seconds = float(self._by_class[group.queue][numbers[group.queue]])
-            records.append(OpTime(device=group.queue, key=group.key, tokens=tokens, elements=group.elements, num_tasks=len(group.indices), seconds=seconds))
-        return records
+    def work_seconds(self) -> dict[WorkKind, float]:
+        """What the last pass's work took by kind, waits excluded."""
+        found: dict[WorkKind, float] = {}
+        for account in self._last.accounts if self._last is not None else ():
+            for kind, seconds in zip(account.kinds, self._by_class[account.queue].tolist(), strict=True):
+                if kind is not None:
+                    found[kind] = found.get(kind, 0.0) + seconds
+        return found
 
     def _times(self, placed: Placed, queue: Queue) -> np.ndarray:
         """int64 [count][3] of the last pass: wait began, work began, work ended (ns)."""

@@ -16,7 +16,7 @@ from collections import deque
 import numpy as np
 
 from twinpilots.errors import LimitError
-from twinpilots.plan.plan import BucketPlan, Plan
+from twinpilots.plan.plan import BucketPlan, Phase, Plan
 from twinpilots.request import Sequence, Status, Tier
 from twinpilots.runtime.batch import BatchItem, StepBatch
 from twinpilots.runtime.deal import bucket_of, deal
@@ -179,6 +179,13 @@ class Scheduler:
             self.waiting.remove(sequence)
         self.kv.free(sequence)
         sequence.status, sequence.tier = Status.FINISHED, None
+
+    def passes_left(self, phase: Phase) -> int:
+        """Passes of this phase that are still to come, about: as long as the longest sequence lasts, or until all prompts are read."""
+        live = [*self.running, *self.waiting]
+        if phase == "decode":
+            return max((sequence.max_len - len(sequence.tokens) for sequence in live), default=0)
+        return sum(max(0, sequence.num_pending - 1) for sequence in live) // self.plan.max_pass_tokens
 
     def has_unfinished(self) -> bool:
         return bool(self.running or self.waiting)

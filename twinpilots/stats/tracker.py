@@ -1,46 +1,37 @@
-"""History of measured op times against the profile, and the profile as history corrects it.
+"""History of measured work against the profile, and the profile as history corrects it.
 
-Owns `OpTime` (one record: what some tasks of one kind took in one pass) and `Tracker`, which keeps, per device and kind of op, a decaying mean of
-measured / profiled time by token count. The paper's estimator keeps raw records for ever; here old ones fade and neighbouring token counts lend each
-other evidence. Pure: no clock, no torch. Knows nothing of passes or plans.
+Owns `WorkTime` (one record: what one kind of work took in one pass, and should have) and `Tracker`, which keeps, per kind, a decaying estimate of
+measured / expected time by size. The paper's estimator keeps raw records for ever; here old ones fade, neighbouring sizes lend each other
+evidence, and a jump is followed at once. Pure: no clock, no torch. Knows nothing of passes or plans.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any
 
-from twinpilots.hardware.profile import ComputeProfile, Curve, HardwareProfile
+from twinpilots.hardware.profile import ComputeProfile, Curve, HardwareProfile, LinkProfile
+from twinpilots.plan.expected import ATTENTION, COPIES, DOWN, SMALL, UP, Resource
+from twinpilots.stats.evidence import Evidence
 
-DECAY = 0.9  # weight of a record after one newer record of its kind: about ten passes of memory
-PRIOR_WEIGHT = 0.5  # how much the profile itself counts against history, in records
-REACH = 1.5  # how far evidence reaches, in doublings of the token count: the weight falls by e at this distance
+MOST_STORED_WEIGHT = 3.0  # records of a size that a file keeps: a new run's own records soon outweigh them
+UNSEEN_SHARE = 0.25  # of a pass: what work counts that is not done now, but would be if its rate came back
+UNSEEN_PASSES = 8
+Kind = tuple[Resource, str]  # as in WorkKind, heads together with other linears: they differ in size alone
+Snapshot = Mapping[Kind, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OpTime:
-    """``num_tasks`` tasks of linears over ``elements`` weights in all, at ``tokens`` tokens each, took ``seconds`` of work (waits excluded)."""
+class WorkTime:
+    """One kind of work took ``seconds`` in one pass (waits excluded) where the offline profile says ``expected_s``. ``size``: tokens, or context."""
 
-    device: Literal["cpu", "gpu"]
-    key: str  # as in ComputeProfile.linear: "fp16/out"
-    tokens: int
-    elements: float
-    num_tasks: int
+    resource: Resource
+    key: str
+    size: float
+    expected_s: float
     seconds: float
-
-
-@dataclass
-class _Evidence:
-    """Decayed weight and weighted sum of log(measured / profiled) at one token count."""
-
-    weight: float = 0.0
-    log_ratio_sum: float = 0.0
-
-    def add(self, ratio: float) -> None:
-        self.weight = self.weight * DECAY + 1.0
-        self.log_ratio_sum = self.log_ratio_sum * DECAY + math.log(ratio)
 
 
 @dataclass
@@ -48,35 +39,100 @@ class Tracker:
     """Corrects ``offline`` by what is observed. `profile` is the offline profile until something was."""
 
     offline: HardwareProfile
-    _evidence: dict[tuple[str, str], dict[int, _Evidence]] = field(default_factory=dict)
+    evidence: dict[Kind, Evidence] = field(default_factory=dict)
+    num_passes: int = 0
+    _shares: dict[Kind, float] = field(default_factory=dict)  # of a pass's time, lately
 
-    def observe(self, records: Iterable[OpTime]) -> None:
-        """Take in the records of a pass. Records of nothing (no work, no time) are passed over."""
+    def observe(self, records: Iterable[WorkTime], pass_s: float) -> None:
+        """Take in the records of a pass of ``pass_s`` seconds. Records of nothing (no work, no time) are passed over."""
+        self.num_passes += 1
+        shares = dict.fromkeys(self._shares, 0.0)
         for record in records:
-            processor = self.offline.cpu if record.device == "cpu" else self.offline.gpu
-            if processor is None or min(record.tokens, record.seconds, record.elements) <= 0 or record.key not in processor.linear:
+            if min(record.seconds, record.expected_s) <= 0:
                 continue
-            expected_s = record.elements * processor.linear[record.key](record.tokens) + record.num_tasks * processor.task_s
-            bins = self._evidence.setdefault((record.device, record.key), {})
-            bins.setdefault(record.tokens, _Evidence()).add(record.seconds / expected_s)
+            kind = record.resource, record.key
+            if kind not in self.evidence:
+                self.evidence[kind] = Evidence()
+            self.evidence[kind].add(record.seconds / record.expected_s, record.size, self.num_passes)
+            shares[kind] = shares.get(kind, 0.0) + record.seconds / pass_s
+        for kind, share in shares.items():
+            self._shares[kind] = 0.8 * self._shares.get(kind, share) + 0.2 * share
 
-    def factor(self, device: str, key: str, tokens: float) -> float:
-        """Measured / profiled time at ``tokens`` tokens, by the evidence around it; 1 where there is none."""
-        weight, total = PRIOR_WEIGHT, 0.0
-        for seen, evidence in self._evidence.get((device, key), {}).items():
-            nearness = math.exp(-abs(math.log2(max(tokens, 1.0) / seen)) / REACH)
-            weight += nearness * evidence.weight
-            total += nearness * evidence.log_ratio_sum
-        return math.exp(total / weight)
+    def factor(self, resource: Resource, key: str, size: float) -> float:
+        """Measured / expected at this size; 1 where nothing was seen."""
+        found = self.evidence.get((resource, key))
+        return 1.0 if found is None else math.exp(found.log_factor(size, self.num_passes))
+
+    def error_frac(self, resource: Resource, key: str, size: float) -> float:
+        """How far `factor` may well be off, as a fraction of it."""
+        found = self.evidence.get((resource, key))
+        return 0.0 if found is None else math.expm1(found.error_log(size, self.num_passes))
+
+    # -- drift -----------------------------------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """The log factors as they are now, each at the size seen last."""
+        return {kind: found.log_factor(found.last_size, self.num_passes) for kind, found in self.evidence.items()}
+
+    def drift(self, since: Snapshot) -> tuple[float, str]:
+        """How much of a pass's time has changed since a snapshot, as a fraction, by the kind of work for which that is most; changes within the noise do
+        not count. And that change in words."""
+        most, words = 0.0, "nothing"
+        for kind, found in self.evidence.items():
+            change = found.log_factor(found.last_size, self.num_passes) - since.get(kind, 0.0)
+            unseen = self.num_passes - found.last_at > UNSEEN_PASSES
+            effect = abs(math.expm1(change)) * (UNSEEN_SHARE if unseen else self._shares.get(kind, 0.0))
+            if effect > most and abs(change) > 2 * found.error_log(found.last_size, self.num_passes):
+                most, words = effect, f"{kind[1]} {'of' if kind[0] == 'link' else 'on'} the {kind[0]} takes {math.exp(change):.2f} of the time it did"
+        return most, words
+
+    # -- the corrected profile ---------------------------------------------------------------------------------------------------------------
 
     def profile(self) -> HardwareProfile:
-        """The offline profile with every linear's curve corrected; token counts that were observed become points of the curve."""
-        gpu = None if self.offline.gpu is None else self._corrected("gpu", self.offline.gpu)
-        return replace(self.offline, cpu=self._corrected("cpu", self.offline.cpu), gpu=gpu)
+        """The offline profile with every observed rate corrected; token counts that were observed become points of the linears' curves."""
+        gpu = None if self.offline.gpu is None else self._processor("gpu", self.offline.gpu)
+        link = None if self.offline.link is None else self._link(self.offline.link)
+        return replace(self.offline, cpu=self._processor("cpu", self.offline.cpu), gpu=gpu, link=link)
 
-    def _corrected(self, device: str, processor: ComputeProfile) -> ComputeProfile:
-        linear = {}
+    def _processor(self, resource: Resource, processor: ComputeProfile) -> ComputeProfile:
+        linear = dict(processor.linear)
         for key, curve in processor.linear.items():
-            points = sorted({*curve.x, *(float(tokens) for tokens in self._evidence.get((device, key), {}))})
-            linear[key] = Curve(x=tuple(points), y=tuple(curve(x) * self.factor(device, key, x) for x in points))
-        return replace(processor, linear=linear)
+            found = self.evidence.get((resource, key))
+            if found is not None:
+                points = sorted({*curve.x, *found.sizes()})
+                linear[key] = Curve(x=tuple(points), y=tuple(curve(x) * self.factor(resource, key, x) for x in points))
+        attention, small = self._latest(resource, ATTENTION), self._latest(resource, SMALL)
+        return replace(
+            processor, linear=linear, attention_bytes_per_s=processor.attention_bytes_per_s / attention,
+            attention_flops_per_s=processor.attention_flops_per_s / attention, elementwise_bytes_per_s=processor.elementwise_bytes_per_s / small,
+        )  # fmt: skip
+
+    def _link(self, link: LinkProfile) -> LinkProfile:
+        return replace(
+            link, up_bytes_per_s=link.up_bytes_per_s / self._latest("link", UP), down_bytes_per_s=link.down_bytes_per_s / self._latest("link", DOWN),
+            copy_s=link.copy_s * self._latest("link", COPIES),
+        )  # fmt: skip
+
+    def _latest(self, resource: Resource, key: str) -> float:
+        """The factor at the size seen last: attention's profile has one rate, good for contexts like these."""
+        found = self.evidence.get((resource, key))
+        return 1.0 if found is None else self.factor(resource, key, found.last_size)
+
+    # -- files -------------------------------------------------------------------------------------------------------------------------------
+
+    def as_dict(self) -> dict[str, Any]:
+        """What was learned, for a file."""
+        return {f"{resource} {key}": found.as_dict(self.num_passes, MOST_STORED_WEIGHT) for (resource, key), found in self.evidence.items()}
+
+    def recall(self, data: Mapping[str, Any], weight_factor: float = 1.0) -> None:
+        """Start from what `as_dict` gave, aged by ``weight_factor``. ValueError when it is something else; nothing is taken over then."""
+        try:
+            found = {}
+            for name, each in data.items():
+                resource, _, key = name.partition(" ")
+                if resource not in ("cpu", "gpu", "link"):
+                    raise ValueError(f"unknown resource {resource!r}")
+                found[resource, key] = Evidence.from_dict(each, weight_factor)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not a history: {error!r}") from error
+        self.evidence |= found  # type: ignore[arg-type]

@@ -1,0 +1,364 @@
+"""When the running plan should change, and to what: decided pass by pass from what the passes took.
+
+Owns `Adaptation`: the state of every bucket in use, when a re-solve is worth asking for, the judgement of its answer (gain against switching cost,
+hysteresis, what plans like it took when they were measured), and the record of every change. Deterministic: no clock, no thread; whoever solves is
+injected. Knows nothing of devices, requests or how options are found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import median
+from typing import Any, NamedTuple, Protocol
+
+from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.plan.draft import Attention
+from twinpilots.plan.load import PassLoad
+from twinpilots.plan.plan import BucketPlan, Phase, Plan
+from twinpilots.plan.rebalance import Option, Pilots, pilots_of, shares_of, with_bucket
+from twinpilots.plan.tasks import NUM_GROUPS
+from twinpilots.stats.tracker import Snapshot, Tracker
+
+FIRST_PASSES = 4  # of a bucket, before it is asked about at all: what is over sooner is not worth a search
+SETTLE_PASSES = 4  # after a change, before the next: the tracker must have seen the new plan
+MOST_PATIENCE = 64  # passes between two asks that change nothing, at most
+DRIFT = 0.04  # of a pass's time: rates that changed less need no new plan
+BIG_DRIFT = 0.12  # is asked about at once, whatever came of the last asks
+LOAD_CHANGE = 1.25  # factor on tokens or context
+SURPRISE = 0.06  # measured / predicted of a pass beyond what the plan was made with, in log ratio
+MIN_GAIN = 0.02  # of a pass's time: what a change must bring
+JUDGED_PASSES = 8  # after which a change's outcome is written down
+RECENT = 5  # passes whose median measured / predicted is a plan's outcome: two pauses of the process do not show
+KEPT_PLANS = 3  # buckets that were left and may come back
+REACH = 0.3  # how far the outcome of one plan speaks for others: difference of the rows' shares at which its weight falls by e
+OUTCOME_FADE = 0.997  # weight of an outcome after one more pass
+OUTCOME_AFTER_DRIFT = 0.2  # and after the rates have changed: it was another machine then
+OUTCOME_PRIOR = 1.0  # how much no outcome at all counts, in passes
+MOST_OUTCOME = 8.0  # passes that one plan's outcome counts at most
+HISTORY_LENGTH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassSeen:
+    """One pass as the session saw it. ``predicted_s``: by the simulator at the tracker's rates, without what outcomes taught. ``remaining``: passes of
+    this kind that are still to come, about."""
+
+    plan: Plan
+    bucket: BucketPlan
+    load: PassLoad
+    predicted_s: float
+    measured_s: float
+    remaining: int
+    driver_s: float = 0.0  # of both: what a pass takes beside the devices' work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What a re-solve needs: pure data, good for another thread. ``kept``: buckets that were in force before and are to be priced, too."""
+
+    profile: HardwareProfile
+    plan: Plan
+    bucket: BucketPlan
+    load: PassLoad
+    kept: tuple[BucketPlan, ...]
+    driver_s: float
+    reason: str
+
+
+Solver = Callable[[Ask], tuple[Option, ...]]  # the bucket as it is first
+
+
+class Runner(Protocol):
+    """Solves one thing at a time, on the spot or elsewhere."""
+
+    def submit(self, solve: Callable[[], tuple[Option, ...]]) -> None: ...
+
+    def collect(self) -> tuple[Option, ...] | None:
+        """The answer, once; None while there is none."""
+        ...
+
+
+class Inline:
+    """Solves on the spot: for the virtual clock."""
+
+    def submit(self, solve: Callable[[], tuple[Option, ...]]) -> None:
+        self._answer: tuple[Option, ...] | None = solve()
+
+    def collect(self) -> tuple[Option, ...] | None:
+        answer, self._answer = self._answer, None
+        return answer
+
+
+@dataclass(kw_only=True)
+class ChangeRecord:
+    """One change of plan. ``pass_number`` counts all passes; seconds are of one pass of the bucket, measured ones means over a few passes."""
+
+    pass_number: int
+    reason: str
+    what: str
+    predicted_before_s: float
+    predicted_after_s: float
+    measured_before_s: float | None
+    measured_after_s: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "pass": self.pass_number, "reason": self.reason, "change": self.what,
+            "predicted_s": {"before": self.predicted_before_s, "after": self.predicted_after_s},
+            "measured_s": {"before": self.measured_before_s, "after": self.measured_after_s},
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A plan to switch to from the next pass on, and why."""
+
+    plan: Plan
+    reason: str
+
+
+@dataclass(kw_only=True)
+class _Bucket:
+    """What is known of one bucket of the plan in force."""
+
+    bucket: BucketPlan
+    passes: int = 0
+    made_for: PassLoad | None = None
+    made_at: Snapshot = field(default_factory=dict)  # the tracker's rates that it was solved with
+    made_outcome: float = 0.0  # the log outcome it was solved with
+    asked_at: int = FIRST_PASSES - SETTLE_PASSES  # by its own passes
+    patience: int = SETTLE_PASSES
+    left: deque[BucketPlan] = field(default_factory=lambda: deque(maxlen=KEPT_PLANS))
+    _log_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    _measured_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    @cached_property
+    def signature(self) -> Signature:
+        return signature_of(self.bucket)
+
+    def add(self, seen: PassSeen) -> None:
+        self._log_ratios.append(math.log(seen.measured_s / seen.predicted_s))
+        self._measured_s.append(seen.measured_s)
+        self.passes += 1
+
+    @property
+    def log_outcome(self) -> float:
+        """log(measured / predicted), lately."""
+        return median(self._log_ratios) if self._log_ratios else 0.0
+
+    @property
+    def noise_log(self) -> float:
+        """How far the outcome may be off: the passes' mean distance from it over the root of their number."""
+        ratios = self._log_ratios
+        return sum(abs(each - self.log_outcome) for each in ratios) / len(ratios) ** 1.5 if ratios else 0.0
+
+    @property
+    def measured_s(self) -> float:
+        return median(self._measured_s)
+
+
+class Outcomes:
+    """What plans took when they ran, against what was predicted at the tracker's rates: lent to plans that are alike."""
+
+    def __init__(self) -> None:
+        self._found: dict[Signature, tuple[float, float, int]] = {}  # -> (log outcome, passes that count, pass number)
+
+    def put(self, own: Signature, log_outcome: float, passes: int, at: int) -> None:
+        self._found[own] = (log_outcome, min(float(passes), MOST_OUTCOME), at)
+
+    def log_factor(self, own: Signature, at: int) -> float:
+        """log(measured / predicted) to expect of such a plan; 0 for one that nothing is known about."""
+        weight, total = OUTCOME_PRIOR, 0.0
+        for signature, (log_outcome, passes, then) in self._found.items():
+            near = own.nearness(signature) * passes * OUTCOME_FADE ** (at - then)
+            weight += near
+            total += near * log_outcome
+        return total / weight
+
+    def doubt(self) -> None:
+        """The machine has changed: what was found out so far counts less."""
+        self._found = {signature: (log_outcome, OUTCOME_AFTER_DRIFT * passes, at) for signature, (log_outcome, passes, at) in self._found.items()}
+
+
+class Adaptation:
+    """Fed with every pass; answers with a change when there is one. ``runner`` takes a solve and gives its answer, at once or some passes later."""
+
+    def __init__(self, tracker: Tracker, solve: Solver, runner: Runner, *, switch_s: float = 0.0) -> None:
+        self.tracker, self._solve, self._runner = tracker, solve, runner
+        self.switch_s = switch_s  # what a change costs once
+        self.history: deque[ChangeRecord] = deque(maxlen=HISTORY_LENGTH)
+        self.outcomes = Outcomes()
+        self.num_passes = self.num_asks = 0
+        self._buckets: dict[int, _Bucket] = {}
+        self._asked: Ask | None = None
+        self._judging: tuple[ChangeRecord, _Bucket] | None = None
+
+    def after_pass(self, seen: PassSeen) -> Change | None:
+        """Take in a pass; the plan to go on with, or None to stay."""
+        self.num_passes += 1
+        state = self._state(seen)
+        state.add(seen)
+        if state.passes >= 2:
+            self.outcomes.put(state.signature, state.log_outcome, state.passes, self.num_passes)
+        self._judge()
+        if self._asked is None:
+            reason = self._why_ask(state, seen)
+            if reason is None:
+                return None
+            self._ask(state, seen, reason)
+        answer = self._runner.collect()
+        return None if answer is None else self._decide(answer, seen)
+
+    def expected_factor(self, bucket: BucketPlan) -> float:
+        """Measured / predicted to expect of the next pass, predicted at the tracker's rates."""
+        state = self._buckets.get(id(bucket))
+        log_factor = state.log_outcome if state is not None and state.passes >= RECENT else self.outcomes.log_factor(signature_of(bucket), self.num_passes)
+        return math.exp(log_factor)
+
+    def _state(self, seen: PassSeen) -> _Bucket:
+        key = id(seen.bucket)
+        if key not in self._buckets:
+            alive = {id(bucket) for bucket in seen.plan.buckets}
+            self._buckets = {number: state for number, state in self._buckets.items() if number in alive}
+            self._buckets[key] = _Bucket(bucket=seen.bucket)
+        return self._buckets[key]
+
+    # -- asking ------------------------------------------------------------------------------------------------------------------------------
+
+    def _why_ask(self, state: _Bucket, seen: PassSeen) -> str | None:
+        """The reason to have this bucket solved again, or None."""
+        waited = state.passes - state.asked_at
+        if waited < SETTLE_PASSES or seen.remaining < SETTLE_PASSES:
+            return None
+        if state.made_for is None:
+            return "first use"
+        drift, words = self.tracker.drift(state.made_at)
+        if drift > BIG_DRIFT or (drift > DRIFT and waited >= state.patience):
+            return words
+        if load_change(state.made_for, seen.load) > LOAD_CHANGE:
+            return f"{words_of(seen.load)} instead of {words_of(state.made_for)}"
+        if waited >= state.patience and abs(state.log_outcome - state.made_outcome) > max(SURPRISE, 2 * state.noise_log):
+            return f"passes take {math.exp(state.log_outcome):.2f} of what was predicted"
+        return None
+
+    def _ask(self, state: _Bucket, seen: PassSeen, reason: str) -> None:
+        if self.tracker.drift(state.made_at)[0] > BIG_DRIFT:
+            self.outcomes.doubt()
+        ask = Ask(
+            profile=self.tracker.profile(), plan=seen.plan, bucket=seen.bucket, load=seen.load, kept=tuple(state.left), driver_s=seen.driver_s, reason=reason
+        )
+        self._asked = ask
+        self.num_asks += 1
+        state.asked_at, state.made_for, state.made_at, state.made_outcome = state.passes, seen.load, self.tracker.snapshot(), state.log_outcome
+        self._runner.submit(lambda: self._solve(ask))
+
+    # -- deciding ----------------------------------------------------------------------------------------------------------------------------
+
+    def _decide(self, answer: Sequence[Option], seen: PassSeen) -> Change | None:
+        ask, self._asked = self._asked, None
+        assert ask is not None
+        if not answer or seen.bucket is not ask.bucket or seen.plan is not ask.plan:
+            return None  # the load went on to another bucket meanwhile: this one is asked about again when it comes back
+        state = self._buckets[id(ask.bucket)]
+        now, *others = answer
+        now_s = now.seconds * math.exp(state.log_outcome)
+        best, best_s = None, math.inf
+        for option in others:
+            seconds = option.seconds * math.exp(self._log_outcome(option, state))
+            if seconds < best_s:
+                best, best_s = option, seconds
+        # The outcome of other pilots is not this one's: where they change, its noise counts.
+        least_gain = MIN_GAIN if best is not None and best.pilots == now.pilots else max(MIN_GAIN, 2 * state.noise_log)
+        gain_s = now_s - best_s
+        if best is None or gain_s < least_gain * now_s or gain_s * seen.remaining < self.switch_s:
+            state.patience = min(MOST_PATIENCE, 2 * state.patience)
+            return None
+        return self._change(ask, state, best, now_s, best_s)
+
+    def _log_outcome(self, option: Option, state: _Bucket) -> float:
+        """What to expect of an option beyond its prediction: what its like took, of which the plan in force is the nearest witness."""
+        own = signature_of(option.bucket)
+        near = own.nearness(state.signature)
+        return near * state.log_outcome + (1.0 - near) * self.outcomes.log_factor(own, self.num_passes)
+
+    def _change(self, ask: Ask, state: _Bucket, option: Option, now_s: float, then_s: float) -> Change:
+        record = ChangeRecord(
+            pass_number=self.num_passes, reason=ask.reason, what=f"{describe(ask.bucket)} -> {describe(option.bucket)}", predicted_before_s=now_s,
+            predicted_after_s=then_s, measured_before_s=state.measured_s,
+        )  # fmt: skip
+        left = deque([each for each in state.left if each != option.bucket], maxlen=KEPT_PLANS)
+        left.append(ask.bucket)
+        fresh = _Bucket(
+            bucket=option.bucket, made_for=ask.load, made_at=state.made_at, made_outcome=self._log_outcome(option, state), asked_at=0, left=left,
+            patience=min(MOST_PATIENCE, 2 * state.patience) if option.bucket in state.left else SETTLE_PASSES,
+        )  # fmt: skip
+        del self._buckets[id(ask.bucket)]
+        self._buckets[id(option.bucket)] = fresh
+        self.history.append(record)
+        self._judging = record, fresh
+        reason = f"{ask.reason}: predicted {then_s * 1e3:.3g} ms a pass instead of {now_s * 1e3:.3g} ms"
+        return Change(plan=with_bucket(ask.plan, ask.bucket, option.bucket), reason=reason)
+
+    def _judge(self) -> None:
+        """Write down what the last change brought, once that is known."""
+        if self._judging is not None and self._judging[1].passes >= JUDGED_PASSES:
+            self._judging[0].measured_after_s = self._judging[1].measured_s
+            self._judging = None
+
+
+def load_change(then: PassLoad, now: PassLoad) -> float:
+    """The largest factor by which tokens or context differ; host KV that comes or goes counts as doubling."""
+    found = 1.0
+    for before, after in zip(_load_sizes(then), _load_sizes(now), strict=True):
+        found = max(found, max(before, after) / max(1.0, min(before, after)))
+    return found
+
+
+def _load_sizes(load: PassLoad) -> tuple[float, float]:
+    """(tokens, mean context)."""
+    groups = load.groups(-1, 0, NUM_GROUPS)
+    return float(load.tokens()), sum(group.kv_tokens for group in groups) / max(1, load.num_seqs)
+
+
+def words_of(load: PassLoad) -> str:
+    tokens, context = _load_sizes(load)
+    return f"{tokens:.0f} tokens at a context of {context:.0f}"
+
+
+def _host_side(bucket: BucketPlan) -> Attention:
+    return bucket.host_attention if bucket.phase == "decode" else bucket.host_prefill_attention
+
+
+def describe(bucket: BucketPlan) -> str:
+    on_cpu, streamed = shares_of(bucket)
+    shares = f"{100 * streamed:.0f} % streamed, {100 * on_cpu:.0f} % CPU"
+    return f"{shares}, {bucket.micro_batches} micro-batches, host KV attended by the {_host_side(bucket).upper()}"
+
+
+class Signature(NamedTuple):
+    """What makes plans of a bucket alike."""
+
+    pilots: Pilots
+    phase: Phase
+    micro_batches: int
+    host_side: Attention
+    on_cpu: float
+    streamed: float
+    max_tokens: int
+
+    def nearness(self, other: Signature) -> float:
+        """How much of another plan's outcome holds for this one: nothing when other pilots compute, or in another phase."""
+        if (self.pilots, self.phase) != (other.pilots, other.phase):
+            return 0.0
+        distance = abs(self.on_cpu - other.on_cpu) + abs(self.streamed - other.streamed) + 0.1 * abs(math.log2(self.max_tokens / other.max_tokens))
+        distance += 0.2 * (self.micro_batches != other.micro_batches) + 0.2 * (self.host_side != other.host_side)
+        return math.exp(-distance / REACH)
+
+
+def signature_of(bucket: BucketPlan) -> Signature:
+    on_cpu, streamed = shares_of(bucket)
+    return Signature(pilots_of(bucket), bucket.phase, bucket.micro_batches, _host_side(bucket), round(on_cpu, 3), round(streamed, 3), bucket.max_tokens)

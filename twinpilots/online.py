@@ -1,0 +1,149 @@
+"""The planner beside a run: predicts every pass, learns from what it took, and says when the plan should change.
+
+Owns `OnlinePlanner`, which joins the simulator (predictions), the tracker (rates) and `Adaptation` (decisions) for one model on one machine, and the memory
+of what was simulated. The session drives it on a real machine, `benchmarks.adaptation` on the virtual clock. Knows nothing of devices, requests or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from twinpilots.adaptation import Adaptation, Ask, Change, PassSeen, Runner
+from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.expected import ExpectedTime, PassWork, WorkKind
+from twinpilots.plan.load import PassLoad
+from twinpilots.plan.plan import BucketPlan, Plan
+from twinpilots.plan.rebalance import Option, option_of, options
+from twinpilots.plan.simulate import PassEstimator, PassTiming
+from twinpilots.plan.tasks import PassShape, Schedule
+from twinpilots.runtime.stats import BusySeconds
+from twinpilots.stats.tracker import Snapshot, Tracker, WorkTime
+
+RENEW_PASSES = 4  # how often the rates that predictions go by are looked after
+RENEW_DRIFT = 0.01  # of a pass's time: below this, simulating anew tells no difference
+DRIVER_DECAY = 0.2  # weight of the newest pass in the mean of the driver's time
+DRIVER_MOST_S = 0.02  # a pause of the process is not the driver's work
+MOST_REMEMBERED = 512  # simulated passes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassPrediction:
+    """One pass before it ran: its seconds, the driver's included, and how long each resource works, counted as a pass reports it. ``plain_s``: without
+    what passes of this plan have taken beyond their predictions so far."""
+
+    seconds: float
+    plain_s: float
+    busy_s: BusySeconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassDone:
+    """One pass after it ran: what it was, its task list, seconds of work by kind, whole seconds as the user feels them, and the driver's part of them."""
+
+    plan: Plan
+    bucket: BucketPlan
+    load: PassLoad
+    schedule: Schedule
+    work_s: Mapping[WorkKind, float]
+    seconds: float
+    driver_s: float
+    remaining: int  # passes of this kind that are still to come, about
+
+
+class OnlinePlanner:
+    """``adapts``: whether the plan may change; predictions and the tracker work either way."""
+
+    def __init__(self, spec: ModelSpec, profile: HardwareProfile, runner: Runner, *, adapts: bool) -> None:
+        self.spec, self.profile, self.adapts = spec, profile, adapts  # the profile as history corrects it
+        self.tracker = Tracker(profile)
+        self.adaptation = Adaptation(self.tracker, self._solve, runner)
+        self._renewed_at: Snapshot = {}
+        self._estimators: dict[tuple[int, PassShape], tuple[BucketPlan, PassEstimator]] = {}
+        self._timings: dict[tuple[int, PassLoad], PassTiming] = {}
+        self._work: dict[int, tuple[Schedule, PassWork]] = {}
+        self._expected: dict[tuple[int, PassLoad], tuple[ExpectedTime, ...]] = {}
+        self._driver_s = 0.0  # scheduling and sampling of a pass, as measured lately
+
+    def predict(self, plan: Plan, bucket: BucketPlan, load: PassLoad) -> PassPrediction:
+        """What the simulator says of this pass, and what passes of this plan have taught."""
+        timing = self._timing(plan, bucket, load)
+        plain_s = timing.seconds + self._driver_s
+        return PassPrediction(seconds=plain_s * self.adaptation.expected_factor(bucket), plain_s=plain_s, busy_s=BusySeconds(**timing.resource_s))
+
+    def after_pass(self, done: PassDone, prediction: PassPrediction) -> Change | None:
+        """Learn from a pass; the plan to go on with, or None to stay."""
+        self.tracker.observe(self._records(done), done.seconds)
+        self._driver_s += DRIVER_DECAY * (min(done.driver_s, DRIVER_MOST_S) - self._driver_s)
+        if self.tracker.num_passes % RENEW_PASSES == 0 and self.tracker.drift(self._renewed_at)[0] > RENEW_DRIFT:
+            self._renew()
+        if not self.adapts:
+            return None
+        return self.adaptation.after_pass(
+            PassSeen(
+                plan=done.plan, bucket=done.bucket, load=done.load, predicted_s=prediction.plain_s, measured_s=done.seconds, remaining=done.remaining,
+                driver_s=self._driver_s,
+            )
+        )  # fmt: skip
+
+    def switched(self, seconds: float) -> None:
+        """Another plan is in force; to change to it took so long. What was remembered of the old one's buckets can go."""
+        self.adaptation.switch_s = seconds
+        self._estimators.clear()
+        self._timings.clear()
+        self._work.clear()
+        self._expected.clear()
+
+    # -- predictions -------------------------------------------------------------------------------------------------------------------------
+
+    def _timing(self, plan: Plan, bucket: BucketPlan, load: PassLoad) -> PassTiming:
+        key = (id(bucket), load)
+        if key not in self._timings:
+            if len(self._timings) >= MOST_REMEMBERED:
+                self._timings.clear()
+            self._timings[key] = self._estimator(plan, bucket, load.shape).timing(load)
+        return self._timings[key]
+
+    def _estimator(self, plan: Plan, bucket: BucketPlan, shape: PassShape) -> PassEstimator:
+        key = (id(bucket), shape)
+        if key not in self._estimators or self._estimators[key][0] is not bucket:
+            self._estimators[key] = (bucket, PassEstimator(self.spec, plan, bucket, self.profile, shape))  # keeps the bucket alive: its id is the key
+        return self._estimators[key][1]
+
+    def _renew(self) -> None:
+        self._renewed_at = self.tracker.snapshot()
+        self.profile = self.tracker.profile()
+        for _, estimator in self._estimators.values():
+            estimator.profile = self.profile  # its schedules stay good
+        self._timings.clear()
+
+    # -- records -----------------------------------------------------------------------------------------------------------------------------
+
+    def _records(self, done: PassDone) -> Iterable[WorkTime]:
+        """Every kind of work against the offline profile. What the simulator adds for contention is expected, too, so that it is not learned twice."""
+        timing = self._timing(done.plan, done.bucket, done.load)
+        slowed = {queue: timing.busy_s[queue] / alone_s if alone_s > 0 else 1.0 for queue, alone_s in timing.alone_s.items()}
+        for expected in self._expected_of(done):
+            kind = expected.kind
+            seconds = done.work_s.get(kind, 0.0)
+            expected_s = expected.seconds * slowed.get(kind.resource, 1.0)
+            yield WorkTime(resource=kind.resource, key=kind.key, size=expected.scale, expected_s=expected_s, seconds=seconds)
+
+    def _expected_of(self, done: PassDone) -> tuple[ExpectedTime, ...]:
+        key = (id(done.schedule), done.load)
+        if key not in self._expected:
+            if len(self._expected) >= MOST_REMEMBERED:
+                self._expected.clear()
+            if id(done.schedule) not in self._work or self._work[id(done.schedule)][0] is not done.schedule:
+                self._work[id(done.schedule)] = done.schedule, PassWork(done.schedule, self.spec, done.plan)
+            self._expected[key] = self._work[id(done.schedule)][1].expected(self.tracker.offline, done.load)
+        return self._expected[key]
+
+    # -- re-solving --------------------------------------------------------------------------------------------------------------------------
+
+    def _solve(self, ask: Ask) -> tuple[Option, ...]:
+        """Runs beside the passes: touches nothing of this object but the model."""
+        found = list(options(self.spec, ask.profile, ask.plan, ask.bucket, ask.load))
+        found += [option_of(self.spec, ask.profile, ask.plan, bucket, ask.load) for bucket in ask.kept]
+        return tuple(Option(bucket=each.bucket, seconds=each.seconds + ask.driver_s, pilots=each.pilots) for each in found)

@@ -1,0 +1,220 @@
+"""Re-solves one bucket for the load that it has now, with everything that lies in memory left where it is.
+
+Owns `Option` (another way to run the same passes) and `options`: new boundaries between streamed and CPU rows, micro-batches and the side that attends
+host KV, found by the linear program at the actual load and priced by the simulator; and the two plans that use one pilot for all that can move. Pure.
+Knows nothing of when to ask, of measured passes or of switching.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.draft import Attention, PlanOptions, split_of
+from twinpilots.plan.load import PassLoad, SeqClass, pass_load
+from twinpilots.plan.memory import tasks_allowance
+from twinpilots.plan.plan import BucketPlan, Plan, Split
+from twinpilots.plan.pricing import QUICK_SAMPLES, coarse_packet_bytes
+from twinpilots.plan.problem import Problem
+from twinpilots.plan.program import Machine, Program, solve_program
+from twinpilots.plan.simulate import PassEstimator
+from twinpilots.plan.tasks import GPU_KV, NUM_GROUPS
+from twinpilots.plan.terms import MeanPass, planned_terms
+from twinpilots.plan.workload import Limits, Workload
+
+Pilots = Literal["both", "cpu", "stream"]  # who computes the rows that are not resident
+MICRO_BATCHES = (1, 2, 4)
+PROGRAMS_PRICED = 3  # answers of the linear program that the simulator prices
+SCALES = (0.8, 1.25, 0.92, 1.08)  # factors tried on the CPU's shares of the best, coarse then fine
+GAIN = 1.002  # an improvement worth keeping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A bucket's plan and the simulated seconds of one of its passes under the load in question."""
+
+    bucket: BucketPlan
+    seconds: float
+    pilots: Pilots
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """What a pass brings, whichever way it is dealt: sequences by where their KV lies, and rows for the head."""
+
+    gpu: tuple[SeqClass, ...]
+    host: tuple[SeqClass, ...]
+    logit_rows: int
+
+    @staticmethod
+    def of(load: PassLoad) -> Sequences:
+        """Classes alike in all micro-batches are counted together."""
+        found: tuple[Counter[tuple[int, int]], Counter[tuple[int, int]]] = (Counter(), Counter())
+        for groups in load.micro_batches:
+            for group in range(NUM_GROUPS):
+                for c in groups[group].classes:
+                    found[group != GPU_KV][c.query_tokens, c.kv_len] += c.num_seqs
+        on_gpu, on_host = (tuple(SeqClass(count, query, kv_len) for (query, kv_len), count in each.items()) for each in found)
+        return Sequences(gpu=on_gpu, host=on_host, logit_rows=load.logit_rows)
+
+    @property
+    def num_seqs(self) -> int:
+        return sum(c.num_seqs for c in (*self.gpu, *self.host))
+
+    @property
+    def tokens(self) -> int:
+        return sum(c.tokens for c in (*self.gpu, *self.host))
+
+    @property
+    def kv_tokens(self) -> int:
+        return sum(c.num_seqs * c.kv_len for c in (*self.gpu, *self.host))
+
+    def pages(self, page_size: int) -> int:
+        """KV pages of the host's sequences."""
+        return sum(c.num_seqs * -(-c.kv_len // page_size) for c in self.host)
+
+    def load(self, bucket: BucketPlan) -> PassLoad:
+        """The pass dealt the way of this bucket."""
+        return pass_load(bucket, self.gpu, self.host, prompt=bucket.phase == "prefill", logit_rows=self.logit_rows)
+
+
+def options(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, load: PassLoad) -> tuple[Option, ...]:
+    """Ways to run passes like ``load`` over the memory that ``plan`` has laid out: the bucket as it is first, then others in no order.
+
+    Only the bucket as it is where nothing can move: without two pilots, or without a ring to stream through.
+    """
+    search = _Search(spec, profile, plan, bucket, Sequences.of(load))
+    now = Option(bucket=bucket, seconds=search.seconds(bucket), pilots=pilots_of(bucket))
+    if not (plan.uses_gpu and plan.uses_cpu) or plan.ring_bytes == 0 or plan.host_kv_layers or profile.gpu is None or profile.link is None:
+        return (now,)
+    found = [option for option in (*search.single(), search.shared()) if option is not None and option.bucket != bucket]
+    return (now, *found)
+
+
+def option_of(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, load: PassLoad) -> Option:
+    """A given bucket, priced."""
+    return Option(bucket=bucket, seconds=_Search(spec, profile, plan, bucket, Sequences.of(load)).seconds(bucket), pilots=pilots_of(bucket))
+
+
+def pilots_of(bucket: BucketPlan) -> Pilots:
+    """Who computes the rows that are not resident. A bucket with all rows resident counts as streamed: nothing is the CPU's."""
+    on_cpu, streamed = shares_of(bucket)
+    return "stream" if on_cpu == 0 else "cpu" if streamed == 0 else "both"
+
+
+def shares_of(bucket: BucketPlan) -> tuple[float, float]:
+    """(rows on the CPU, rows streamed) as fractions of all rows."""
+    splits = [split for layer in bucket.splits for split in layer.values()]
+    total = sum(split.rows for split in splits)
+    return sum(split.cpu for split in splits) / total, sum(split.streamed for split in splits) / total
+
+
+class _Search:
+    """Prices buckets under one load and tries others."""
+
+    def __init__(self, spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, sequences: Sequences) -> None:
+        self.spec, self.profile, self.plan, self.bucket, self.sequences = spec, profile, plan, bucket, sequences
+        workload = Workload(num_requests=1, input_len=1, output_len=1, max_num_seqs=1)  # the passes are given here, not derived
+        options = PlanOptions(unit_rows=plan.unit_rows, kv_dtype=plan.kv_dtype, max_model_len=plan.max_model_len)
+        self.problem = Problem.of(spec, profile, workload, Limits(gpu_bytes=profile.gpu_memory_bytes, host_bytes=profile.host_memory_bytes), options)
+        self.room = sum(tasks_allowance(spec, plan, each, self.problem.templates) for each in plan.buckets)
+
+    def seconds(self, bucket: BucketPlan) -> float:
+        load = self.sequences.load(bucket)
+        plan = replace(self.plan, packet_bytes=coarse_packet_bytes(self.spec, self.plan, bucket))
+        return PassEstimator(self.spec, plan, bucket, self.profile, load.shape, QUICK_SAMPLES).timing(load).seconds
+
+    def single(self) -> Iterator[Option]:
+        """All rows that are not resident computed by the CPU, or all streamed."""
+        for pilots, cpu in (("cpu", 1.0), ("stream", 0.0)):
+            for side in self._sides():
+                bucket = self._bucket(dict.fromkeys(self.problem.ops, cpu), 1, side)
+                yield Option(bucket=bucket, seconds=self.seconds(bucket), pilots=pilots)  # type: ignore[arg-type]
+
+    def shared(self) -> Option | None:
+        """The best of the linear program's answers, then nudged."""
+        answers: list[tuple[float, int, Mapping[str, float], int, Attention]] = []
+        for batches in self._batches():
+            for side in self._sides():
+                shares = solve_program(self._program(batches, side), relaxed=True)
+                if shares is not None:
+                    answers.append((shares.seconds, len(answers), shares.phases[0].cpu, batches, side))
+        best: tuple[float, BucketPlan, Mapping[str, float], int, Attention] | None = None
+        for _, _, cpu, batches, side in sorted(answers)[:PROGRAMS_PRICED]:
+            best = self._better(best, cpu, batches, side)
+        for factor in SCALES if best is not None else ():
+            assert best is not None
+            best = self._better(best, {name: min(1.0, value * factor) for name, value in best[2].items()}, best[3], best[4])
+        return None if best is None else Option(bucket=best[1], seconds=best[0], pilots=pilots_of(best[1]))
+
+    def _better(
+        self, best: tuple[float, BucketPlan, Mapping[str, float], int, Attention] | None, cpu: Mapping[str, float], batches: int, side: Attention
+    ) -> tuple[float, BucketPlan, Mapping[str, float], int, Attention] | None:  # fmt: skip
+        bucket = self._bucket(cpu, batches, side)
+        if tasks_allowance(self.spec, self.plan, bucket, self.problem.templates) > self.room or (best is not None and bucket == best[1]):
+            return best
+        seconds = self.seconds(bucket)
+        return (seconds, bucket, cpu, batches, side) if best is None or seconds * GAIN < best[0] else best
+
+    def _batches(self) -> list[int]:
+        most = min(self.sequences.num_seqs, self.bucket.max_tokens)
+        return sorted({1, min(self.bucket.micro_batches, most), *(count for count in MICRO_BATCHES if count <= most)})
+
+    def _sides(self) -> list[Attention]:
+        """Who may attend host KV in such passes. The GPU only where the staging area holds what would be streamed."""
+        now = self.bucket.host_attention if self.bucket.phase == "decode" else self.bucket.host_prefill_attention
+        if not self.sequences.host:
+            return [now]
+        fits = self.sequences.pages(self.plan.page_size) <= self.plan.kv_staging_pages
+        return ["cpu", "gpu"] if fits else ["cpu"] if now == "cpu" else [now]
+
+    def _bucket(self, cpu: Mapping[str, float], batches: int, side: Attention) -> BucketPlan:
+        """The bucket with these CPU shares of all rows, as far as they are not resident."""
+        made: dict[int, Mapping[str, Split]] = {}
+        for layer in self.bucket.splits:
+            if id(layer) not in made:
+                made[id(layer)] = {
+                    name: split_of(self.problem.ops[name], split.resident, cpu[name], streams=True, uses_cpu=True) for name, split in layer.items()
+                }
+        splits = tuple(made[id(layer)] for layer in self.bucket.splits)
+        if self.bucket.phase == "decode":
+            return replace(self.bucket, splits=splits, micro_batches=batches, host_attention=side)
+        return replace(self.bucket, splits=splits, micro_batches=batches, host_prefill_attention=side)
+
+    # -- the program -----------------------------------------------------------------------------------------------------------------------
+
+    def _program(self, batches: int, side: Attention) -> Program:
+        problem, sequences = self.problem, self.sequences
+        on_host = sum(c.num_seqs * c.kv_len for c in sequences.host) / max(1, sequences.kv_tokens)
+        count = sequences.num_seqs
+        mean = SeqClass(count, max(1, round(sequences.tokens / count)), max(1, round(sequences.kv_tokens / count)))
+        each = MeanPass(passes=1.0, tokens=sequences.tokens, logit_rows=sequences.logit_rows, sequences=(mean,))
+        return Program(
+            phases=(planned_terms(problem, each, batches, side if on_host else "none"),), gpu_budget_bytes=0.0, host_budget_bytes=0.0, kv_capacity_bytes=1.0,
+            resident=self._resident(), gpu_kv=1.0 - on_host, machine=self._machine(),
+        )  # fmt: skip
+
+    def _resident(self) -> dict[str, float]:
+        rows = dict.fromkeys(self.problem.ops, 0)
+        for layer in self.bucket.splits:
+            for name, split in layer.items():
+                rows[name] += split.resident
+        return {name: rows[name] / (op.rows * (self.spec.num_layers if op.layer >= 0 else 1)) for name, op in self.problem.ops.items()}
+
+    def _machine(self) -> Machine:
+        profile = self.profile
+        assert profile.gpu is not None and profile.link is not None
+        return Machine(
+            op_bytes={name: self.problem.total_bytes(name) for name in self.problem.ops},
+            up_bytes_per_s=profile.link.up_bytes_per_s, down_bytes_per_s=profile.link.down_bytes_per_s,
+            link_drag=(1 - 1 / profile.cpu.copy_slowdown, 1 - 1 / profile.gpu.copy_slowdown), host_fixed=("lm_head",) if self.spec.tied else (),
+        )  # fmt: skip
+
+
+def with_bucket(plan: Plan, old: BucketPlan, new: BucketPlan) -> Plan:
+    """``plan`` with ``new`` in the place of ``old`` (the very object)."""
+    return replace(plan, buckets=tuple(new if bucket is old else bucket for bucket in plan.buckets))
