@@ -25,7 +25,8 @@ RENEW_PASSES = 4  # how often the rates that predictions go by are looked after
 RENEW_DRIFT = 0.01  # of a pass's time: below this, simulating anew tells no difference
 DRIVER_DECAY = 0.2  # weight of the newest pass in the mean of the driver's time
 DRIVER_MOST_S = 0.02  # a pause of the process is not the driver's work
-MOST_REMEMBERED = 512  # simulated passes
+MOST_REMEMBERED = 512  # passes
+NEARBY = 1.1  # factor on every resource's work within which a pass is priced by another's simulation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +63,7 @@ class OnlinePlanner:
         self._renewed_at: Snapshot = {}
         self._estimators: dict[tuple[int, PassShape], tuple[BucketPlan, PassEstimator]] = {}
         self._timings: dict[tuple[int, PassLoad], PassTiming] = {}
+        self._simulated: dict[tuple[int, PassShape], list[tuple[Mapping[str, float], PassTiming]]] = {}  # with each one's work by resource
         self._work: dict[int, tuple[Schedule, PassWork]] = {}
         self._expected: dict[tuple[int, PassLoad], tuple[ExpectedTime, ...]] = {}
         self._driver_s = 0.0  # scheduling and sampling of a pass, as measured lately
@@ -92,6 +94,7 @@ class OnlinePlanner:
         self.adaptation.switch_s = seconds
         self._estimators.clear()
         self._timings.clear()
+        self._simulated.clear()
         self._work.clear()
         self._expected.clear()
 
@@ -102,8 +105,20 @@ class OnlinePlanner:
         if key not in self._timings:
             if len(self._timings) >= MOST_REMEMBERED:
                 self._timings.clear()
-            self._timings[key] = self._estimator(plan, bucket, load.shape).timing(load)
+            self._timings[key] = self._nearby(plan, bucket, load)
         return self._timings[key]
+
+    def _nearby(self, plan: Plan, bucket: BucketPlan, load: PassLoad) -> PassTiming:
+        """A load with nearly the work of one that was simulated takes its time in proportion: a new load comes with every other pass, and to simulate
+        one takes as long as a pass of a small model."""
+        estimator = self._estimator(plan, bucket, load.shape)
+        work = estimator.work(load)
+        simulated = self._simulated.setdefault((id(bucket), load.shape), [])
+        for known, timing in simulated:
+            if all(known[name] / NEARBY <= seconds <= known[name] * NEARBY for name, seconds in work.items()):
+                return timing.scaled({name: seconds / known[name] if known[name] else 1.0 for name, seconds in work.items()})
+        simulated.append((work, estimator.timing(load)))
+        return simulated[-1][1]
 
     def _estimator(self, plan: Plan, bucket: BucketPlan, shape: PassShape) -> PassEstimator:
         key = (id(bucket), shape)
@@ -117,6 +132,7 @@ class OnlinePlanner:
         for _, estimator in self._estimators.values():
             estimator.profile = self.profile  # its schedules stay good
         self._timings.clear()
+        self._simulated.clear()
 
     # -- records -----------------------------------------------------------------------------------------------------------------------------
 

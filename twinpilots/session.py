@@ -82,6 +82,7 @@ class Session:
         )
         self.stats.weights = shares
         self._batch: StepBatch | None = None
+        self._accounted_ns = 0
         self.last_pass: tuple[StepBatch, np.ndarray] | None = None  # its logits are a view, valid until the next pass
         self.trace: Recorder | None = None  # takes in every pass while there is one
 
@@ -105,12 +106,14 @@ class Session:
         ended_ns = time.perf_counter_ns()
         if self._batch is not None and self.executor.last_report is not None:
             self._account(self._batch, self.executor.last_report, began_ns, ended_ns)
+            self._accounted_ns = time.perf_counter_ns() - ended_ns
             self._batch = None
         return outputs
 
     def _account(self, batch: StepBatch, report: PassReport, began_ns: int, ended_ns: int) -> None:
-        """What a pass took goes to the stats, to the trace and to the planner, who may answer with another plan."""
-        seconds = (ended_ns - began_ns) * 1e-9
+        """What a pass took goes to the stats, to the trace and to the planner, who may answer with another plan. What this itself takes, the next pass
+        is charged with."""
+        seconds = (self._accounted_ns + ended_ns - began_ns) * 1e-9
         online, load = self._planner.online, pass_load_of(batch)
         predicted = online.predict(self.plan, batch.bucket, load)  # before this pass's own times become known to the planner
         if self.trace is not None:

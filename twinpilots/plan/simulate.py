@@ -6,13 +6,14 @@ slowdown of a processor while the link moves data are modelled; rates come from 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec
 from twinpilots.plan.cost import CostModel, TaskCost, attention_s, linear_s, staged_kv_bytes
+from twinpilots.plan.expected import PassWork
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.memory import layer_templates
 from twinpilots.plan.plan import BucketPlan, Plan
@@ -52,6 +53,16 @@ class PassTiming:
     bytes: dict[str, float]
     alone_s: dict[str, float] = field(default_factory=dict)
     timeline: tuple[TimelineEntry, ...] = ()
+
+    def scaled(self, factors: Mapping[str, float]) -> PassTiming:
+        """The timing of a pass with so much more work for "cpu", "gpu" and "link": it lasts longer as the busiest of them does."""
+        each = {name: factors.get(name, factors["link"]) for name in self.busy_s}
+        longest = each[max(QUEUES, key=lambda queue: self.busy_s[queue])]
+        return replace(
+            self, seconds=self.seconds * longest, fill_s=self.fill_s * longest,
+            busy_s={name: seconds * each[name] for name, seconds in self.busy_s.items()},
+            alone_s={name: seconds * each[name] for name, seconds in self.alone_s.items()},
+        )  # fmt: skip
 
     @property
     def resource_s(self) -> dict[str, float]:
@@ -225,6 +236,18 @@ class PassEstimator:
         self.samples = [sample_layers(self.kinds, size) for size in sizes]
         self.models = [_shorten(spec, plan, bucket, layers) for layers in self.samples]
         self.schedules = [expand(short, short_plan, short_bucket, shape) for short, short_plan, short_bucket in self.models]
+        self._counted: PassWork | None = None
+
+    def work(self, load: PassLoad) -> dict[str, float]:
+        """Seconds of work of each resource ("cpu", "gpu", "link"), every task alone on the machine, in the copy that is simulated: cheap, and in
+        proportion to the whole model's."""
+        if self._counted is None:
+            short, short_plan, _ = self.models[0]
+            self._counted = PassWork(self.schedules[0], short, short_plan)
+        found = dict.fromkeys(("cpu", "gpu", "link"), 0.0)
+        for each in self._counted.expected(self.profile, load):
+            found[each.kind.resource] += each.seconds
+        return found
 
     def timing(self, load: PassLoad) -> PassTiming:
         """The pass's timing, without a timeline."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,23 @@ _SEQS = slice(Meta.SEQS, Meta.SEQS + 32)
 IDLE, LINK, SMALL = range(3)  # classes of instructions; further ones are a queue's kinds of linears, and attention
 
 
+class _Alike(NamedTuple):
+    """Copies of the same rows: one of them, and what all of them move, in units of that one."""
+
+    insn: np.void
+    times: float
+
+
+def _alike(copies: np.ndarray) -> tuple[_Alike, ...]:
+    """A pass has hundreds of copies, of a handful of kinds."""
+    found: dict[tuple[int, ...], _Alike] = {}
+    for insn in copies:
+        key = tuple(int(insn[name]) for name in ("op", "mb", "glo", "ghi", "row_kind"))
+        first, times = found.get(key, _Alike(insn, 0.0))
+        found[key] = _Alike(first, times + (insn["a"][4] / first["a"][4] if insn["op"] == Op.COPY else 1.0))
+    return tuple(found.values())
+
+
 @dataclass(frozen=True)
 class QueueAccount:
     """One queue's instructions, sorted by what they count for. Activation copies are the link's work; gathering embeddings is nobody's."""
@@ -31,8 +49,8 @@ class QueueAccount:
     classes: np.ndarray  # per instruction: IDLE, LINK, SMALL, or 3 + the number of its kind among `kinds`
     kinds: tuple[WorkKind | None, ...]  # what each class is in the history: None for IDLE, and for classes that the queue has not
     weight_bytes: int
-    copies: np.ndarray  # INSN
-    kv_copies: np.ndarray  # INSN
+    copies: tuple[_Alike, ...]  # of activations
+    kv_copies: tuple[_Alike, ...]
 
     @staticmethod
     def of(queue: Queue, insns: np.ndarray, kinds: Sequence[WorkKind | None]) -> QueueAccount:
@@ -50,7 +68,7 @@ class QueueAccount:
                     classes[index], first[fixed] = fixed, kind
         return QueueAccount(
             queue=queue, classes=classes, kinds=(None, first.get(LINK), first.get(SMALL), *numbers), weight_bytes=int(insns["a"][ops == Op.LOAD, 2].sum()),
-            copies=insns[ops == Op.COPY], kv_copies=insns[(ops == Op.LOAD_KV) | (ops == Op.STORE_KV)],
+            copies=_alike(insns[ops == Op.COPY]), kv_copies=_alike(insns[(ops == Op.LOAD_KV) | (ops == Op.STORE_KV)]),
         )  # fmt: skip
 
     def seconds(self, times: np.ndarray) -> np.ndarray:
@@ -97,10 +115,15 @@ def busy_seconds(by_class: dict[Queue, np.ndarray]) -> BusySeconds:
 def bytes_moved(accounts: tuple[QueueAccount, ...], meta: np.ndarray, page_bytes: int, page_size: int) -> BytesMoved:
     """What crossed the link in a pass with this metadata."""
 
-    def total(insns: np.ndarray) -> int:
-        return int(instruction_bytes(insns, meta, page_bytes, page_size).sum()) if len(insns) else 0
+    def copied(insn: np.void) -> int:
+        if insn["op"] != Op.COPY:
+            return _kv_bytes(insn, meta, page_bytes, page_size)
+        start = Meta.ROWS + 4 * int(insn["mb"])
+        rows = meta[Meta.NUM_LOGITS] if insn["row_kind"] == 1 else meta[start + int(insn["ghi"])] - meta[start + int(insn["glo"])]
+        return 4 * int(rows) * int(insn["a"][4])
 
     return BytesMoved(
-        link_weights=sum(account.weight_bytes for account in accounts), link_activations=sum(total(account.copies) for account in accounts),
-        link_kv=sum(total(account.kv_copies) for account in accounts), disk=0,
+        link_weights=sum(account.weight_bytes for account in accounts),
+        link_activations=round(sum(alike.times * copied(alike.insn) for account in accounts for alike in account.copies)),
+        link_kv=round(sum(alike.times * copied(alike.insn) for account in accounts for alike in account.kv_copies)), disk=0,
     )  # fmt: skip
