@@ -101,23 +101,25 @@ class Session:
 
     def step(self, *, partial: bool = True) -> list[RequestOutput]:
         """One pass, timed as the user feels it: scheduling and sampling included. ``partial`` as in `Engine.step`."""
-        began_ns = time.perf_counter_ns()
+        began_ns = time.perf_counter_ns() - self._accounted_ns  # a pass is charged with the accounting of the one before
         outputs = self.engine.step(partial=partial)
         ended_ns = time.perf_counter_ns()
+        self._accounted_ns = 0
         if self._batch is not None and self.executor.last_report is not None:
-            self._account(self._batch, self.executor.last_report, began_ns, ended_ns)
-            self._accounted_ns = time.perf_counter_ns() - ended_ns
+            tracing_ns = self._account(self._batch, self.executor.last_report, began_ns, ended_ns)
+            self._accounted_ns = time.perf_counter_ns() - ended_ns - tracing_ns
             self._batch = None
         return outputs
 
-    def _account(self, batch: StepBatch, report: PassReport, began_ns: int, ended_ns: int) -> None:
-        """What a pass took goes to the stats, to the trace and to the planner, who may answer with another plan. What this itself takes, the next pass
-        is charged with."""
-        seconds = (self._accounted_ns + ended_ns - began_ns) * 1e-9
+    def _account(self, batch: StepBatch, report: PassReport, began_ns: int, ended_ns: int) -> int:
+        """What a pass took goes to the stats, to the trace and to the planner, who may answer with another plan. Returns what the trace's part took (ns)."""
+        seconds = (ended_ns - began_ns) * 1e-9
         online, load = self._planner.online, pass_load_of(batch)
         predicted = online.predict(self.plan, batch.bucket, load)  # before this pass's own times become known to the planner
+        tracing_ns = time.perf_counter_ns()
         if self.trace is not None:
             self.trace.add(functools.partial(self._traced, batch, load, report, predicted.seconds, began_ns, ended_ns))
+        tracing_ns = time.perf_counter_ns() - tracing_ns
         self.stats.add(replace(report, seconds=seconds, predicted_s=predicted.seconds, predicted_busy_s=predicted.busy_s))
         schedule = self.executor.last_schedule
         assert schedule is not None
@@ -128,6 +130,7 @@ class Session:
         change = online.after_pass(done, predicted)
         if change is not None:
             self.set_plan(change.plan, change.reason)
+        return tracing_ns
 
     def _traced(
         self, batch: StepBatch, load: PassLoad, report: PassReport, predicted_s: float, began_ns: int, ended_ns: int, number: int
