@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from twinpilots.config import EngineConfig
 from twinpilots.errors import LimitError, UserError
+from twinpilots.live import LiveEngine
 from twinpilots.machine import load_or_measure
 from twinpilots.model.checkpoint import open_checkpoint
 from twinpilots.model.locate import resolve_model
@@ -212,6 +213,16 @@ class LLM:
             row += item.num_logits
         return sorted(found, key=lambda part: part.prompt)
 
+    @contextmanager
+    def open_engine(self) -> Iterator[LiveEngine]:
+        """An engine that requests enter and leave while its passes run; what is in flight at the end is aborted. Meanwhile, use nothing else of this LLM."""
+        live = LiveEngine(lambda: self._open_session, self._fit_workload)
+        try:
+            yield live
+        finally:
+            if self._session is not None:
+                live.close()
+
     def _run(
         self, prompts: list[tuple[list[int], str | None]], params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: bool
     ) -> list[RequestOutput]:
@@ -303,6 +314,15 @@ class LLM:
             requests = f"{workload.num_requests} requests of {workload.input_len} + {workload.output_len} tokens"
             logger.info("plan changed for %s, %s: %s", requests, better.reason, difference(self.plan, better.plan))
             self._load(better.plan)
+        self._workload = workload
+
+    def _fit_workload(self, workload: Workload, longest: int) -> None:
+        """`_fit` for requests that are known only roughly."""
+        if not self._planner.is_fixed:
+            better = self._planner.better_plan(self.plan, workload, longest, self._open_session.load_s, REPLAN_GAIN)
+            if better is not None:
+                logger.info("plan changed, %s: %s", better.reason, difference(self.plan, better.plan))
+                self._load(better.plan)
         self._workload = workload
 
     def _mean_workload(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], totals: Sequence[int], limit: int) -> Workload:

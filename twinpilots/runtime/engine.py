@@ -105,6 +105,8 @@ class Engine:
             outside = next((token for token in ids if not 0 <= token < self.vocab_size), None)
             if outside is not None:
                 raise ValueError(f"{name} {outside} of request {request_id!r} is outside the vocabulary [0, {self.vocab_size})")
+        if params.structured_outputs is not None:
+            raise ValueError(f"request {request_id!r} asks for structured_outputs, which this version cannot do; leave it out")
         if params.stop_strings and self.tokenizer is None:
             raise ValueError(f"request {request_id!r} has stop strings, but there is no tokenizer to make text; use stop_token_ids")
 
