@@ -18,7 +18,8 @@ LEAST_LOGPROB = -9999.0  # what stands for "impossible" where JSON has no infini
 def response_body(request: ApiRequest, outputs: Sequence[RequestOutput], *, response_id: str, created: int, model: str) -> dict[str, Any]:
     """The whole answer: ``outputs`` are those of the request's prompts, in order. ``created``: seconds since 1970."""
     choices = [
-        _chat_choice(request, output, index) if request.is_chat else _completion_choice(request, whole, output, index)
+        (_chat_choice(request, output, index) if request.is_chat else _completion_choice(request, whole, output, index))
+        | ({"prompt_token_ids": list(whole.prompt_token_ids), "token_ids": list(output.token_ids)} if request.return_token_ids else {})
         for index, (whole, output) in enumerate((whole, output) for whole in outputs for output in whole.outputs)
     ]
     kind = "chat.completion" if request.is_chat else "text_completion"
