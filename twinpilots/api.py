@@ -59,7 +59,8 @@ class LLM:
 
     Arguments are those of docs/cli.md; None means: decided by measurement and plan. ``gpu_memory`` and ``host_memory`` are bytes or text
     ("8GiB"). ``plan`` is a `Plan` or the path of its JSON. ``strict`` makes tensors that nothing uses an error instead of a
-    warning. ``keep`` names weights that ``quantization`` leaves alone, by patterns such as "lm_head" or "*.down_proj". ``load=False`` loads the weights
+    warning. ``keep`` names weights that ``quantization`` leaves alone, by patterns such as "lm_head" or "*.down_proj". ``enable_prefix_caching``: prompts that
+    begin alike share what was computed of the beginning. ``load=False`` loads the weights
     when they are first needed: with the plan for the first requests, instead of a plan for requests of usual lengths.
     Raises UserError subclasses for models, devices and limits that cannot be had, ValueError
     for malformed arguments, all before anything runs.
@@ -70,12 +71,12 @@ class LLM:
         device: str = "auto", gpu_memory: int | str | None = None, host_memory: int | str | None = None, max_model_len: int | None = None,
         max_num_seqs: int | None = None, kv_cache_dtype: str = "auto", policy: str = "auto", plan: Plan | str | Path | None = None,
         threads: int | None = None, seed: int = 0, deterministic: bool = False, unit_rows: int | None = None, strict: bool = False,
-        keep: Sequence[str] = (), load: bool = True,
+        keep: Sequence[str] = (), enable_prefix_caching: bool = True, load: bool = True,
     ) -> None:  # fmt: skip
         self.config = EngineConfig.of(
             dtype=dtype, quantization=quantization, device=device, gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len,
             max_num_seqs=max_num_seqs, kv_cache_dtype=kv_cache_dtype, policy=policy, plan=plan, threads=threads, seed=seed, deterministic=deterministic,
-            unit_rows=unit_rows, keep=keep,
+            unit_rows=unit_rows, keep=keep, enable_prefix_caching=enable_prefix_caching,
         )  # fmt: skip
         located = resolve_model(model, revision)
         with Progress("converting", unit="tensors") as bar:  # shown only for a GGUF file's first time

@@ -235,7 +235,7 @@ class Engine:
         )  # fmt: skip
         return RequestOutput(
             request_id=request.request_id, prompt=request.prompt, prompt_token_ids=request.prompt_ids, outputs=outputs, finished=finished,
-            prompt_logprobs=request.prompt_logprobs,
+            prompt_logprobs=request.prompt_logprobs, num_cached_tokens=min(len(request.prompt_ids), request.outputs[0].sequence.num_cached),
         )  # fmt: skip
 
     def check_integrity(self) -> None:
