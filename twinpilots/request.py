@@ -114,7 +114,7 @@ class SamplingParams:
     @cached_property
     def changes_logits(self) -> bool:
         """Whether anything can change the order of the logits before a token is chosen."""
-        return self.has_penalties or bool(self.logit_bias) or self.min_tokens > 0
+        return self.has_penalties or bool(self.logit_bias) or self.min_tokens > 0 or self.structured_outputs is not None
 
 
 _OPTIONAL = frozenset({"seed", "max_tokens", "logprobs", "prompt_logprobs"})

@@ -20,7 +20,7 @@ from twinpilots.batch.journal import DoneLines, Journal, Record
 from twinpilots.batch.prepare import Preparer, lengths_to_hold, request_seed, workload_of
 from twinpilots.batch.run import BatchRun, RunName
 from twinpilots.batch.source import Shard, survey
-from twinpilots.errors import LimitError, RequestError, TwinPilotsError, UserError
+from twinpilots.errors import LimitError, NotFiniteError, RequestError, TwinPilotsError, UserError
 from twinpilots.request import CompletionOutput, RequestOutput, SamplingParams
 
 LIMIT = 64
@@ -60,6 +60,9 @@ class InstantEngine:
         self.queue = [entry for entry in self.queue if entry[0] != request_id]
 
     def step(self, *, partial: bool) -> list[RequestOutput]:
+        broken = next((name for name, ids, _ in self.queue[:3] if 99 in ids), None)
+        if broken is not None:
+            raise NotFiniteError("not finite", request_id=broken)
         done, self.queue = self.queue[:3], self.queue[3:]
         self.num_generated += len(done)
         one = CompletionOutput(index=0, text="x", token_ids=(1,), finish_reason="stop")
@@ -132,6 +135,16 @@ def test_every_line_is_answered_or_refused_whatever_its_length_and_the_memory(le
     assert len(journal.done) == len(lengths)
     possible = sum(max(1, length // 2) + max(1, length - length // 2) <= most for length in lengths)
     assert len(lengths) - journal.num_failed == possible
+
+
+def test_a_line_on_which_the_model_breaks_down_is_an_error_record(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [{"prompt": [1]}, {"prompt": [[2], [99]]}, {"prompt": [3]}], repeat=20)
+    journal = run_all(InstantEngine(), tmp_path / "in", tmp_path / "out")
+    assert len(journal.done) == 60 and journal.num_failed == 20
+    write_lines(tmp_path / "broken", [{"prompt": [99]}], repeat=20)
+    with pytest.raises(NotFiniteError):  # a model that does nothing else: no record says that this is the lines' fault
+        run_all(InstantEngine(), tmp_path / "broken", tmp_path / "none")
+    assert len((tmp_path / "none").read_text().splitlines()) < 8
 
 
 def test_a_survey_counts_hashes_and_finds_what_is_there_twice(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from twinpilots.api import LLM
 from twinpilots.batch.journal import Journal, Record
 from twinpilots.batch.prepare import Preparer, Ready, lengths_to_hold, rounded, workload_of
 from twinpilots.batch.source import BatchLine, Shard, read_custom_id, requests_of
-from twinpilots.errors import LimitError, RequestError
+from twinpilots.errors import LimitError, NotFiniteError, RequestError
 from twinpilots.live import LiveEngine
 from twinpilots.openai.fields import to_json
 from twinpilots.openai.responses import error_of, response_body
@@ -27,6 +27,7 @@ from twinpilots.request import RequestOutput
 logger = logging.getLogger(__name__)
 SAMPLE_REQUESTS = 256  # what the plan is made for is read off the first requests that are left
 WARNINGS_SHOWN = 5
+MOST_BROKEN = 8  # lines on which the model may break down before it has generated anything
 Report = Callable[[int, int], None]  # (requests with a record, tokens generated so far)
 
 
@@ -61,7 +62,7 @@ class BatchRun:
         self._cannot_hold = llm.max_model_len + 1  # the least length known to be too much for any plan
         self._workload: Workload | None = None
         self._other_models = 0
-        self._num_warnings = 0
+        self._num_warnings = self._num_broken = 0
         self._left = self._lines_left()
         self.num_prompt_tokens = self.num_generated = 0  # in this run
 
@@ -78,8 +79,7 @@ class BatchRun:
             self._first_fit(engine)
             while not self.is_done and not stop():
                 self._journal.append(list(self._fill(engine)))
-                finished = engine.step(partial=False)
-                self._journal.append([record for output in finished for record in self._finish(output)])
+                self._journal.append(list(self._step(engine)))
                 self._journal.sync_if_due()
                 report(len(self._journal.done), engine.num_generated)
             self.num_prompt_tokens, self.num_generated = engine.num_prompt_tokens, engine.num_generated
@@ -183,6 +183,23 @@ class BatchRun:
                 more = "; further lines like it are not shown" if self._num_warnings == WARNINGS_SHOWN else ""
                 logger.warning(f"line {line.line}: unknown fields have no effect: {', '.join(line.request.warnings)}{more}")
 
+    def _step(self, engine: LiveEngine) -> Iterator[Record]:
+        """One pass: the records of the lines that it completes. A line on which the model breaks down gets an error record; a model that does nothing else
+        is the run's problem, not the lines'."""
+        try:
+            finished = engine.step(partial=False)
+        except NotFiniteError as error:
+            self._num_broken += 1
+            if self._num_broken >= MOST_BROKEN and not engine.num_generated:
+                raise
+            entry = self._in_flight.pop(int(error.request_id.partition(".")[0]))
+            for number in range(len(entry.outputs)):
+                engine.abort(f"{entry.line.line}.{number}")
+            yield self._error_record(entry.line.line, entry.line.custom_id, error)
+            return
+        for output in finished:
+            yield from self._finish(output)
+
     # -- records out -------------------------------------------------------------------------------------------------------------------------
 
     def _finish(self, output: RequestOutput) -> Iterator[Record]:
@@ -202,9 +219,9 @@ class BatchRun:
         return self._record(line.line, line.custom_id, 200, body, None)
 
     def _error_record(self, line: int, custom_id: str | None, error: Exception) -> Record:
-        body = error_of(error)
+        body, status = error_of(error), 500 if isinstance(error, NotFiniteError) else 400
         found = body["error"]
-        return self._record(line, custom_id, 400, body, {"code": found["code"] or found["type"], "message": found["message"], "param": found["param"]})
+        return self._record(line, custom_id, status, body, {"code": found["code"] or found["type"], "message": found["message"], "param": found["param"]})
 
     def _record(self, line: int, custom_id: str | None, status: int, body: dict[str, Any], error: dict[str, Any] | None) -> Record:
         """OpenAI's batch output record, with the line beside it: the key of requests without a custom_id, and of those that share one."""

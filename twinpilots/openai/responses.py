@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from twinpilots.errors import RequestError
+from twinpilots.errors import RequestError, UserError
 from twinpilots.openai.requests import ApiRequest
 from twinpilots.request import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
 
@@ -42,7 +42,7 @@ def error_of(error: Exception) -> dict[str, Any]:
     """The error object of a request that was refused."""
     if isinstance(error, RequestError):
         return error_body(str(error), param=error.param, code=error.code)
-    return error_body(str(error))
+    return error_body(str(error), kind="invalid_request_error" if isinstance(error, UserError | ValueError) else "server_error")
 
 
 def _completion_choice(request: ApiRequest, whole: RequestOutput, output: CompletionOutput, index: int) -> dict[str, Any]:
