@@ -6,6 +6,7 @@ Owns the way from arguments to a running engine, and when a workload deserves an
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import sys
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from twinpilots.config import EngineConfig
 from twinpilots.errors import LimitError, UserError
+from twinpilots.live import LiveEngine
 from twinpilots.machine import load_or_measure
 from twinpilots.model.checkpoint import open_checkpoint
 from twinpilots.model.locate import resolve_model
@@ -57,7 +59,9 @@ class LLM:
 
     Arguments are those of docs/cli.md; None means: decided by measurement and plan. ``gpu_memory`` and ``host_memory`` are bytes or text
     ("8GiB"). ``plan`` is a `Plan` or the path of its JSON. ``strict`` makes tensors that nothing uses an error instead of a
-    warning. ``keep`` names weights that ``quantization`` leaves alone, by patterns such as "lm_head" or "*.down_proj".
+    warning. ``keep`` names weights that ``quantization`` leaves alone, by patterns such as "lm_head" or "*.down_proj". ``enable_prefix_caching``: prompts that
+    begin alike share what was computed of the beginning. ``load=False`` loads the weights
+    when they are first needed: with the plan for the first requests, instead of a plan for requests of usual lengths.
     Raises UserError subclasses for models, devices and limits that cannot be had, ValueError
     for malformed arguments, all before anything runs.
     """
@@ -67,12 +71,12 @@ class LLM:
         device: str = "auto", gpu_memory: int | str | None = None, host_memory: int | str | None = None, max_model_len: int | None = None,
         max_num_seqs: int | None = None, kv_cache_dtype: str = "auto", policy: str = "auto", plan: Plan | str | Path | None = None,
         threads: int | None = None, seed: int = 0, deterministic: bool = False, unit_rows: int | None = None, strict: bool = False,
-        keep: Sequence[str] = (),
+        keep: Sequence[str] = (), enable_prefix_caching: bool = True, load: bool = True,
     ) -> None:  # fmt: skip
         self.config = EngineConfig.of(
             dtype=dtype, quantization=quantization, device=device, gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len,
             max_num_seqs=max_num_seqs, kv_cache_dtype=kv_cache_dtype, policy=policy, plan=plan, threads=threads, seed=seed, deterministic=deterministic,
-            unit_rows=unit_rows, keep=keep,
+            unit_rows=unit_rows, keep=keep, enable_prefix_caching=enable_prefix_caching,
         )  # fmt: skip
         located = resolve_model(model, revision)
         with Progress("converting", unit="tensors") as bar:  # shown only for a GGUF file's first time
@@ -80,6 +84,7 @@ class LLM:
                 located, dtype=dtype, quantization=self.config.quantization, keep=self.config.keep, strict=strict, progress=bar.show
             )
         self._session: Session | None = None
+        self._is_closed = False
         self._trace: Recorder | None = None
         self._earlier_peak_bytes: dict[Literal["gpu", "host"], int] = {"gpu": 0, "host": 0}
         try:
@@ -88,10 +93,11 @@ class LLM:
             notices: list[str] = []  # said once there is a plan: a limit that cannot be met is one line, not two
             self._profile = load_or_measure(self.config.device, self.spec, threads=threads, tell=notices.append)
             self._planner = Planner(self.config, self.spec, self._profile, self._checkpoint.fingerprint)
-            self._workload, first_plan = self._first_plan()
+            self._workload, self._first = self._first_plan()
             for notice in notices:
                 logger.warning(notice)
-            self._load(first_plan)
+            if load:
+                self._load(self._first)
         except BaseException:
             self.close()
             raise
@@ -103,6 +109,18 @@ class LLM:
     def plan(self) -> Plan:
         """The plan in force."""
         return self._open_session.plan
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the model's weights, its configuration or its tokenizer do."""
+        digest = hashlib.sha256(f"{self._checkpoint.fingerprint} {self.get_default_sampling_params()}".encode())
+        digest.update(b"" if self.tokenizer is None else self.tokenizer.state())
+        return digest.hexdigest()[:32]
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence, prompt included, that the model or the user allows."""
+        return self.config.max_model_len or self.spec.max_model_len
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The model's own sampling defaults (generation_config.json), else vLLM's."""
@@ -212,6 +230,16 @@ class LLM:
             row += item.num_logits
         return sorted(found, key=lambda part: part.prompt)
 
+    @contextmanager
+    def open_engine(self) -> Iterator[LiveEngine]:
+        """An engine that requests enter and leave while its passes run; what is in flight at the end is aborted. Meanwhile, use nothing else of this LLM."""
+        live = LiveEngine(lambda: self._open_session, self._fit_workload)
+        try:
+            yield live
+        finally:
+            if self._session is not None:
+                live.close()
+
     def _run(
         self, prompts: list[tuple[list[int], str | None]], params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: bool
     ) -> list[RequestOutput]:
@@ -305,6 +333,17 @@ class LLM:
             self._load(better.plan)
         self._workload = workload
 
+    def _fit_workload(self, workload: Workload, longest: int) -> None:
+        """`_fit` for requests that are known only roughly; with nothing loaded yet, nothing has to be better than anything."""
+        if self._session is None and not self._is_closed:
+            self._load(self._first if self._planner.is_fixed else self._planner.solve(workload, longest=longest).plan)
+        elif not self._planner.is_fixed:
+            better = self._planner.better_plan(self.plan, workload, longest, self._open_session.load_s, REPLAN_GAIN)
+            if better is not None:
+                logger.info("plan changed, %s: %s", better.reason, difference(self.plan, better.plan))
+                self._load(better.plan)
+        self._workload = workload
+
     def _mean_workload(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], totals: Sequence[int], limit: int) -> Workload:
         """What the requests are like on average: pages are shared, so it is the mean that memory and time go by. Rounded, so that similar ones share a plan."""
         num_requests = sum(one.n for one in params)
@@ -327,12 +366,16 @@ class LLM:
 
     @property
     def _open_session(self) -> Session:
-        if self._session is None:
+        if self._is_closed:
             raise RuntimeError("this LLM is closed")
+        if self._session is None:
+            self._load(self._first)
+        assert self._session is not None
         return self._session
 
     def close(self) -> None:
         """Stops the devices and frees all memory. Safe to repeat."""
+        self._is_closed = True
         if self._session is not None:
             self._session.close()
             self._session = None

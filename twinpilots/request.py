@@ -20,6 +20,30 @@ GREEDY_TEMPERATURE = 1e-5  # below this, sampling is argmax (as in vLLM)
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """What form the output must have, one of: ``json`` (a JSON schema, as an object or its text), ``regex``, ``choice`` (one of these texts), ``grammar``
+    (Lark) and ``json_object`` (any JSON object). Names as in vLLM. Raises ValueError."""
+
+    json: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    choice: SequenceABC[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None] + ["json_object"] * bool(self.json_object)
+        if len(given) != 1:
+            raise ValueError(f"exactly one of json, regex, choice, grammar and json_object must be given, got {', '.join(given) or 'none'}")
+        if self.json is not None and not isinstance(self.json, str | Mapping):
+            raise ValueError(f"json must be a JSON schema, as an object or its text, got {self.json!r}")
+        for name in ("regex", "grammar"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} must be a text, got {getattr(self, name)!r}")
+        if self.choice is not None and (isinstance(self.choice, str) or not self.choice or not all(isinstance(text, str) and text for text in self.choice)):
+            raise ValueError(f"choice must be a list of at least one non-empty text, got {self.choice!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens and when to stop. Raises ValueError that names the field, the value and its range.
 
@@ -45,6 +69,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     logit_bias: Mapping[int, float] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in _INT_RANGES:
@@ -65,6 +90,8 @@ class SamplingParams:
             raise ValueError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}")
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
             raise ValueError(f"logit_bias must be a mapping of token ids to numbers, got {self.logit_bias!r}")
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise ValueError(f"structured_outputs must be a StructuredOutputsParams, got {self.structured_outputs!r}")
         for token in self.stop_token_ids or ():
             _check_int("stop_token_ids", token, 0, None)
         for token, bias in (self.logit_bias or {}).items():
@@ -87,7 +114,7 @@ class SamplingParams:
     @cached_property
     def changes_logits(self) -> bool:
         """Whether anything can change the order of the logits before a token is chosen."""
-        return self.has_penalties or bool(self.logit_bias) or self.min_tokens > 0
+        return self.has_penalties or bool(self.logit_bias) or self.min_tokens > 0 or self.structured_outputs is not None
 
 
 _OPTIONAL = frozenset({"seed", "max_tokens", "logprobs", "prompt_logprobs"})
@@ -151,7 +178,8 @@ class CompletionOutput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestOutput:
-    """All outputs of one request. ``prompt_logprobs[0]`` is None: nothing comes before the first token."""
+    """All outputs of one request. ``prompt_logprobs[0]`` is None: nothing comes before the first token. ``num_cached_tokens``: of the prompt's tokens, as
+    many as its first sequence found in the prefix cache."""
 
     request_id: str
     prompt: str | None
@@ -159,6 +187,7 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     finished: bool
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
 
 
 class Status(Enum):
@@ -183,6 +212,7 @@ class Sequence:
     arrival: int  # first come, first served: the order among all sequences
     num_prompt_tokens: int = field(init=False)
     num_computed: int = 0
+    num_cached: int = 0  # tokens that it found in the prefix cache when it was last admitted
     num_seen: int = 0  # the most tokens ever computed: recomputing after a preemption is not new work
     catch_up: int = field(init=False)
     logits_from: int | None = None

@@ -17,18 +17,30 @@ LEVELS = {
     "errors": 0, "config": 0, "units": 0, "request": 0, "progress": 0,
     "model.spec": 1, "model.weight_format": 1, "model.quantization": 1, "model.families": 1, "model.config_reader": 1, "model.rope": 1, "model.dummy": 3,
     "hardware.profile": 1, "hardware.presets": 1, "plan.plan": 1, "plan.tasks": 1,
+    "openai": 1, "openai.prompts": 4,
     "plan": 2, "stats": 2,
     "kernels": 3, "model": 3, "device": 3, "hardware": 3, "runtime.interpreter": 3, "runtime.torch_ops": 3, "runtime.torch_quant": 3,
     "runtime": 4, "distributed": 4,
     "api": 5, "session": 5, "planner": 5, "online": 5, "adaptation": 5, "background": 5, "machine": 5, "trace": 5, "doctor": 5, "batch": 5, "server": 5,
-    "commands": 5, "benchmarks": 5, "demo": 5, "cli": 5, "__main__": 5,
+    "commands": 5, "benchmarks": 5, "demo": 5, "live": 5, "cli": 5, "__main__": 5,
 }  # fmt: skip
 # How plans are found and reported: the running half takes a finished Plan, and a `replan` callable from above.
 FINDS_PLANS = (
     "plan.solver", "plan.auto", "plan.policies", "plan.program", "plan.report", "plan.draft", "plan.bounds", "plan.pricing", "plan.problem", "plan.terms",
     "plan.explain", "plan.what_if", "plan.sensitivity", "plan.figures", "plan.picture",
 )  # fmt: skip
-PURE = ("model.spec", "model.weight_format", "model.quantization", "model.families", "model.config_reader", "model.rope", "hardware.profile", "plan", "stats")
+PURE = (
+    "model.spec",
+    "model.weight_format",
+    "model.quantization",
+    "model.families",
+    "model.config_reader",
+    "model.rope",
+    "hardware.profile",
+    "plan",
+    "stats",
+    "openai",
+)
 IMPURE = {"torch", "transformers", "time", "datetime", "subprocess", "threading", "multiprocessing", "socket"}
 # Heavy packages may be imported inside functions only, so that starting is quick; torch at the top of the modules that are torch.
 HEAVY = {"torch", "transformers", "scipy", "gguf", "huggingface_hub", "matplotlib", "fastapi", "pydantic", "uvicorn"}

@@ -21,9 +21,9 @@ LLM_METHODS = {"generate", "chat", "stats", "close", "plan", "stream", "stream_c
 SAMPLING_DEFAULTS = {
     "n": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
     "seed": None, "max_tokens": 16, "min_tokens": 0, "stop": None, "stop_token_ids": None, "ignore_eos": False, "logprobs": None, "prompt_logprobs": None,
-    "logit_bias": None, "skip_special_tokens": True,
+    "logit_bias": None, "skip_special_tokens": True, "structured_outputs": None,
 }  # fmt: skip
-COMMANDS = ["generate", "chat", "plan", "profile", "doctor", "bench", "eval"]
+COMMANDS = ["generate", "chat", "plan", "profile", "doctor", "bench", "eval", "run-batch"]
 
 
 def test_llm_takes_the_published_arguments() -> None:

@@ -29,14 +29,16 @@ class ChatTemplate:
         except TemplateError as error:
             raise UserError(f"{where}: the chat template is malformed: {error}") from error
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
-        """The prompt's text. Raises UserError when the template refuses the messages."""
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:  # fmt: skip
+        """The prompt's text; ``options`` are further variables of the template's own. Raises UserError when the template refuses the messages."""
         from jinja2 import TemplateError
 
+        ours = {"messages": list(messages), "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **self._variables}
         try:
-            return str(
-                self._template.render(messages=list(messages), tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self._variables)
-            )
+            return str(self._template.render({**(options or {}), **ours}))
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise UserError(f"{self._where}: the chat template refuses these messages: {error}") from error
 

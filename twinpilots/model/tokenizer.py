@@ -37,6 +37,7 @@ class Tokenizer:
         self._add_bos = config.get("add_bos_token")
         self._where = where
         self._templates = _template_sources(config.get("chat_template"), where)
+        self._compiled: dict[str, ChatTemplate] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -45,6 +46,10 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._templates)
+
+    def state(self) -> bytes:
+        """Everything that makes texts into ids and back, as bytes: two tokenizers with the same state do the same."""
+        return repr((self.backend.to_str(), self.special_tokens, self.eos_token_ids, self._add_bos, self._templates)).encode("utf-8", "surrogatepass")
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of ``text``. ``add_special`` puts BOS in front where the model wants it, unless the text already begins with it."""
@@ -68,16 +73,30 @@ class Tokenizer:
         """The vocabulary's own spelling of one token ("" beyond the vocabulary)."""
         return self.backend.id_to_token(token_id) or ""
 
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+    @property
+    def supports_tools(self) -> bool:
+        """Whether the chat template does anything with tools."""
+        return "tool_use" in self._templates or "tools" in self._templates.get("default", "")
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:  # fmt: skip
         """The prompt's text for a conversation. Raises UserError when the model has no template or the template refuses."""
         source = (self._templates.get("tool_use") if tools else None) or self._templates.get("default")
         if source is None:
             raise UserError(f"{self._where}: the model has no chat template; pass plain prompts, or another --tokenizer")
-        return ChatTemplate(source, self.special_tokens, self._where).render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        template = self._compiled.get(source)
+        if template is None:  # compiling takes longer than rendering
+            template = self._compiled[source] = ChatTemplate(source, self.special_tokens, self._where)
+        return template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, options=options)
 
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> list[int]:  # fmt: skip
         """Token ids of `apply_chat_template`'s text; the template writes its own special tokens, none are added."""
-        return self.encode(self.apply_chat_template(messages, add_generation_prompt, tools), add_special=False)
+        return self.encode(self.apply_chat_template(messages, add_generation_prompt, tools, options), add_special=False)
 
     def _id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
