@@ -8,11 +8,13 @@
 
 constexpr float MASKED = -__builtin_inff();
 constexpr int64_t BLOCK = 64, QUARTERS = 4, QUARTER = BLOCK / QUARTERS;
-constexpr int64_t PAIR = 2 * W;  // dims that are loaded together
+constexpr int64_t PAIR = 2 * W;    // dims that are loaded together
+constexpr int64_t SCORE_ROWS = 4;  // rows that share one load of keys
 
 struct AttendBlock {
   int64_t rows, group, dim, padded_dim;                   // rows = query tokens x heads of the group
-  float *q, *scores, *sums, *peak, *total, *copy;         // [rows][padded_dim], [rows][BLOCK], [rows][padded_dim], [rows], [rows], [2][BLOCK][padded_dim] or null
+  float *q, *scores, *sums, *peak, *total;                // [rows][padded_dim], [rows][BLOCK], [rows][padded_dim], [rows], [rows]
+  float *lanes, *copy;                                    // [SCORE_ROWS][BLOCK][W]; [2][BLOCK][padded_dim] or null
   int64_t t0, t1, row_bytes;                              // of the block at hand: tokens [t0, t1) are seen by some row; bytes from one token to the next
   const char *keys[QUARTERS], *values[QUARTERS], *next_keys[QUARTERS];  // of each quarter; next: of the block behind it, null where no row sees it
 };
@@ -27,12 +29,12 @@ static AttendBlock attend_layout(const AttendArgs& a, int64_t queries) {
   b.dim = a.kv.head_dim;
   b.padded_dim = round_up(b.dim, PAIR);
   const int64_t copied = used_in_place(a.kv) ? 0 : 2 * BLOCK * b.padded_dim;
-  const int64_t sizes[] = {b.rows * b.padded_dim, b.rows * BLOCK, b.rows * b.padded_dim, round_up(b.rows, 16), round_up(b.rows, 16), copied};
-  float** parts[] = {&b.q, &b.scores, &b.sums, &b.peak, &b.total, &b.copy};
+  const int64_t sizes[] = {b.rows * b.padded_dim, b.rows * BLOCK, b.rows * b.padded_dim, round_up(b.rows, 16), round_up(b.rows, 16), SCORE_ROWS * BLOCK * W, copied};
+  float** parts[] = {&b.q, &b.scores, &b.sums, &b.peak, &b.total, &b.lanes, &b.copy};
   int64_t floats = 0;
   for (int64_t size : sizes) floats += size;
   float* next = (float*)thread_scratch(floats * sizeof(float));
-  for (int i = 0; i < 6; i++) {
+  for (int i = 0; i < 7; i++) {
     *parts[i] = next;
     next += sizes[i];
   }
@@ -85,37 +87,50 @@ TP_INLINE void prefetch_row(const char* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
 }
 
-// The next block's keys [from, to), counted through the quarters in turn.
-TP_INLINE void prefetch_next(const AttendBlock& b, int64_t from, int64_t to) {
+// Rows [from, to) of a block, counted through its quarters in turn.
+TP_INLINE void prefetch_rows(const char* const* quarters, int64_t from, int64_t to, int64_t row_bytes) {
   for (int64_t i = from; i < to; i++)
-    if (b.next_keys[i % QUARTERS]) prefetch_row(b.next_keys[i % QUARTERS] + i / QUARTERS * b.row_bytes, b.row_bytes);
+    if (quarters[i % QUARTERS]) prefetch_row(quarters[i % QUARTERS] + i / QUARTERS * row_bytes, row_bytes);
 }
 
 // ---- scores
 
-constexpr int SCORE_ROWS = 4;                                                     // rows that share one load of keys
-constexpr int score_keys(int rows) { return TP_ISA == 2 || rows < 4 ? 4 : 2; }  // keys that share one load of rows: as many chains as registers hold
+constexpr int score_keys(int rows) { return TP_ISA == 2 || rows < 3 ? 4 : 2; }  // keys that share one load of rows: as many chains as registers hold
 
-// out [NK][MR] = keys . q, each product's lanes added as a tree.
+// Half 0 or 1 of PAIR elements, in the order of `load_pair`.
+template <int D>
+TP_INLINE vf load_half(const typename Element<D>::T* p, int half) {
+  if (D != BF16) return Element<D>::load_vector(p + half * W);
+  const vu v = (vu)load((const float*)p);
+  return half ? (vf)(v & 0xffff0000u) : (vf)(v << 16);
+}
+
+// The lanes of keys . q, those of row m and key n at lanes + (m * BLOCK + tokens[n]) * W.
 template <int D, int MR, int NK>
-TP_INLINE void dots(const float* q, int64_t ldq, const char* const* keys, int64_t dim, float* out) {
-  vf c[NK * MR];
-#pragma GCC unroll 16
-  for (int i = 0; i < NK * MR; i++) c[i] = zero();
+TP_INLINE void dots(const float* q, int64_t ldq, const char* const* keys, int64_t dim, const int64_t* tokens, float* lanes) {
+  vf c[NK][MR];
+#pragma GCC unroll 4
+  for (int n = 0; n < NK; n++)
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; m++) c[n][m] = zero();
   for (int64_t d = 0; d < dim; d += PAIR) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      vf x[MR];
 #pragma GCC unroll 4
-    for (int n = 0; n < NK; n++) {
-      vf even, odd;
-      load_pair<D>((const typename Element<D>::T*)keys[n] + d, even, odd);
+      for (int m = 0; m < MR; m++) x[m] = kept(load(q + m * ldq + d + half * W));
 #pragma GCC unroll 4
-      for (int m = 0; m < MR; m++) {
-        c[n * MR + m] = fma(even, load(q + m * ldq + d), c[n * MR + m]);
-        c[n * MR + m] = fma(odd, load(q + m * ldq + d + W), c[n * MR + m]);
+      for (int n = 0; n < NK; n++) {
+        const vf key = load_half<D>((const typename Element<D>::T*)keys[n] + d, half);
+#pragma GCC unroll 4
+        for (int m = 0; m < MR; m++) c[n][m] = fma(key, x[m], c[n][m]);
       }
     }
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < NK * MR; i += 4) add_lanes(c + i, out + i);
+  for (int n = 0; n < NK; n++)
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; m++) store(lanes + (m * BLOCK + tokens[n]) * W, c[n][m]);
 }
 
 // Scores of MR rows from `row` on. The first rows prefetch the values of the tokens that they score.
@@ -124,8 +139,8 @@ static void score_rows(int64_t row, const AttendBlock& b) {
   constexpr int NK = score_keys(MR);
   const bool whole = b.t0 == 0 && b.t1 == BLOCK;  // tokens of all quarters in turn; else four neighbours, so that few are scored for nothing
   const float* q = b.q + row * b.padded_dim;
-  float *scores = b.scores + row * BLOCK, out[NK * MR];
-  for (int64_t g = whole ? 0 : b.t0 / 4; g < (whole ? QUARTER : (b.t1 + 3) / 4); g++) {
+  const int64_t first = whole ? 0 : b.t0 / 4, last = whole ? QUARTER : (b.t1 + 3) / 4;
+  for (int64_t g = first; g < last; g++) {
     int64_t tokens[4];
     const char* keys[4];
     for (int64_t j = 0; j < 4; j++) {
@@ -134,14 +149,10 @@ static void score_rows(int64_t row, const AttendBlock& b) {
       if (row == 0 && !b.copy) prefetch_row(b.values[t / QUARTER] + offset, b.row_bytes);
     }
 #pragma GCC unroll 2
-    for (int j = 0; j < 4; j += NK) {
-      dots<D, MR, NK>(q, b.padded_dim, keys + j, b.padded_dim, out);
-#pragma GCC unroll 4
-      for (int n = 0; n < NK; n++)
-#pragma GCC unroll 4
-        for (int m = 0; m < MR; m++) scores[m * BLOCK + tokens[j + n]] = out[n * MR + m];
-    }
+    for (int j = 0; j < 4; j += NK) dots<D, MR, NK>(q, b.padded_dim, keys + j, b.padded_dim, tokens + j, b.lanes);
   }
+  for (int64_t m = 0; m < MR; m++)  // apart from the multiplications, which leave the ports that shuffle little time
+    for (int64_t t = first * 4; t < last * 4; t += 4) add_lanes(b.lanes + (m * BLOCK + t) * W, b.scores + (row + m) * BLOCK + t);
 }
 
 template <int D>
@@ -155,40 +166,44 @@ static void score_block(const AttendBlock& b) {
   }
 }
 
+// e^x for x <= 0; 0 where that is too small for a normal number, as for masked scores.
+TP_INLINE vf probability(vf x) { return x < splat(-87.3f) ? zero() : vexp(x); }
+
 // Scores to probabilities in place, for one row that sees tokens [lo, hi) of the block; rescales the row's sums.
 static void softmax_row(const AttendArgs& a, AttendBlock& b, int64_t row, int64_t lo, int64_t hi) {
-  constexpr int N = BLOCK / W, LANES = 16;  // sixteen lanes of sums on every instruction set
+  constexpr int N = BLOCK / W, LANES = 16, PARTS = LANES / W;  // sixteen lanes of sums on every instruction set
   float *s = b.scores + row * BLOCK, lanes[LANES];
-  for (int64_t t = 0; t < lo; t++) s[t] = MASKED;
-  for (int64_t t = hi; t < BLOCK; t++) s[t] = MASKED;
-  vf v[N], top = splat(MASKED), parts[LANES / W];
+  vf v[N], top = splat(MASKED), parts[PARTS] = {};
   for (int i = 0; i < N; i++) {
     v[i] = load(s + i * W) * splat(a.scale);
     if (a.softcap != 0.0f) v[i] = splat(a.softcap) * vtanh(v[i] / splat(a.softcap));
   }
-  if (lo > 0 || hi < BLOCK)
-    for (int i = 0; i < N; i++) v[i] = load(s + i * W) == splat(MASKED) ? splat(MASKED) : v[i];
+  if (lo > 0 || hi < BLOCK) {
+    for (int i = 0; i < N; i++) store(s + i * W, v[i]);
+    for (int64_t t = 0; t < BLOCK; t++)
+      if (t < lo || t >= hi) s[t] = MASKED;
+    for (int i = 0; i < N; i++) v[i] = load(s + i * W);
+  }
   for (int i = 0; i < N; i++) top = vmax(v[i], top);
   store(lanes, top);
-  const float before = b.peak[row];
-  float peak = before;
-  for (int i = 0; i < W; i++) peak = lanes[i] > peak ? lanes[i] : peak;
-  for (vf& part : parts) part = zero();
+  for (int half = W / 2; half; half /= 2)
+    for (int j = 0; j < half; j++) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
+  const float before = b.peak[row], peak = lanes[0] > before ? lanes[0] : before;
+  const vf from = splat(peak == MASKED ? 0.0f : peak);  // nothing seen yet: every probability is 0
   for (int i = 0; i < N; i++) {
-    const vf p = v[i] == splat(MASKED) ? zero() : vexp(v[i] - splat(peak));
+    const vf p = probability(v[i] - from);
     store(s + i * W, p);
-    parts[i % (LANES / W)] = parts[i % (LANES / W)] + p;
+    parts[i % PARTS] = parts[i % PARTS] + p;
   }
-  for (int i = 0; i < LANES / W; i++) store(lanes + i * W, parts[i]);
+  for (int i = 0; i < PARTS; i++) store(lanes + i * W, parts[i]);
   for (int half = LANES / 2; half; half /= 2)
     for (int j = 0; j < half; j++) lanes[j] += lanes[j + half];
   const float added = lanes[0];
   if (before != peak) {
-    store(lanes, vexp(splat(before - peak)));
-    const float shrink = before == MASKED ? 0.0f : lanes[0];
+    store(lanes, probability(splat(before - peak)));
     float* sums = b.sums + row * b.padded_dim;
-    b.total[row] *= shrink;
-    for (int64_t d = 0; d < b.padded_dim; d += W) store(sums + d, load(sums + d) * splat(shrink));
+    b.total[row] *= lanes[0];
+    for (int64_t d = 0; d < b.padded_dim; d += W) store(sums + d, load(sums + d) * splat(lanes[0]));
   }
   b.total[row] += added;
   b.peak[row] = peak;
@@ -206,7 +221,7 @@ TP_INLINE void value_columns(int64_t row, int64_t column, int64_t from, int64_t 
   S::read(s, sums, b.padded_dim);
   for (int64_t i = b.t0 / QUARTER; i * QUARTER < b.t1; i++) {
     const int64_t first = b.t0 > i * QUARTER ? b.t0 : i * QUARTER, end = b.t1 < (i + 1) * QUARTER ? b.t1 : (i + 1) * QUARTER;
-    if (row == 0) prefetch_next(b, from + (to - from) * i / QUARTERS, from + (to - from) * (i + 1) / QUARTERS);
+    if (row == 0) prefetch_rows(b.next_keys, from + (to - from) * i / QUARTERS, from + (to - from) * (i + 1) / QUARTERS, b.row_bytes);
     const char* v = b.values[i] + (first - i * QUARTER) * b.row_bytes + column * (int64_t)sizeof(T);
     const float* p = b.scores + row * BLOCK;
     for (int64_t t = first; t < end; t++, v += b.row_bytes) S::step(s, p + t, BLOCK, (const T*)v);
@@ -252,6 +267,7 @@ static void attend_tokens(const AttendArgs& a, const Sequence& s, int64_t kv_hea
       score_block<FP32>(b);
     } else {
       find_quarters(a.kv, s, kv_head, base, last, b);
+      if (base == first / BLOCK * BLOCK) prefetch_rows(b.keys, 0, BLOCK, b.row_bytes);
       score_block<D>(b);
     }
     for (int64_t r = 0; r < b.rows; r++) {

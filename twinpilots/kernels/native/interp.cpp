@@ -350,12 +350,16 @@ int Queue::attend(const Insn& insn) {
   if (!known_dtype(a[10]) || a[5] <= 0 || a[4] % a[5] || a[9] <= 0) return BAD_INSTRUCTION;
   const Rows s = sequences(insn, insn.glo, insn.ghi);
   const int64_t step = std::max<int64_t>(1, ATTEND_ROWS / (args.heads / kv.kv_heads));
+  longest_first_.clear();
+  for (int64_t i = s.first; i < s.last; i++) longest_first_.push_back(i);
+  const int32_t* kv_tokens = words(OFF_SEQ_KV);  // long chunks first: the last ones to end are short, and the threads end together
+  std::sort(longest_first_.begin(), longest_first_.end(), [&](int64_t i, int64_t j) { return kv_tokens[i] != kv_tokens[j] ? kv_tokens[i] > kv_tokens[j] : i < j; });
   first_block_.assign(1, 0);
-  for (int64_t i = s.first; i < s.last; i++) first_block_.push_back(first_block_.back() + (words(OFF_SEQ_LEN)[i] + step - 1) / step);
+  for (int64_t i : longest_first_) first_block_.push_back(first_block_.back() + (words(OFF_SEQ_LEN)[i] + step - 1) / step);
   const int64_t blocks = first_block_.back();
   parallel(pool_, blocks * kv.kv_heads, [&](int64_t chunk) {
     const int64_t block = chunk / kv.kv_heads, index = std::upper_bound(first_block_.begin(), first_block_.end(), block) - first_block_.begin() - 1;
-    const Sequence sequence = this->sequence(s.first + index, OFF_SEQ_PAGES);
+    const Sequence sequence = this->sequence(longest_first_[(size_t)index], OFF_SEQ_PAGES);
     const int64_t query = (block - first_block_[(size_t)index]) * step;
     kernels().attend_block(args, sequence, chunk % kv.kv_heads, query, std::min(query + step, sequence.len));
   });

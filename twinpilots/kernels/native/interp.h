@@ -80,7 +80,7 @@ class Queue {
   Rounded rounded_ = {nullptr, 0, 0, 0};
   RoundedOf rounded_of_;
   const int32_t* meta_ = nullptr;
-  std::vector<int64_t> first_block_;  // attend: blocks before each sequence; kept to avoid allocating in the step loop
+  std::vector<int64_t> longest_first_, first_block_;  // attend: sequences in the order they are dealt, blocks before each; kept to avoid allocating in the step loop
 };
 
 }  // namespace tp

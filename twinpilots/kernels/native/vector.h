@@ -115,6 +115,14 @@ TP_INLINE void accumulate(vf& c0, vf& c1, const float* a, vf b0, vf b1) {
 #endif
 }
 
+// A loaded vector that stays in its register: the compiler, left alone, loads it again for every use.
+TP_INLINE vf kept(vf v) {
+#if TP_ISA >= 1
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
+
 // ---- elements of a stored type D (Dtype)
 template <int D>
 struct Element {
@@ -188,11 +196,11 @@ TP_INLINE void transpose(vf (&r)[W]) {
     if (W > 8 && !(i & 8)) exchange<8 % W>(r[i], r[i + 8]);
 }
 
-// out[i] = the lanes of v[i] added, for four vectors: neighbours, then pairs of neighbours, then groups of four from the outer ones inwards.
-TP_INLINE void add_lanes(const vf* v, float* out) {
+// out[i] = the lanes of vector i added, for four vectors one behind the other: neighbours, then pairs of neighbours, then groups of four from the outer ones inwards.
+TP_INLINE void add_lanes(const float* v, float* out) {
   constexpr vi first = (LANE & ~3) + 2 * (LANE & 1) + (((LANE & 2) != 0) & W);
-  const vf a = __builtin_shuffle(v[0], v[1], first) + __builtin_shuffle(v[0], v[1], first + 1);
-  const vf b = __builtin_shuffle(v[2], v[3], first) + __builtin_shuffle(v[2], v[3], first + 1);
+  const vf a = __builtin_shuffle(load(v), load(v + W), first) + __builtin_shuffle(load(v), load(v + W), first + 1);
+  const vf b = __builtin_shuffle(load(v + 2 * W), load(v + 3 * W), first) + __builtin_shuffle(load(v + 2 * W), load(v + 3 * W), first + 1);
   const vf c = __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + 1);
 #if TP_ISA == 2
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)c), _mm512_extractf32x8_ps((__m512)c, 1));
