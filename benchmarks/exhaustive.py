@@ -214,15 +214,15 @@ class Exhaustive:
         )  # fmt: skip
 
     def _bounds(self, setting: Setting, phase: Phase) -> tuple[np.ndarray, np.ndarray]:
-        """(the bound of every combination, the least of every residency)."""
-        key = self._key(setting, phase)
-        if key not in self.bounds:
-            plan = self._plan(setting, phase, 0)
+        """(the bound of every combination, the least of every residency). The larger of the rings bounds all of them."""
+        ring = max(NO_RING, ring_rule(self.problem.limits.gpu_bytes), tight_ring(self.problem.spec, self.problem.options.unit_rows), key=lambda ring: ring[0] * ring[1])
+        key = self._key(replace(setting, ring=ring), phase)
+        if (key, NO_RING) not in self.bounds:
+            plan = self._plan(replace(setting, ring=ring), phase, 0)
             every = PhaseBound(self.problem, plan, phase, self.rows).seconds()
-            if setting.ring == NO_RING:
-                every = np.where(self.streaming, np.inf, every)
-            self.bounds[key] = every, np.minimum.reduceat(every[self.splits.by_owner], self.splits.starts[:-1])
-        return self.bounds[key]
+            for name, bound in (("", every), (NO_RING, np.where(self.streaming, np.inf, every))):
+                self.bounds[key, name] = bound, np.minimum.reduceat(bound[self.splits.by_owner], self.splits.starts[:-1])
+        return self.bounds[key, NO_RING if setting.ring == NO_RING else ""]
 
     def _plan(self, setting: Setting, phase: Phase, combination: int) -> Plan:
         """A plan of one bucket, for pricing this phase."""

@@ -12,7 +12,7 @@ from twinpilots.errors import DeviceUnavailableError, LimitError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan import policies
-from twinpilots.plan.draft import PlanOptions, chunk_choices, ring_rule, split_of, unit_edge
+from twinpilots.plan.draft import PlanOptions, chunk_choices, pages_of, ring_rule, split_of, unit_edge
 from twinpilots.plan.memory import kv_page_bytes, layer_template, plan_memory
 from twinpilots.plan.plan import Plan, Policy, Split
 from twinpilots.plan.policies import BUILDERS, build_policy
@@ -90,6 +90,15 @@ def test_layer_split_keeps_whole_layers_with_their_kv() -> None:
     assert plan_memory(spec, plan).gpu.total + layer_bytes > DEMO.gpu_memory_bytes  # not one layer more would fit
 
 
+def test_layer_split_leaves_a_head_that_does_not_fit_to_the_cpu() -> None:
+    spec = smollm2()  # lm_head takes 54 MiB of its 257
+    plan = build_policy("layer-split", spec, DEMO, workload(4), Limits(gpu_bytes=32 << 20, host_bytes=8 << 30))
+    plan.check(spec)
+    assert plan_memory(spec, plan).gpu.total <= 32 << 20
+    assert all(bucket.splits[-1]["lm_head"].cpu == spec.vocab_size for bucket in plan.buckets)
+    assert 0 < len(plan.host_kv_layers) < spec.num_layers
+
+
 def test_hetegen_splits_every_linear_by_one_ratio_that_balances() -> None:
     problem = Problem.of(llama_70b(), RTX_4090, workload(64, 512, 128), memory_of(RTX_4090), PlanOptions())
     plan = policies.build_hetegen(problem.spec, problem.profile, problem.workload, problem.limits)
@@ -121,6 +130,12 @@ def test_flexgen_streams_weights_and_attends_host_kv_on_the_cpu() -> None:
     plan = build_policy("flexgen", llama_70b(), RTX_4090, workload(64, 512, 128), memory_of(RTX_4090))
     assert rows(plan, "cpu") == 0 and rows(plan, "streamed") > 0
     assert not plan.host_pages or (plan.uses_cpu and {bucket.host_attention for bucket in plan.buckets} == {"cpu"})
+
+
+def test_flexgen_attends_prompts_of_host_kv_on_the_gpu() -> None:
+    plan = build_policy("flexgen", llama_70b(), RTX_4090, workload(64, 512, 128), Limits(gpu_bytes=12 << 30, host_bytes=192 << 30))
+    assert plan.host_pages and {bucket.host_prefill_attention for bucket in plan.buckets} == {"gpu"}
+    assert plan.kv_staging_pages >= pages_of(512 + 128)  # room for a sequence at least
 
 
 def test_sequences_that_do_not_fit_at_once_wait() -> None:

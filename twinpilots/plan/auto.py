@@ -13,7 +13,7 @@ from typing import Literal
 from twinpilots.plan.draft import PAGE_TOKENS, Draft, Residency, chunk_choices, most_sequences, nothing_resident, pages_of, ring_rule, split_of, unit_edge
 from twinpilots.plan.memory import plan_memory
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Split
-from twinpilots.plan.pricing import bucket_seconds, prefill_shape, price_phase
+from twinpilots.plan.pricing import bucket_seconds, price_phase, prompts_at_once
 from twinpilots.plan.problem import Place, Problem, fill, kv_element_bytes, no_cpu, sized
 from twinpilots.plan.program import BLOCKS, Machine, PhaseTerms, Program, Shares, solve_program
 from twinpilots.plan.terms import Choice, MeanPass, decode_pass, planned_phases, planned_terms, prefill_pass
@@ -120,8 +120,8 @@ def grid(problem: Problem, only_chunk: int | None = None) -> Iterator[tuple[Draf
 
 
 def _draft(problem: Problem, base: Draft, count: int, batches: int, decode_kv: HostKv, prefill_kv: HostKv) -> Draft:
-    together = prefill_shape(problem.workload, count, max(count, base.pass_tokens)).num_seqs
-    staging = max(-(-count // batches) if decode_kv == "gpu" else 0, together + 1 if prefill_kv == "gpu" else 0)
+    together = prompts_at_once(problem.workload, count, max(count, base.pass_tokens))
+    staging = max(-(-count // batches) if decode_kv == "gpu" else 0, together if prefill_kv == "gpu" else 0)
     return replace(
         base, num_seqs=count, gpu_seqs=count if decode_kv == "none" else 0, pass_tokens=max(count, base.pass_tokens),
         micro_batches={"prefill": batches, "decode": batches}, staging_seqs=min(count, staging),

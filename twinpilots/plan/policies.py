@@ -17,6 +17,7 @@ from twinpilots.plan.draft import Draft, PlanOptions, everything_resident, most_
 from twinpilots.plan.makespan import balance
 from twinpilots.plan.memory import plan_memory, streamed_bytes
 from twinpilots.plan.plan import Phase, Plan, Policy
+from twinpilots.plan.pricing import prompts_at_once
 from twinpilots.plan.problem import (
     Place,
     Problem,
@@ -97,23 +98,25 @@ def build_layer_split(problem: Problem, draft: Draft, count: int) -> Plan | None
     """llama.cpp's ``--n-gpu-layers``: whole layers in GPU memory, the others wholly on the CPU, KV with its layer; the devices take turns.
 
     As many as fit, counted from the end, lm_head first (llama.cpp's ``load_tensors``: ``i_gpu_start = n_layer + 1 - n_gpu_layers``;
-    the output is layer n_layer).
+    the output is layer n_layer). Where lm_head alone does not fit, it stays on the CPU and the layers go first.
     """
+    draft = sized(draft, count, count)
 
-    def with_layers(on_gpu: int) -> Plan:
-        return _layers_on_gpu(problem, sized(draft, count, count), on_gpu)
+    def fit(layers: int, *, head: bool) -> bool:
+        return plan_memory(problem.spec, _layers_on_gpu(problem, draft, layers, head=head)).gpu.total <= problem.limits.gpu_bytes
 
-    on_gpu = most_sequences(problem.spec.num_layers + 1, lambda k: plan_memory(problem.spec, with_layers(k)).gpu.total <= problem.limits.gpu_bytes)
-    return with_layers(on_gpu) if on_gpu else None
+    head = fit(0, head=True)
+    layers = most_sequences(problem.spec.num_layers, lambda count: fit(count, head=head))
+    return _layers_on_gpu(problem, draft, layers, head=head) if head or layers else None
 
 
-def _layers_on_gpu(problem: Problem, draft: Draft, on_gpu: int) -> Plan:
-    """lm_head and the last ``on_gpu - 1`` layers on the GPU."""
+def _layers_on_gpu(problem: Problem, draft: Draft, layers: int, *, head: bool) -> Plan:
+    """The last layers on the GPU, and lm_head if it fits."""
     spec, ops = problem.spec, problem.ops
     nothing, everything = nothing_resident(spec, ops), everything_resident(spec, ops)
-    on_cpu = spec.num_layers + 1 - on_gpu
-    draft = replace(draft, host_kv_layers=tuple(range(on_cpu)), uses_cpu=on_cpu > 0)
-    return problem.plan(draft, (*nothing[:on_cpu], *everything[on_cpu:]), no_cpu)
+    on_cpu = spec.num_layers - layers
+    draft = replace(draft, host_kv_layers=tuple(range(on_cpu)), uses_cpu=on_cpu > 0 or not head)
+    return problem.plan(draft, (*nothing[:on_cpu], *everything[on_cpu:-1], (everything if head else nothing)[-1]), no_cpu)
 
 
 @_rule("hetegen", uses_cpu=True, share_of_rest=True)
@@ -211,6 +214,8 @@ def _flexgen_block(kv_on_gpu: float, batches: int) -> tuple[Draft, Place]:
 
     def place(problem: Problem, draft: Draft, count: int) -> Plan | None:
         draft = sized(draft, count, round(count * kv_on_gpu))
+        if draft.gpu_seqs < count:  # prompts of host KV are attended on the GPU, which keeps one layer's KV of a pass at a time
+            draft = replace(draft, host_prefill_attention="gpu", staging_seqs=min(count, prompts_at_once(problem.workload, count, draft.pass_tokens)))
         return problem.plan(draft, fill(problem, draft), no_cpu)
 
     return base, place
@@ -220,7 +225,8 @@ def build_flexgen(spec: ModelSpec, profile: HardwareProfile, workload: Workload,
     """FlexGen (ICML 2023, section 4): percentages of weights and KV on GPU and CPU, CPU attention for host KV, and a zig-zag block of micro-batches.
 
     Its program picks the percentages for each block shape by T = max(link, GPU, CPU); as many of its variables are fixed here (no disk, activations stay),
-    a grid over KV percentage and micro-batches with the rest of GPU memory given to weights is that program's whole search.
+    a grid over KV percentage and micro-batches with the rest of GPU memory given to weights is that program's whole search. Delegating attention to the
+    CPU is for decoding (section 4.2); prompts are attended on the GPU, and their KV is then stored where it belongs.
     """
     problem = Problem.of(spec, profile, workload, limits, options or PlanOptions())
     need_gpu(problem, "flexgen")

@@ -179,6 +179,11 @@ class PrefillShape:
         return (SeqClass(num_seqs, self.query_tokens, self.kv_len),) if num_seqs else ()
 
 
+def prompts_at_once(workload: Workload, num_seqs: int, chunk: int) -> int:
+    """The most sequences that one prefill pass touches: whole prompts, or the end of one and the begin of the next."""
+    return prefill_shape(workload, num_seqs, chunk).num_seqs + 1
+
+
 def prefill_shape(workload: Workload, num_seqs: int, chunk: int) -> PrefillShape:
     """Whole prompts side by side when they fit the chunk, else one prompt's chunk after another, at its mean context."""
     length = workload.input_len
