@@ -25,6 +25,7 @@ from twinpilots.stats.tracker import Snapshot, Tracker
 
 FIRST_PASSES = 4  # of a bucket, before it is asked about at all: what is over sooner is not worth a search
 SETTLE_PASSES = 4  # after a change, before the next: the tracker must have seen the new plan
+MOST_UNSETTLED = 5  # passes that an ask waits while rates seem to be jumping: the first to jump are not the whole picture
 MOST_PATIENCE = 64  # passes between two asks that change nothing, at most
 DRIFT = 0.04  # of a pass's time: rates that changed less need no new plan
 BIG_DRIFT = 0.12  # is asked about at once, whatever came of the last asks
@@ -148,7 +149,14 @@ class _Bucket:
     @property
     def log_outcome(self) -> float:
         """log(measured / predicted), lately."""
-        return median(self._log_ratios) if self._log_ratios else 0.0
+        return median(self._log_ratios) if self._log_ratios else self.made_outcome
+
+    @property
+    def num_ratios(self) -> int:
+        return len(self._log_ratios)
+
+    def forget_ratios(self) -> None:
+        self._log_ratios.clear()
 
     @property
     def noise_log(self) -> float:
@@ -192,7 +200,7 @@ class Adaptation:
         self.switch_s = switch_s  # what a change costs once
         self.history: deque[ChangeRecord] = deque(maxlen=HISTORY_LENGTH)
         self.outcomes = Outcomes()
-        self.num_passes = self.num_asks = 0
+        self.num_passes = self.num_asks = self._num_jumps = self._unsettled = 0
         self._buckets: dict[int, _Bucket] = {}
         self._asked: Ask | None = None
         self._judging: tuple[ChangeRecord, _Bucket] | None = None
@@ -202,7 +210,8 @@ class Adaptation:
         self.num_passes += 1
         state = self._state(seen)
         state.add(seen)
-        if state.passes >= 2:
+        self._watch_rates()
+        if not self._unsettled and state.num_ratios >= 2:
             self.outcomes.put(state.signature, state.log_outcome, state.passes, self.num_passes)
         self._judge()
         if self._asked is None:
@@ -216,7 +225,7 @@ class Adaptation:
     def expected_factor(self, bucket: BucketPlan) -> float:
         """Measured / predicted to expect of the next pass, predicted at the tracker's rates."""
         state = self._buckets.get(id(bucket))
-        log_factor = state.log_outcome if state is not None and state.passes >= RECENT else self.outcomes.log_factor(signature_of(bucket), self.num_passes)
+        log_factor = state.log_outcome if state is not None and state.num_ratios >= RECENT else self.outcomes.log_factor(signature_of(bucket), self.num_passes)
         return math.exp(log_factor)
 
     def _state(self, seen: PassSeen) -> _Bucket:
@@ -227,12 +236,21 @@ class Adaptation:
             self._buckets[key] = _Bucket(bucket=seen.bucket)
         return self._buckets[key]
 
+    def _watch_rates(self) -> None:
+        """When a rate has jumped, passes before were predicted at rates that no longer hold: what they took says nothing about the next ones."""
+        if self.tracker.num_jumps != self._num_jumps:
+            self._num_jumps = self.tracker.num_jumps
+            self.outcomes.doubt()
+            for state in self._buckets.values():
+                state.forget_ratios()
+        self._unsettled = 0 if self.tracker.is_settled else self._unsettled + 1
+
     # -- asking ------------------------------------------------------------------------------------------------------------------------------
 
     def _why_ask(self, state: _Bucket, seen: PassSeen) -> str | None:
         """The reason to have this bucket solved again, or None."""
         waited = state.passes - state.asked_at
-        if waited < SETTLE_PASSES or seen.remaining < SETTLE_PASSES:
+        if waited < SETTLE_PASSES or seen.remaining < SETTLE_PASSES or 0 < self._unsettled < MOST_UNSETTLED:
             return None
         if state.made_for is None:
             return "first use"
@@ -241,13 +259,11 @@ class Adaptation:
             return words
         if load_change(state.made_for, seen.load) > LOAD_CHANGE:
             return f"{words_of(seen.load)} instead of {words_of(state.made_for)}"
-        if waited >= state.patience and abs(state.log_outcome - state.made_outcome) > max(SURPRISE, 2 * state.noise_log):
+        if waited >= state.patience and state.num_ratios >= RECENT and abs(state.log_outcome - state.made_outcome) > max(SURPRISE, 2 * state.noise_log):
             return f"passes take {math.exp(state.log_outcome):.2f} of what was predicted"
         return None
 
     def _ask(self, state: _Bucket, seen: PassSeen, reason: str) -> None:
-        if self.tracker.drift(state.made_at)[0] > BIG_DRIFT:
-            self.outcomes.doubt()
         ask = Ask(
             profile=self.tracker.profile(), plan=seen.plan, bucket=seen.bucket, load=seen.load, kept=tuple(state.left), driver_s=seen.driver_s, reason=reason
         )

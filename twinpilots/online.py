@@ -60,6 +60,7 @@ class OnlinePlanner:
         self.tracker = Tracker(profile)
         self.adaptation = Adaptation(self.tracker, self._solve, runner)
         self._renewed_at: Snapshot = {}
+        self._num_jumps = 0
         self._estimators: dict[tuple[int, PassShape], tuple[BucketPlan, PassEstimator]] = {}
         self._timings: dict[tuple[int, PassLoad], PassTiming] = {}
         self._work: dict[int, tuple[Schedule, PassWork]] = {}
@@ -76,7 +77,8 @@ class OnlinePlanner:
         """Learn from a pass; the plan to go on with, or None to stay."""
         self.tracker.observe(self._records(done), done.seconds)
         self._driver_s += DRIVER_DECAY * (min(done.driver_s, DRIVER_MOST_S) - self._driver_s)
-        if self.tracker.num_passes % RENEW_PASSES == 0 and self.tracker.drift(self._renewed_at)[0] > RENEW_DRIFT:
+        jumps, self._num_jumps = self._num_jumps, self.tracker.num_jumps
+        if jumps != self._num_jumps or (self.tracker.num_passes % RENEW_PASSES == 0 and self.tracker.drift(self._renewed_at)[0] > RENEW_DRIFT):
             self._renew()
         if not self.adapts:
             return None

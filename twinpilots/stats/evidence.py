@@ -42,6 +42,7 @@ class Evidence:
     bins: dict[int, _Bin] = field(default_factory=dict)
     noise_log: float = 0.0  # mean distance of records from the estimate, in log ratio
     num_records: int = 0
+    num_jumps: int = 0
     last_size: float = 1.0
     last_at: int = 0  # the pass of the newest record
     _off: list[float] = field(default_factory=list)  # the last log ratios, while they lie far off on one side
@@ -57,6 +58,7 @@ class Evidence:
                 found.log_sum *= AFTER_JUMP
             self._put(log_ratio, size, at, JUMP_WEIGHT)
             self._off = []
+            self.num_jumps += 1
         else:
             self._put(self._damped(estimate, residual), size, at, 1.0)
             self.noise_log = NOISE_DECAY * self.noise_log + (1 - NOISE_DECAY) * abs(residual) if self.num_records else 0.0
@@ -72,6 +74,11 @@ class Evidence:
             self._off = []
         self._off.append(estimate + residual)
         return len(self._off) >= JUMP_RECORDS
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the last record was near the estimate."""
+        return not self._off
 
     def _damped(self, estimate: float, residual: float) -> float:
         """While it may be a stray, a record far off counts as one at the edge of the far."""
