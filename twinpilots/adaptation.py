@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.plan.draft import Attention
@@ -96,19 +96,21 @@ class Inline:
 
 @dataclass(kw_only=True)
 class ChangeRecord:
-    """One change of plan. ``pass_number`` counts all passes; seconds are of one pass of the bucket, measured ones means over a few passes."""
+    """One change of plan. ``pass_number`` counts all passes. Seconds are of one pass of the bucket (measured: the median of a few), or, of a change that
+    loaded the model anew (``scope`` "workload"), of all the work that it was made for."""
 
     pass_number: int
     reason: str
     what: str
-    predicted_before_s: float
+    predicted_before_s: float | None
     predicted_after_s: float
     measured_before_s: float | None
     measured_after_s: float | None = None
+    scope: Literal["pass", "workload"] = "pass"
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "pass": self.pass_number, "reason": self.reason, "change": self.what,
+            "pass": self.pass_number, "scope": self.scope, "reason": self.reason, "change": self.what,
             "predicted_s": {"before": self.predicted_before_s, "after": self.predicted_after_s},
             "measured_s": {"before": self.measured_before_s, "after": self.measured_after_s},
         }  # fmt: skip
@@ -228,6 +230,16 @@ class Adaptation:
         log_factor = state.log_outcome if state is not None and state.num_ratios >= RECENT else self.outcomes.log_factor(signature_of(bucket), self.num_passes)
         return math.exp(log_factor)
 
+    def note_reload(self, reason: str, what: str, predicted_before_s: float | None, predicted_after_s: float) -> None:
+        """Another plan was loaded for another workload."""
+        self._judging = None
+        self.history.append(
+            ChangeRecord(
+                pass_number=self.num_passes, reason=reason, what=what, predicted_before_s=predicted_before_s, predicted_after_s=predicted_after_s,
+                measured_before_s=None, scope="workload",
+            )
+        )  # fmt: skip
+
     def _state(self, seen: PassSeen) -> _Bucket:
         key = id(seen.bucket)
         if key not in self._buckets:
@@ -288,7 +300,7 @@ class Adaptation:
             if seconds < best_s:
                 best, best_s = option, seconds
         # The outcome of other pilots is not this one's: where they change, its noise counts.
-        least_gain = MIN_GAIN if best is not None and best.pilots == now.pilots else max(MIN_GAIN, 2 * state.noise_log)
+        least_gain = MIN_GAIN if best is not None and best.pilots == now.pilots else max(MIN_GAIN, 3 * state.noise_log)
         gain_s = now_s - best_s
         if best is None or gain_s < least_gain * now_s or gain_s * seen.remaining < self.switch_s:
             state.patience = min(MOST_PATIENCE, 2 * state.patience)

@@ -97,6 +97,10 @@ class OnlinePlanner:
         self._work.clear()
         self._expected.clear()
 
+    def recalled(self) -> None:
+        """The tracker was given an earlier run's history: predict by it."""
+        self._renew()
+
     # -- predictions -------------------------------------------------------------------------------------------------------------------------
 
     def _timing(self, plan: Plan, bucket: BucketPlan, load: PassLoad) -> PassTiming:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from twinpilots import history
 from twinpilots.background import Background
 from twinpilots.config import EngineConfig
 from twinpilots.errors import LimitError, UserError
@@ -62,8 +63,22 @@ class Planner:
         self.config, self.spec, self.fingerprint = config, spec, fingerprint
         self.limits = limits_of(config, profile)
         self._solved: dict[tuple[Workload, int | None, bool], Solution] = {}  # by workload, and whether all policies were compared
-        self.online = OnlinePlanner(spec, profile, Background(), adapts=config.policy == "auto" and not self.is_fixed)
+        self._background = Background()
+        self.online = OnlinePlanner(spec, profile, self._background, adapts=config.policy == "auto" and not self.is_fixed)
         self._solve_s = 0.0  # what the last solve took
+
+    def recall_history(self) -> None:
+        """Start from what earlier runs on this machine have taught; a plan that must not change does not ask."""
+        if not self.is_fixed and history.recall(self.online.tracker):
+            self.online.recalled()
+
+    def close(self) -> None:
+        """Keeps what this run has taught, and ends a re-solve that may be under way."""
+        self._background.close()
+        self.store_history()
+
+    def store_history(self) -> None:
+        history.store(self.online.tracker)
 
     @property
     def profile(self) -> HardwareProfile:

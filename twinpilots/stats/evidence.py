@@ -22,6 +22,7 @@ JUMP_WEIGHT = 6.0  # records that these count as
 AFTER_JUMP = 0.02  # what older evidence counts after a jump
 STRAY_LOG = 1.6  # a record that says more than five times slower or faster counts as this much: a pause is not a rate
 NOISE_DECAY = 0.9
+MOST_RECALLED_LOG = 0.4  # what a file may say at most: what a run ended in may have been a passing load
 LEAST_WEIGHT = 0.02  # evidence below this is forgotten
 
 
@@ -133,9 +134,10 @@ class Evidence:
         """What `as_dict` gave, aged by ``weight_factor``. ValueError or TypeError for anything else."""
         found = Evidence(noise_log=_finite(data["noise"]))
         for size, weight, log_sum in data["sizes"]:
-            if not (_finite(size) > 0 and _finite(weight) > 0 and abs(_finite(log_sum)) <= STRAY_LOG * 2 * weight):
-                raise ValueError(f"no evidence: size {size!r}, weight {weight!r}, sum {log_sum!r}")
-            found.bins[_key(size)] = _Bin(_log2(size), weight * weight_factor, log_sum * weight_factor)
+            if not (_finite(size) > 0 and _finite(weight) > 0):
+                raise ValueError(f"no evidence: size {size!r}, weight {weight!r}")
+            log_mean = max(-MOST_RECALLED_LOG, min(MOST_RECALLED_LOG, _finite(log_sum) / weight))
+            found.bins[_key(size)] = _Bin(_log2(size), weight * weight_factor, log_mean * weight * weight_factor)
             found.last_size = size
         return found
 
