@@ -125,7 +125,7 @@ def _drains(step: int, per: int) -> Moment:
     return Moment(num_seqs=max(1, 64 >> (step // per)), context=512)
 
 
-def scenarios(per: int = 60) -> tuple[Scenario, ...]:
+def scenarios(per: int = 40) -> tuple[Scenario, ...]:
     """``per``: passes between two events."""
 
     def workload(count: int, input_len: int, output_len: int) -> Workload:

@@ -25,6 +25,7 @@ from twinpilots.stats.tracker import Snapshot, Tracker
 
 FIRST_PASSES = 4  # of a bucket, before it is asked about at all: what is over sooner is not worth a search
 SETTLE_PASSES = 4  # after a change, before the next: the tracker must have seen the new plan
+CHECK_PASSES = 2  # of a bucket, between two looks at whether to ask
 MOST_UNSETTLED = 5  # passes that an ask waits while rates seem to be jumping: the first to jump are not the whole picture
 MOST_PATIENCE = 64  # passes between two asks that change nothing, at most
 DRIFT = 0.04  # of a pass's time: rates that changed less need no new plan
@@ -40,6 +41,8 @@ OUTCOME_FADE = 0.997  # weight of an outcome after one more pass
 OUTCOME_AFTER_DRIFT = 0.2  # and after the rates have changed: it was another machine then
 OUTCOME_PRIOR = 1.0  # how much no outcome at all counts, in passes
 MOST_OUTCOME = 8.0  # passes that one plan's outcome counts at most
+SOLVING_FRAC = 0.01  # of the run's time that may go to solving anew, beside the devices but on the same machine
+MOST_CREDIT_S = 1.0  # what may be spent ahead, and, where rates or buckets are new, be owed
 HISTORY_LENGTH = 256
 
 
@@ -74,7 +77,9 @@ Solver = Callable[[Ask], tuple[Option, ...]]  # the bucket as it is first
 
 
 class Runner(Protocol):
-    """Solves one thing at a time, on the spot or elsewhere."""
+    """Solves one thing at a time, on the spot or elsewhere. ``last_s``: what the last solve took."""
+
+    last_s: float
 
     def submit(self, solve: Callable[[], tuple[Option, ...]]) -> None: ...
 
@@ -84,7 +89,9 @@ class Runner(Protocol):
 
 
 class Inline:
-    """Solves on the spot: for the virtual clock."""
+    """Solves on the spot and free of charge: for the virtual clock."""
+
+    last_s = 0.0
 
     def submit(self, solve: Callable[[], tuple[Option, ...]]) -> None:
         self._answer: tuple[Option, ...] | None = solve()
@@ -159,6 +166,7 @@ class _Bucket:
 
     def forget_ratios(self) -> None:
         self._log_ratios.clear()
+        self._measured_s.clear()
 
     @property
     def noise_log(self) -> float:
@@ -167,8 +175,9 @@ class _Bucket:
         return sum(abs(each - self.log_outcome) for each in ratios) / len(ratios) ** 1.5 if ratios else 0.0
 
     @property
-    def measured_s(self) -> float:
-        return median(self._measured_s)
+    def measured_s(self) -> float | None:
+        """Of a pass, lately."""
+        return median(self._measured_s) if self._measured_s else None
 
 
 class Outcomes:
@@ -203,6 +212,7 @@ class Adaptation:
         self.history: deque[ChangeRecord] = deque(maxlen=HISTORY_LENGTH)
         self.outcomes = Outcomes()
         self.num_passes = self.num_asks = self._num_jumps = self._unsettled = 0
+        self._credit_s = MOST_CREDIT_S  # what solving may still take
         self._buckets: dict[int, _Bucket] = {}
         self._asked: Ask | None = None
         self._judging: tuple[ChangeRecord, _Bucket] | None = None
@@ -210,6 +220,7 @@ class Adaptation:
     def after_pass(self, seen: PassSeen) -> Change | None:
         """Take in a pass; the plan to go on with, or None to stay."""
         self.num_passes += 1
+        self._credit_s = min(MOST_CREDIT_S, self._credit_s + SOLVING_FRAC * seen.measured_s)
         state = self._state(seen)
         state.add(seen)
         self._watch_rates()
@@ -222,7 +233,10 @@ class Adaptation:
                 return None
             self._ask(state, seen, reason)
         answer = self._runner.collect()
-        return None if answer is None else self._decide(answer, seen)
+        if answer is None:
+            return None
+        self._credit_s -= self._runner.last_s
+        return self._decide(answer, seen)
 
     def expected_factor(self, bucket: BucketPlan) -> float:
         """Measured / predicted to expect of the next pass, predicted at the tracker's rates."""
@@ -262,12 +276,18 @@ class Adaptation:
     def _why_ask(self, state: _Bucket, seen: PassSeen) -> str | None:
         """The reason to have this bucket solved again, or None."""
         waited = state.passes - state.asked_at
+        if state.passes % CHECK_PASSES:
+            return None
         if waited < SETTLE_PASSES or seen.remaining < SETTLE_PASSES or 0 < self._unsettled < MOST_UNSETTLED:
             return None
         if state.made_for is None:
-            return "first use"
+            return "first use" if self._credit_s > -MOST_CREDIT_S else None
         drift, words = self.tracker.drift(state.made_at)
-        if drift > BIG_DRIFT or (drift > DRIFT and waited >= state.patience):
+        if drift > BIG_DRIFT and self._credit_s > -MOST_CREDIT_S:
+            return words
+        if self._credit_s < 0:
+            return None
+        if drift > DRIFT and waited >= state.patience:
             return words
         if load_change(state.made_for, seen.load) > LOAD_CHANGE:
             return f"{words_of(seen.load)} instead of {words_of(state.made_for)}"
@@ -293,10 +313,13 @@ class Adaptation:
             return None  # the load went on to another bucket meanwhile: this one is asked about again when it comes back
         state = self._buckets[id(ask.bucket)]
         now, *others = answer
-        now_s = now.seconds * math.exp(state.log_outcome)
+        # What the plan in force takes is measured; predictions of the others are corrected by how that compares with its own.
+        measured_s = state.measured_s if state.num_ratios >= 2 else None
+        outcome = state.log_outcome if measured_s is None else math.log(measured_s / now.seconds)
+        now_s = now.seconds * math.exp(outcome)
         best, best_s = None, math.inf
         for option in others:
-            seconds = option.seconds * math.exp(self._log_outcome(option, state))
+            seconds = option.seconds * math.exp(self._log_outcome(option, state, outcome))
             if seconds < best_s:
                 best, best_s = option, seconds
         # The outcome of other pilots is not this one's: where they change, its noise counts.
@@ -307,11 +330,11 @@ class Adaptation:
             return None
         return self._change(ask, state, best, now_s, best_s)
 
-    def _log_outcome(self, option: Option, state: _Bucket) -> float:
+    def _log_outcome(self, option: Option, state: _Bucket, outcome: float) -> float:
         """What to expect of an option beyond its prediction: what its like took, of which the plan in force is the nearest witness."""
         own = signature_of(option.bucket)
         near = own.nearness(state.signature)
-        return near * state.log_outcome + (1.0 - near) * self.outcomes.log_factor(own, self.num_passes)
+        return near * outcome + (1.0 - near) * self.outcomes.log_factor(own, self.num_passes)
 
     def _change(self, ask: Ask, state: _Bucket, option: Option, now_s: float, then_s: float) -> Change:
         record = ChangeRecord(
@@ -321,7 +344,8 @@ class Adaptation:
         left = deque([each for each in state.left if each != option.bucket], maxlen=KEPT_PLANS)
         left.append(ask.bucket)
         fresh = _Bucket(
-            bucket=option.bucket, made_for=ask.load, made_at=state.made_at, made_outcome=self._log_outcome(option, state), asked_at=0, left=left,
+            bucket=option.bucket, made_for=ask.load, made_at=state.made_at, asked_at=0, left=left,
+            made_outcome=self._log_outcome(option, state, state.log_outcome),
             patience=min(MOST_PATIENCE, 2 * state.patience) if option.bucket in state.left else SETTLE_PASSES,
         )  # fmt: skip
         del self._buckets[id(ask.bucket)]

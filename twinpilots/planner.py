@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 FROZEN_LENS = (8192, 4096, 2048, 1024, 512)  # lengths of one sequence that a frozen plan tries to hold
 HOST_SHARE = 0.9  # of the free host memory, when no limit is given: the rest is for the process itself and its neighbours
 MOST_GAIN = 0.5  # another plan for the same policy hardly ever saves more than this fraction of the time
-KV_STEP = 32  # predictions are remembered per this many tokens of context: a pass's time changes by less than a percent between them
+KV_STEP = 32  # predictions are remembered per this many tokens of context, at least: a pass's time changes by a percent or two between them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,4 +253,6 @@ def pass_load_of(batch: StepBatch) -> PassLoad:
 
 
 def _rounded(tokens: float) -> int:
-    return max(1, round(tokens / KV_STEP) * KV_STEP)
+    """To `KV_STEP` tokens, or a sixteenth of the power of two below where that is more."""
+    step = max(KV_STEP, 1 << max(0, int(tokens).bit_length() - 5))
+    return max(1, round(tokens / step) * step)

@@ -59,6 +59,10 @@ class Tracker:
         for kind, share in shares.items():
             self._shares[kind] = 0.8 * self._shares.get(kind, share) + 0.2 * share
 
+    def pass_over(self) -> None:
+        """A pass that is not looked at."""
+        self.num_passes += 1
+
     def factor(self, resource: Resource, key: str, size: float) -> float:
         """Measured / expected at this size; 1 where nothing was seen."""
         found = self.evidence.get((resource, key))
