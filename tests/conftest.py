@@ -80,3 +80,4 @@ def balanced_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         return without_gpu(profile) if device == "cpu" else profile
 
     monkeypatch.setattr("twinpilots.api.load_or_measure", fixed)
+    monkeypatch.setattr("twinpilots.history.recall", lambda tracker: False)  # what this machine has taught one test is no other test's business

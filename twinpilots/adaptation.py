@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.plan.draft import Attention
@@ -25,6 +25,8 @@ from twinpilots.stats.tracker import Snapshot, Tracker
 
 FIRST_PASSES = 4  # of a bucket, before it is asked about at all: what is over sooner is not worth a search
 SETTLE_PASSES = 4  # after a change, before the next: the tracker must have seen the new plan
+CHECK_PASSES = 2  # of a bucket, between two looks at whether to ask
+MOST_UNSETTLED = 5  # passes that an ask waits while rates seem to be jumping: the first to jump are not the whole picture
 MOST_PATIENCE = 64  # passes between two asks that change nothing, at most
 DRIFT = 0.04  # of a pass's time: rates that changed less need no new plan
 BIG_DRIFT = 0.12  # is asked about at once, whatever came of the last asks
@@ -39,6 +41,8 @@ OUTCOME_FADE = 0.997  # weight of an outcome after one more pass
 OUTCOME_AFTER_DRIFT = 0.2  # and after the rates have changed: it was another machine then
 OUTCOME_PRIOR = 1.0  # how much no outcome at all counts, in passes
 MOST_OUTCOME = 8.0  # passes that one plan's outcome counts at most
+SOLVING_FRAC = 0.01  # of the run's time that may go to solving anew, beside the devices but on the same machine
+MOST_CREDIT_S = 1.0  # what may be spent ahead, and, where rates or buckets are new, be owed
 HISTORY_LENGTH = 256
 
 
@@ -73,7 +77,9 @@ Solver = Callable[[Ask], tuple[Option, ...]]  # the bucket as it is first
 
 
 class Runner(Protocol):
-    """Solves one thing at a time, on the spot or elsewhere."""
+    """Solves one thing at a time, on the spot or elsewhere. ``last_s``: what the last solve took."""
+
+    last_s: float
 
     def submit(self, solve: Callable[[], tuple[Option, ...]]) -> None: ...
 
@@ -83,7 +89,9 @@ class Runner(Protocol):
 
 
 class Inline:
-    """Solves on the spot: for the virtual clock."""
+    """Solves on the spot and free of charge: for the virtual clock."""
+
+    last_s = 0.0
 
     def submit(self, solve: Callable[[], tuple[Option, ...]]) -> None:
         self._answer: tuple[Option, ...] | None = solve()
@@ -95,19 +103,21 @@ class Inline:
 
 @dataclass(kw_only=True)
 class ChangeRecord:
-    """One change of plan. ``pass_number`` counts all passes; seconds are of one pass of the bucket, measured ones means over a few passes."""
+    """One change of plan. ``pass_number`` counts all passes. Seconds are of one pass of the bucket (measured: the median of a few), or, of a change that
+    loaded the model anew (``scope`` "workload"), of all the work that it was made for."""
 
     pass_number: int
     reason: str
     what: str
-    predicted_before_s: float
+    predicted_before_s: float | None
     predicted_after_s: float
     measured_before_s: float | None
     measured_after_s: float | None = None
+    scope: Literal["pass", "workload"] = "pass"
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "pass": self.pass_number, "reason": self.reason, "change": self.what,
+            "pass": self.pass_number, "scope": self.scope, "reason": self.reason, "change": self.what,
             "predicted_s": {"before": self.predicted_before_s, "after": self.predicted_after_s},
             "measured_s": {"before": self.measured_before_s, "after": self.measured_after_s},
         }  # fmt: skip
@@ -148,7 +158,15 @@ class _Bucket:
     @property
     def log_outcome(self) -> float:
         """log(measured / predicted), lately."""
-        return median(self._log_ratios) if self._log_ratios else 0.0
+        return median(self._log_ratios) if self._log_ratios else self.made_outcome
+
+    @property
+    def num_ratios(self) -> int:
+        return len(self._log_ratios)
+
+    def forget_ratios(self) -> None:
+        self._log_ratios.clear()
+        self._measured_s.clear()
 
     @property
     def noise_log(self) -> float:
@@ -157,8 +175,9 @@ class _Bucket:
         return sum(abs(each - self.log_outcome) for each in ratios) / len(ratios) ** 1.5 if ratios else 0.0
 
     @property
-    def measured_s(self) -> float:
-        return median(self._measured_s)
+    def measured_s(self) -> float | None:
+        """Of a pass, lately."""
+        return median(self._measured_s) if self._measured_s else None
 
 
 class Outcomes:
@@ -192,7 +211,8 @@ class Adaptation:
         self.switch_s = switch_s  # what a change costs once
         self.history: deque[ChangeRecord] = deque(maxlen=HISTORY_LENGTH)
         self.outcomes = Outcomes()
-        self.num_passes = self.num_asks = 0
+        self.num_passes = self.num_asks = self._num_jumps = self._unsettled = 0
+        self._credit_s = MOST_CREDIT_S  # what solving may still take
         self._buckets: dict[int, _Bucket] = {}
         self._asked: Ask | None = None
         self._judging: tuple[ChangeRecord, _Bucket] | None = None
@@ -200,9 +220,11 @@ class Adaptation:
     def after_pass(self, seen: PassSeen) -> Change | None:
         """Take in a pass; the plan to go on with, or None to stay."""
         self.num_passes += 1
+        self._credit_s = min(MOST_CREDIT_S, self._credit_s + SOLVING_FRAC * seen.measured_s)
         state = self._state(seen)
         state.add(seen)
-        if state.passes >= 2:
+        self._watch_rates()
+        if not self._unsettled and state.num_ratios >= 2:
             self.outcomes.put(state.signature, state.log_outcome, state.passes, self.num_passes)
         self._judge()
         if self._asked is None:
@@ -211,13 +233,26 @@ class Adaptation:
                 return None
             self._ask(state, seen, reason)
         answer = self._runner.collect()
-        return None if answer is None else self._decide(answer, seen)
+        if answer is None:
+            return None
+        self._credit_s -= self._runner.last_s
+        return self._decide(answer, seen)
 
     def expected_factor(self, bucket: BucketPlan) -> float:
         """Measured / predicted to expect of the next pass, predicted at the tracker's rates."""
         state = self._buckets.get(id(bucket))
-        log_factor = state.log_outcome if state is not None and state.passes >= RECENT else self.outcomes.log_factor(signature_of(bucket), self.num_passes)
+        log_factor = state.log_outcome if state is not None and state.num_ratios >= RECENT else self.outcomes.log_factor(signature_of(bucket), self.num_passes)
         return math.exp(log_factor)
+
+    def note_reload(self, reason: str, what: str, predicted_before_s: float | None, predicted_after_s: float) -> None:
+        """Another plan was loaded for another workload."""
+        self._judging = None
+        self.history.append(
+            ChangeRecord(
+                pass_number=self.num_passes, reason=reason, what=what, predicted_before_s=predicted_before_s, predicted_after_s=predicted_after_s,
+                measured_before_s=None, scope="workload",
+            )
+        )  # fmt: skip
 
     def _state(self, seen: PassSeen) -> _Bucket:
         key = id(seen.bucket)
@@ -227,27 +262,40 @@ class Adaptation:
             self._buckets[key] = _Bucket(bucket=seen.bucket)
         return self._buckets[key]
 
+    def _watch_rates(self) -> None:
+        """When a rate has jumped, passes before were predicted at rates that no longer hold: what they took says nothing about the next ones."""
+        if self.tracker.num_jumps != self._num_jumps:
+            self._num_jumps = self.tracker.num_jumps
+            self.outcomes.doubt()
+            for state in self._buckets.values():
+                state.forget_ratios()
+        self._unsettled = 0 if self.tracker.is_settled else self._unsettled + 1
+
     # -- asking ------------------------------------------------------------------------------------------------------------------------------
 
     def _why_ask(self, state: _Bucket, seen: PassSeen) -> str | None:
         """The reason to have this bucket solved again, or None."""
         waited = state.passes - state.asked_at
-        if waited < SETTLE_PASSES or seen.remaining < SETTLE_PASSES:
+        if state.passes % CHECK_PASSES:
+            return None
+        if waited < SETTLE_PASSES or seen.remaining < SETTLE_PASSES or 0 < self._unsettled < MOST_UNSETTLED:
             return None
         if state.made_for is None:
-            return "first use"
+            return "first use" if self._credit_s > -MOST_CREDIT_S else None
         drift, words = self.tracker.drift(state.made_at)
-        if drift > BIG_DRIFT or (drift > DRIFT and waited >= state.patience):
+        if drift > BIG_DRIFT and self._credit_s > -MOST_CREDIT_S:
+            return words
+        if self._credit_s < 0:
+            return None
+        if drift > DRIFT and waited >= state.patience:
             return words
         if load_change(state.made_for, seen.load) > LOAD_CHANGE:
             return f"{words_of(seen.load)} instead of {words_of(state.made_for)}"
-        if waited >= state.patience and abs(state.log_outcome - state.made_outcome) > max(SURPRISE, 2 * state.noise_log):
+        if waited >= state.patience and state.num_ratios >= RECENT and abs(state.log_outcome - state.made_outcome) > max(SURPRISE, 2 * state.noise_log):
             return f"passes take {math.exp(state.log_outcome):.2f} of what was predicted"
         return None
 
     def _ask(self, state: _Bucket, seen: PassSeen, reason: str) -> None:
-        if self.tracker.drift(state.made_at)[0] > BIG_DRIFT:
-            self.outcomes.doubt()
         ask = Ask(
             profile=self.tracker.profile(), plan=seen.plan, bucket=seen.bucket, load=seen.load, kept=tuple(state.left), driver_s=seen.driver_s, reason=reason
         )
@@ -265,25 +313,28 @@ class Adaptation:
             return None  # the load went on to another bucket meanwhile: this one is asked about again when it comes back
         state = self._buckets[id(ask.bucket)]
         now, *others = answer
-        now_s = now.seconds * math.exp(state.log_outcome)
+        # What the plan in force takes is measured; predictions of the others are corrected by how that compares with its own.
+        measured_s = state.measured_s if state.num_ratios >= 2 else None
+        outcome = state.log_outcome if measured_s is None else math.log(measured_s / now.seconds)
+        now_s = now.seconds * math.exp(outcome)
         best, best_s = None, math.inf
         for option in others:
-            seconds = option.seconds * math.exp(self._log_outcome(option, state))
+            seconds = option.seconds * math.exp(self._log_outcome(option, state, outcome))
             if seconds < best_s:
                 best, best_s = option, seconds
         # The outcome of other pilots is not this one's: where they change, its noise counts.
-        least_gain = MIN_GAIN if best is not None and best.pilots == now.pilots else max(MIN_GAIN, 2 * state.noise_log)
+        least_gain = MIN_GAIN if best is not None and best.pilots == now.pilots else max(MIN_GAIN, 3 * state.noise_log)
         gain_s = now_s - best_s
         if best is None or gain_s < least_gain * now_s or gain_s * seen.remaining < self.switch_s:
             state.patience = min(MOST_PATIENCE, 2 * state.patience)
             return None
         return self._change(ask, state, best, now_s, best_s)
 
-    def _log_outcome(self, option: Option, state: _Bucket) -> float:
+    def _log_outcome(self, option: Option, state: _Bucket, outcome: float) -> float:
         """What to expect of an option beyond its prediction: what its like took, of which the plan in force is the nearest witness."""
         own = signature_of(option.bucket)
         near = own.nearness(state.signature)
-        return near * state.log_outcome + (1.0 - near) * self.outcomes.log_factor(own, self.num_passes)
+        return near * outcome + (1.0 - near) * self.outcomes.log_factor(own, self.num_passes)
 
     def _change(self, ask: Ask, state: _Bucket, option: Option, now_s: float, then_s: float) -> Change:
         record = ChangeRecord(
@@ -293,7 +344,8 @@ class Adaptation:
         left = deque([each for each in state.left if each != option.bucket], maxlen=KEPT_PLANS)
         left.append(ask.bucket)
         fresh = _Bucket(
-            bucket=option.bucket, made_for=ask.load, made_at=state.made_at, made_outcome=self._log_outcome(option, state), asked_at=0, left=left,
+            bucket=option.bucket, made_for=ask.load, made_at=state.made_at, asked_at=0, left=left,
+            made_outcome=self._log_outcome(option, state, state.log_outcome),
             patience=min(MOST_PATIENCE, 2 * state.patience) if option.bucket in state.left else SETTLE_PASSES,
         )  # fmt: skip
         del self._buckets[id(ask.bucket)]

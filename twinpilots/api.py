@@ -93,6 +93,7 @@ class LLM:
             notices: list[str] = []  # said once there is a plan: a limit that cannot be met is one line, not two
             self._profile = load_or_measure(self.config.device, self.spec, threads=threads, tell=notices.append)
             self._planner = Planner(self.config, self.spec, self._profile, self._checkpoint.fingerprint)
+            self._planner.recall_history()
             self._workload, self._first = self._first_plan()
             for notice in notices:
                 logger.warning(notice)
@@ -132,7 +133,8 @@ class LLM:
         session = self._open_session
         plan_bound, hardware_bound = self._planner.bounds(self._workload)
         peaks = self._peak_bytes()
-        return session.stats.as_dict(peak_gpu_bytes=peaks["gpu"], peak_host_bytes=peaks["host"], plan_bound=plan_bound, hardware_bound=hardware_bound)
+        sums = session.stats.as_dict(peak_gpu_bytes=peaks["gpu"], peak_host_bytes=peaks["host"], plan_bound=plan_bound, hardware_bound=hardware_bound)
+        return sums | {"plan_history": [record.as_dict() for record in self._planner.online.adaptation.history]}
 
     def _peak_bytes(self) -> dict[Literal["gpu", "host"], int]:
         """The most that any plan's session has held, this one's included."""
@@ -329,7 +331,9 @@ class LLM:
             better = self._planner.better_plan(self.plan, workload, longest, self._open_session.load_s, REPLAN_GAIN)
         if better is not None:
             requests = f"{workload.num_requests} requests of {workload.input_len} + {workload.output_len} tokens"
-            logger.info("plan changed for %s, %s: %s", requests, better.reason, difference(self.plan, better.plan))
+            what = difference(self.plan, better.plan)
+            logger.info("plan changed for %s, %s: %s", requests, better.reason, what)
+            self._planner.online.adaptation.note_reload(f"{requests}: {better.reason}", what, better.now_s, better.then_s)
             self._load(better.plan)
         self._workload = workload
 
@@ -374,11 +378,12 @@ class LLM:
         return self._session
 
     def close(self) -> None:
-        """Stops the devices and frees all memory. Safe to repeat."""
+        """Stops the devices, frees all memory and keeps what was learned of the machine. Safe to repeat."""
         self._is_closed = True
         if self._session is not None:
             self._session.close()
             self._session = None
+            self._planner.close()
         self._checkpoint.close()
 
     def __enter__(self) -> LLM:

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 from twinpilots.plan.rebalance import Option
@@ -24,6 +25,7 @@ class Background:
     """One solve at a time. Close it: a solve in progress is waited for."""
 
     def __init__(self) -> None:
+        self.last_s = 0.0
         self._thread: threading.Thread | None = None
         self._answer: tuple[Option, ...] | None = None
 
@@ -50,7 +52,7 @@ class Background:
         with contextlib.suppress(OSError, AttributeError):  # a system without these: the solve then has the driver's own standing
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
             os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the driver's thread, from which this one was made, may be pinned
-        before = sys.getswitchinterval()
+        began, before = time.thread_time(), sys.getswitchinterval()
         sys.setswitchinterval(min(before, SWITCH_INTERVAL_S))
         try:
             self._answer = solve()
@@ -58,3 +60,4 @@ class Background:
             logger.exception("a better plan could not be looked for; the run goes on with the present one")
         finally:
             sys.setswitchinterval(before)
+            self.last_s = time.thread_time() - began

@@ -21,8 +21,10 @@ from twinpilots.plan.tasks import PassShape, Schedule
 from twinpilots.runtime.stats import BusySeconds
 from twinpilots.stats.tracker import Snapshot, Tracker, WorkTime
 
-RENEW_PASSES = 4  # how often the rates that predictions go by are looked after
-RENEW_DRIFT = 0.01  # of a pass's time: below this, simulating anew tells no difference
+EAGER_PASSES = 16  # the first ones: all are looked at
+LOOK_PASSES = 2  # while nothing is unusual, every second pass tells enough: looking takes the driver's time
+RENEW_PASSES = 16  # how often the rates that predictions go by are looked after; a jump is followed at once
+RENEW_DRIFT = 0.04  # of a pass's time: less is left to what passes of the plan have taught, because simulating anew is not free
 DRIVER_DECAY = 0.2  # weight of the newest pass in the mean of the driver's time
 DRIVER_MOST_S = 0.02  # a pause of the process is not the driver's work
 MOST_REMEMBERED = 512  # passes
@@ -61,6 +63,7 @@ class OnlinePlanner:
         self.tracker = Tracker(profile)
         self.adaptation = Adaptation(self.tracker, self._solve, runner)
         self._renewed_at: Snapshot = {}
+        self._num_jumps = 0
         self._estimators: dict[tuple[int, PassShape], tuple[BucketPlan, PassEstimator]] = {}
         self._timings: dict[tuple[int, PassLoad], PassTiming] = {}
         self._simulated: dict[tuple[int, PassShape], list[tuple[Mapping[str, float], PassTiming]]] = {}  # with each one's work by resource
@@ -76,9 +79,13 @@ class OnlinePlanner:
 
     def after_pass(self, done: PassDone, prediction: PassPrediction) -> Change | None:
         """Learn from a pass; the plan to go on with, or None to stay."""
-        self.tracker.observe(self._records(done), done.seconds)
+        if self.tracker.num_passes < EAGER_PASSES or not self.tracker.is_settled or (self.tracker.num_passes + 1) % LOOK_PASSES == 0:
+            self.tracker.observe(self._records(done), done.seconds)
+        else:
+            self.tracker.pass_over()
         self._driver_s += DRIVER_DECAY * (min(done.driver_s, DRIVER_MOST_S) - self._driver_s)
-        if self.tracker.num_passes % RENEW_PASSES == 0 and self.tracker.drift(self._renewed_at)[0] > RENEW_DRIFT:
+        jumps, self._num_jumps = self._num_jumps, self.tracker.num_jumps
+        if jumps != self._num_jumps or (self.tracker.num_passes % RENEW_PASSES == 0 and self.tracker.drift(self._renewed_at)[0] > RENEW_DRIFT):
             self._renew()
         if not self.adapts:
             return None
@@ -97,6 +104,10 @@ class OnlinePlanner:
         self._simulated.clear()
         self._work.clear()
         self._expected.clear()
+
+    def recalled(self) -> None:
+        """The tracker was given an earlier run's history: predict by it."""
+        self._renew()
 
     # -- predictions -------------------------------------------------------------------------------------------------------------------------
 

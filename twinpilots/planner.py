@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from twinpilots import history
 from twinpilots.background import Background
 from twinpilots.config import EngineConfig
 from twinpilots.errors import LimitError, UserError
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 FROZEN_LENS = (8192, 4096, 2048, 1024, 512)  # lengths of one sequence that a frozen plan tries to hold
 HOST_SHARE = 0.9  # of the free host memory, when no limit is given: the rest is for the process itself and its neighbours
 MOST_GAIN = 0.5  # another plan for the same policy hardly ever saves more than this fraction of the time
-KV_STEP = 32  # predictions are remembered per this many tokens of context: a pass's time changes by less than a percent between them
+KV_STEP = 32  # predictions are remembered per this many tokens of context, at least: a pass's time changes by a percent or two between them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +63,24 @@ class Planner:
         self.config, self.spec, self.fingerprint = config, spec, fingerprint
         self.limits = limits_of(config, profile)
         self._solved: dict[tuple[Workload, int | None, bool], Solution] = {}  # by workload, and whether all policies were compared
-        self.online = OnlinePlanner(spec, profile, Background(), adapts=config.policy == "auto" and not self.is_fixed)
+        self._background = Background()
+        self.online = OnlinePlanner(spec, profile, self._background, adapts=config.policy == "auto" and not self.is_fixed)
         self._known_plan: Plan | None = None
         self._known_s: dict[Workload, float] = {}  # of the known plan
         self._solve_s = 0.0  # what the last solve took
+
+    def recall_history(self) -> None:
+        """Start from what earlier runs on this machine have taught; a plan that must not change does not ask."""
+        if not self.is_fixed and history.recall(self.online.tracker):
+            self.online.recalled()
+
+    def close(self) -> None:
+        """Keeps what this run has taught, and ends a re-solve that may be under way."""
+        self._background.close()
+        self.store_history()
+
+    def store_history(self) -> None:
+        history.store(self.online.tracker)
 
     @property
     def profile(self) -> HardwareProfile:
@@ -250,4 +265,6 @@ def pass_load_of(batch: StepBatch) -> PassLoad:
 
 
 def _rounded(tokens: float) -> int:
-    return max(1, round(tokens / KV_STEP) * KV_STEP)
+    """To `KV_STEP` tokens, or a sixteenth of the power of two below where that is more."""
+    step = max(KV_STEP, 1 << max(0, int(tokens).bit_length() - 5))
+    return max(1, round(tokens / step) * step)

@@ -37,6 +37,7 @@ from twinpilots.runtime.stats import EngineStats, PassReport, WeightShares
 from twinpilots.trace import Recorder, TracedPass
 
 logger = logging.getLogger(__name__)
+STORE_PASSES = 5000  # between two times that what was learned is stored: a run that is killed has not learned in vain
 PREPARE_S = 0.6  # what loading may spend on compiling programs ahead
 
 
@@ -129,6 +130,8 @@ class Session:
             driver_s=seconds - report.seconds, remaining=self.scheduler.passes_left(batch.bucket.phase),
         )  # fmt: skip
         change = online.after_pass(done, predicted)
+        if online.tracker.num_passes % STORE_PASSES == 0:
+            self._planner.store_history()
         if change is not None:
             self.set_plan(change.plan, change.reason)
         return tracing_ns

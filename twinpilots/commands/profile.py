@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from twinpilots.commands import options
+from twinpilots.errors import UserError
 from twinpilots.progress import Progress
 
 if TYPE_CHECKING:
@@ -24,15 +25,25 @@ def register(subparsers: Any) -> None:
     options.add_format_flags(parser)
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda:N or emulated:PRESET (default: auto)")
     parser.add_argument("--threads", type=options.positive_int, metavar="N", help="threads of the CPU pilot (default: physical cores, less the driver's)")
+    parser.add_argument("--forget", action="store_true", help="instead of measuring: remove what earlier runs have learned of this machine's speed")
     options.add_output_flags(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Measure and store; print the rates or return the profile."""
+    """Measure and store; print the rates or return the profile. With --forget: remove histories."""
     from twinpilots.commands.models import model_spec
+    from twinpilots.history import forget
     from twinpilots.machine import TYPICAL_MODEL, measure_machine
 
+    if args.forget:
+        if args.model:
+            raise UserError("--forget takes no MODEL: it removes the histories of all models on this machine")
+        removed = forget()
+        if args.json:
+            return {"schema": 1, "removed": removed}
+        print(f"{removed} histories removed; the measured profiles stay")
+        return None
     spec = model_spec(args.model or TYPICAL_MODEL, revision=args.revision, dtype=args.dtype, quantization=args.quantization, keep=args.keep)
     with Progress("profile", unit="steps") as bar:
         profile = measure_machine(args.device, spec, threads=args.threads, progress=lambda step: bar.update(note=step))

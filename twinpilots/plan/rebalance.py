@@ -20,7 +20,7 @@ from twinpilots.plan.memory import tasks_allowance
 from twinpilots.plan.plan import BucketPlan, Plan, Split
 from twinpilots.plan.pricing import QUICK_SAMPLES, coarse_packet_bytes
 from twinpilots.plan.problem import Problem
-from twinpilots.plan.program import Machine, Program, solve_program
+from twinpilots.plan.program import BLOCKS, Machine, Program, solve_program
 from twinpilots.plan.simulate import PassEstimator
 from twinpilots.plan.tasks import GPU_KV, NUM_GROUPS
 from twinpilots.plan.terms import MeanPass, planned_terms
@@ -28,8 +28,9 @@ from twinpilots.plan.workload import Limits, Workload
 
 Pilots = Literal["both", "cpu", "stream"]  # who computes the rows that are not resident
 MICRO_BATCHES = (1, 2, 4)
-PROGRAMS_PRICED = 3  # answers of the linear program that the simulator prices
-SCALES = (0.8, 1.25, 0.92, 1.08)  # factors tried on the CPU's shares of the best, coarse then fine
+PROGRAMS_PRICED = 2  # answers of the linear program that the simulator prices
+# Factors tried on the CPU's shares of the best, and of whom: most of the work first, coarse then fine.
+STEPS = (*((BLOCKS["mlp"], factor) for factor in (0.75, 1.33, 0.9, 1.11)), *((BLOCKS["attention"], factor) for factor in (0.6, 1.6)))
 GAIN = 1.002  # an improvement worth keeping
 
 
@@ -113,6 +114,20 @@ def shares_of(bucket: BucketPlan) -> tuple[float, float]:
     return sum(split.cpu for split in splits) / total, sum(split.streamed for split in splits) / total
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """``share``: the CPU's, of all rows of every op."""
+
+    seconds: float
+    bucket: BucketPlan
+    share: Mapping[str, float]
+    side: Attention
+
+
+def _scaled(share: Mapping[str, float], part: tuple[str, ...], factor: float) -> dict[str, float]:
+    return {name: min(1.0, value * factor) if name in part else value for name, value in share.items()}
+
+
 class _Search:
     """Prices buckets under one load and tries others."""
 
@@ -121,6 +136,7 @@ class _Search:
         workload = Workload(num_requests=1, input_len=1, output_len=1, max_num_seqs=1)  # the passes are given here, not derived
         options = PlanOptions(unit_rows=plan.unit_rows, kv_dtype=plan.kv_dtype, max_model_len=plan.max_model_len)
         self.problem = Problem.of(spec, profile, workload, Limits(gpu_bytes=profile.gpu_memory_bytes, host_bytes=profile.host_memory_bytes), options)
+        self.tried: list[BucketPlan] = []
         self.room = sum(tasks_allowance(spec, plan, each, self.problem.templates) for each in plan.buckets)
 
     def seconds(self, bucket: BucketPlan) -> float:
@@ -136,29 +152,53 @@ class _Search:
                 yield Option(bucket=bucket, seconds=self.seconds(bucket), pilots=pilots)  # type: ignore[arg-type]
 
     def shared(self) -> Option | None:
-        """The best of the linear program's answers, then nudged."""
+        """The best of the linear program's answers and of the bucket as it is, then nudged step by step: the program ignores order, units and the ring."""
+        best: _Trial | None = None
+        for share, batches, side in [*self._programmed(), self._as_it_is()]:
+            best = self._better(best, share, batches, side)
+        if best is None:
+            return None
+        for part, factor in STEPS:
+            while (moved := self._better(best, _scaled(best.share, part, factor), best.bucket.micro_batches, best.side)) is not best:
+                assert moved is not None
+                best = moved
+        return Option(bucket=best.bucket, seconds=best.seconds, pilots=pilots_of(best.bucket))
+
+    def _programmed(self) -> list[tuple[Mapping[str, float], int, Attention]]:
+        """The program's best CPU shares, with their micro-batches and side of attention."""
         answers: list[tuple[float, int, Mapping[str, float], int, Attention]] = []
         for batches in self._batches():
             for side in self._sides():
                 shares = solve_program(self._program(batches, side), relaxed=True)
                 if shares is not None:
                     answers.append((shares.seconds, len(answers), shares.phases[0].cpu, batches, side))
-        best: tuple[float, BucketPlan, Mapping[str, float], int, Attention] | None = None
-        for _, _, cpu, batches, side in sorted(answers)[:PROGRAMS_PRICED]:
-            best = self._better(best, cpu, batches, side)
-        for factor in SCALES if best is not None else ():
-            assert best is not None
-            best = self._better(best, {name: min(1.0, value * factor) for name, value in best[2].items()}, best[3], best[4])
-        return None if best is None else Option(bucket=best[1], seconds=best[0], pilots=pilots_of(best[1]))
+        ranked = sorted(answers, key=lambda answer: answer[:2])
+        # The program sees little of what micro-batches are for, so the best answer of every number of them is priced.
+        chosen = [next(answer for answer in ranked if answer[3] == batches) for batches in sorted({answer[3] for answer in ranked})]
+        chosen += [answer for answer in ranked[:PROGRAMS_PRICED] if answer not in chosen]
+        return [(share, batches, side) for _, _, share, batches, side in chosen]
 
-    def _better(
-        self, best: tuple[float, BucketPlan, Mapping[str, float], int, Attention] | None, cpu: Mapping[str, float], batches: int, side: Attention
-    ) -> tuple[float, BucketPlan, Mapping[str, float], int, Attention] | None:  # fmt: skip
-        bucket = self._bucket(cpu, batches, side)
-        if tasks_allowance(self.spec, self.plan, bucket, self.problem.templates) > self.room or (best is not None and bucket == best[1]):
+    def _as_it_is(self) -> tuple[Mapping[str, float], int, Attention]:
+        """The CPU's mean share of every op now."""
+        rows, cpu = dict.fromkeys(self.problem.ops, 0), dict.fromkeys(self.problem.ops, 0)
+        for layer in self.bucket.splits:
+            for name, split in layer.items():
+                rows[name] += split.rows
+                cpu[name] += split.cpu
+        return {name: cpu[name] / rows[name] for name in rows}, self.bucket.micro_batches, self._side_now
+
+    def _better(self, best: _Trial | None, share: Mapping[str, float], batches: int, side: Attention) -> _Trial | None:
+        """A trial of these shares where it is possible and better than the best so far, else the best so far."""
+        bucket = self._bucket(share, batches, side)
+        if bucket in self.tried or tasks_allowance(self.spec, self.plan, bucket, self.problem.templates) > self.room:
             return best
+        self.tried.append(bucket)
         seconds = self.seconds(bucket)
-        return (seconds, bucket, cpu, batches, side) if best is None or seconds * GAIN < best[0] else best
+        return _Trial(seconds=seconds, bucket=bucket, share=share, side=side) if best is None or seconds * GAIN < best.seconds else best
+
+    @property
+    def _side_now(self) -> Attention:
+        return self.bucket.host_attention if self.bucket.phase == "decode" else self.bucket.host_prefill_attention
 
     def _batches(self) -> list[int]:
         most = min(self.sequences.num_seqs, self.bucket.max_tokens)
@@ -166,7 +206,7 @@ class _Search:
 
     def _sides(self) -> list[Attention]:
         """Who may attend host KV in such passes. The GPU only where the staging area holds what would be streamed."""
-        now = self.bucket.host_attention if self.bucket.phase == "decode" else self.bucket.host_prefill_attention
+        now = self._side_now
         if not self.sequences.host:
             return [now]
         fits = self.sequences.pages(self.plan.page_size) <= self.plan.kv_staging_pages

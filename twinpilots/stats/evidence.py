@@ -22,6 +22,7 @@ JUMP_WEIGHT = 6.0  # records that these count as
 AFTER_JUMP = 0.02  # what older evidence counts after a jump
 STRAY_LOG = 1.6  # a record that says more than five times slower or faster counts as this much: a pause is not a rate
 NOISE_DECAY = 0.9
+MOST_RECALLED_LOG = 0.4  # what a file may say at most: what a run ended in may have been a passing load
 LEAST_WEIGHT = 0.02  # evidence below this is forgotten
 
 
@@ -42,6 +43,7 @@ class Evidence:
     bins: dict[int, _Bin] = field(default_factory=dict)
     noise_log: float = 0.0  # mean distance of records from the estimate, in log ratio
     num_records: int = 0
+    num_jumps: int = 0
     last_size: float = 1.0
     last_at: int = 0  # the pass of the newest record
     _off: list[float] = field(default_factory=list)  # the last log ratios, while they lie far off on one side
@@ -57,6 +59,7 @@ class Evidence:
                 found.log_sum *= AFTER_JUMP
             self._put(log_ratio, size, at, JUMP_WEIGHT)
             self._off = []
+            self.num_jumps += 1
         else:
             self._put(self._damped(estimate, residual), size, at, 1.0)
             self.noise_log = NOISE_DECAY * self.noise_log + (1 - NOISE_DECAY) * abs(residual) if self.num_records else 0.0
@@ -72,6 +75,11 @@ class Evidence:
             self._off = []
         self._off.append(estimate + residual)
         return len(self._off) >= JUMP_RECORDS
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the last record was near the estimate."""
+        return not self._off
 
     def _damped(self, estimate: float, residual: float) -> float:
         """While it may be a stray, a record far off counts as one at the edge of the far."""
@@ -126,9 +134,10 @@ class Evidence:
         """What `as_dict` gave, aged by ``weight_factor``. ValueError or TypeError for anything else."""
         found = Evidence(noise_log=_finite(data["noise"]))
         for size, weight, log_sum in data["sizes"]:
-            if not (_finite(size) > 0 and _finite(weight) > 0 and abs(_finite(log_sum)) <= STRAY_LOG * 2 * weight):
-                raise ValueError(f"no evidence: size {size!r}, weight {weight!r}, sum {log_sum!r}")
-            found.bins[_key(size)] = _Bin(_log2(size), weight * weight_factor, log_sum * weight_factor)
+            if not (_finite(size) > 0 and _finite(weight) > 0):
+                raise ValueError(f"no evidence: size {size!r}, weight {weight!r}")
+            log_mean = max(-MOST_RECALLED_LOG, min(MOST_RECALLED_LOG, _finite(log_sum) / weight))
+            found.bins[_key(size)] = _Bin(_log2(size), weight * weight_factor, log_mean * weight * weight_factor)
             found.last_size = size
         return found
 

@@ -19,6 +19,7 @@ from twinpilots.stats.evidence import Evidence
 MOST_STORED_WEIGHT = 3.0  # records of a size that a file keeps: a new run's own records soon outweigh them
 UNSEEN_SHARE = 0.25  # of a pass: what work counts that is not done now, but would be if its rate came back
 UNSEEN_PASSES = 8
+SMALL_SHARE = 0.05  # of a pass: work that is less is not waited for
 Kind = tuple[Resource, str]  # as in WorkKind, heads together with other linears: they differ in size alone
 Snapshot = Mapping[Kind, float]
 
@@ -58,6 +59,10 @@ class Tracker:
         for kind, share in shares.items():
             self._shares[kind] = 0.8 * self._shares.get(kind, share) + 0.2 * share
 
+    def pass_over(self) -> None:
+        """A pass that is not looked at."""
+        self.num_passes += 1
+
     def factor(self, resource: Resource, key: str, size: float) -> float:
         """Measured / expected at this size; 1 where nothing was seen."""
         found = self.evidence.get((resource, key))
@@ -67,6 +72,15 @@ class Tracker:
         """How far `factor` may well be off, as a fraction of it."""
         found = self.evidence.get((resource, key))
         return 0.0 if found is None else math.expm1(found.error_log(size, self.num_passes))
+
+    @property
+    def num_jumps(self) -> int:
+        return sum(found.num_jumps for found in self.evidence.values())
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no work that matters was far off its estimate just now: what may become a jump in the next passes."""
+        return all(found.is_settled or self._shares.get(kind, 0.0) < SMALL_SHARE for kind, found in self.evidence.items())
 
     # -- drift -----------------------------------------------------------------------------------------------------------------------------
 
