@@ -173,12 +173,12 @@ def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in LLM_ARGUMENTS if hasattr(args, name)}
 
 
-def open_llm(args: argparse.Namespace) -> LLM:
-    """The `LLM` that the flags describe; use it as a context manager."""
+def open_llm(args: argparse.Namespace, **more: Any) -> LLM:
+    """The `LLM` that the flags describe, and ``more`` of its arguments; use it as a context manager."""
     from twinpilots.api import LLM
 
     with arguments_are_the_users():
-        return LLM(**llm_arguments(args))
+        return LLM(**llm_arguments(args), **more)
 
 
 def sampling_params(args: argparse.Namespace, llm: LLM, **more: Any) -> SamplingParams:

@@ -31,10 +31,11 @@ class QueueAccount:
     weight_bytes: int
     copies: np.ndarray  # INSN
     kv_copies: np.ndarray  # INSN
+    streamed: np.ndarray  # indices of the instructions that take weights off the link
 
     @staticmethod
-    def of(queue: Queue, insns: np.ndarray, linears: Sequence[np.ndarray]) -> QueueAccount:
-        """``linears``: per kind of linear the indices of its instructions."""
+    def of(queue: Queue, insns: np.ndarray, linears: Sequence[np.ndarray], streamed: Sequence[int] = ()) -> QueueAccount:
+        """``linears``: per kind of linear the indices of its instructions. ``streamed``: those that take weights off the link."""
         ops = insns["op"]
         classes = np.full(len(ops), LINK if queue in ("link_in", "link_out") else SMALL)
         classes[ops == Op.COPY], classes[ops == Op.EMBED] = LINK, IDLE
@@ -42,12 +43,16 @@ class QueueAccount:
             classes[indices] = SMALL + 1 + number
         return QueueAccount(
             queue=queue, classes=classes, num_classes=SMALL + 1 + len(linears), weight_bytes=int(insns["a"][ops == Op.LOAD, 2].sum()),
-            copies=insns[ops == Op.COPY], kv_copies=insns[(ops == Op.LOAD_KV) | (ops == Op.STORE_KV)],
+            copies=insns[ops == Op.COPY], kv_copies=insns[(ops == Op.LOAD_KV) | (ops == Op.STORE_KV)], streamed=np.array(streamed, np.intp),
         )  # fmt: skip
 
     def seconds(self, times: np.ndarray) -> np.ndarray:
         """Seconds of work per class, from int64 [instructions][3]: wait began, work began, work ended (ns)."""
         return np.bincount(self.classes, times[:, 2] - times[:, 1], self.num_classes) * 1e-9
+
+    def weight_wait_s(self, times: np.ndarray) -> float:
+        """Seconds that instructions over streamed weights waited, from the same array."""
+        return float((times[self.streamed, 1] - times[self.streamed, 0]).sum()) * 1e-9
 
 
 def instruction_rows(insns: np.ndarray, meta: np.ndarray) -> np.ndarray:

@@ -241,8 +241,12 @@ class Executor:
             times[queue] = self.host.view(first, np.int64, (len(rows), 3)), self.host.view(second, np.int64, (len(rows), 3))
         linears = self._linears(program)
         accounts = tuple(
-            QueueAccount.of(queue, rows, [group.indices for group in linears if group.queue == queue]) for queue, rows in program.queues.items() if len(rows)
-        )
+            QueueAccount.of(
+                queue, rows, [group.indices for group in linears if group.queue == queue],
+                [index for index, task in enumerate(program.schedule.queue(queue)) if task.source == "ring"],
+            )
+            for queue, rows in program.queues.items() if len(rows)
+        )  # fmt: skip
         return Placed(program, insns, traces, times, weight_shares(self.spec, self.plan, program.bucket), linears, accounts)
 
     def _linears(self, program: Program) -> tuple[_Linears, ...]:
@@ -292,6 +296,7 @@ class Executor:
             seconds=seconds, predicted_s=None, busy_s=busy_seconds(self._by_class),
             bytes=bytes_moved(placed.accounts, self._meta, page_bytes(self.spec, self.plan), self.plan.page_size), weights=placed.shares,
             num_prompt_tokens=batch.num_prompt_tokens, num_generated=batch.num_generated,
+            weight_wait_s=sum(account.weight_wait_s(self._times(placed, account.queue)) for account in placed.accounts if len(account.streamed)),
         )  # fmt: skip
 
     def pass_times(self) -> PassTimes | None:
