@@ -26,7 +26,7 @@ from twinpilots.commands import eval as evaluate
 from twinpilots.errors import TwinPilotsError, UserError
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-COMMANDS = (generate, chat, serve, plan, profile, doctor, bench, evaluate)
+COMMANDS = (generate, chat, plan, profile, doctor, bench, evaluate, serve)
 # An unreadable or missing file that the user named is bad input; any other OSError is not.
 INPUT_OS_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
