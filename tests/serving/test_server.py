@@ -34,7 +34,9 @@ def test_a_completion_is_the_models(server: ServerProcess) -> None:
     assert answer["usage"] == {"prompt_tokens": 14, "completion_tokens": 21, "total_tokens": 35}
 
 
-@pytest.mark.parametrize("path, body", [("/v1/completions", {**GREEDY, "logprobs": 2}), ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2})])
+@pytest.mark.parametrize(
+    "path, body", [("/v1/completions", {**GREEDY, "logprobs": 2}), ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2})]
+)
 def test_a_streams_pieces_make_the_whole_answer(server: ServerProcess, path: str, body: dict[str, Any]) -> None:
     whole = server.ask("POST", path, body).json
     *chunks, usage, done = server.events(path, {**body, "stream_options": {"include_usage": True}})
@@ -57,7 +59,7 @@ def test_several_prompts_and_choices_keep_their_places(server: ServerProcess) ->
     whole = server.ask("POST", "/v1/completions", body).json["choices"]
     assert [choice["index"] for choice in whole] == [0, 1, 2, 3]
     assert whole[0]["text"] == whole[1]["text"] != whole[2]["text"] == whole[3]["text"]
-    streamed = {index: "" for index in range(4)}
+    streamed = dict.fromkeys(range(4), "")
     for chunk in server.events("/v1/completions", body)[:-1]:
         streamed[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
     assert streamed == {choice["index"]: choice["text"] for choice in whole}

@@ -12,6 +12,7 @@ from twinpilots.errors import UserError
 
 if TYPE_CHECKING:
     from twinpilots.api import LLM
+    from twinpilots.server.view import Snapshot
 
 KEY_VARIABLE = "TWINPILOTS_API_KEY"
 
@@ -60,10 +61,12 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         )  # fmt: skip
 
     def open_llm() -> LLM:
-        llm = options.open_llm(args, expected=EXPECTED)
-        names, plan = ", ".join(settings.model_names), llm.plan
-        print(f"ready: {names}, at most {plan.max_num_seqs} sequences at once, of at most {plan.max_model_len} tokens", file=sys.stderr, flush=True)
-        return llm
+        return options.open_llm(args, expected=EXPECTED)
 
-    stats = serve(settings, open_llm, lambda url: print(f"listening on {url}", file=sys.stderr, flush=True))
+    def on_ready(snapshot: Snapshot) -> None:
+        limits = snapshot.limits
+        names = ", ".join(settings.model_names)
+        print(f"ready: {names}, at most {limits['max_num_seqs']} sequences at once, of at most {limits['max_model_len']} tokens", file=sys.stderr, flush=True)
+
+    stats = serve(settings, open_llm, on_listening=lambda url: print(f"listening on {url}", file=sys.stderr, flush=True), on_ready=on_ready)
     return {"schema": 1, "model": args.model, "stats": stats} if args.json else None

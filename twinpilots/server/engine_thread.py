@@ -59,15 +59,15 @@ class RequestFailedError(TwinPilotsError):
 
 
 class EngineThread:
-    """``open_served`` loads the model, in the thread. ``max_accepted`` sequences are in flight at most. ``on_pass`` runs in the loop after every pass,
-    ``on_stop`` once, when the thread has ended, with the error that ended it (None: it was asked to)."""
+    """``open_served`` loads the model, in the thread. ``max_accepted`` sequences are in flight at most. In the loop, ``on_ready`` runs when
+    it is loaded, ``on_pass`` after every pass, ``on_stop`` once, when the thread has ended, with the error that ended it (None: it was asked to)."""
 
     def __init__(
-        self, open_served: Callable[[], Served], *, max_accepted: Callable[[], int],
+        self, open_served: Callable[[], Served], *, max_accepted: Callable[[], int], on_ready: Callable[[], None],
         on_pass: Callable[[PassFacts], None], on_stop: Callable[[BaseException | None], None],
     ) -> None:  # fmt: skip
         self._open_served, self._max_accepted = open_served, max_accepted
-        self._on_pass, self._on_stop = on_pass, on_stop
+        self._on_ready, self._on_pass, self._on_stop = on_ready, on_pass, on_stop
         self.state: State = "loading"
         self._commands: queue.SimpleQueue[Callable[[Served], None] | None] = queue.SimpleQueue()
         self._in_flight: set[str] = set()  # the engine thread's own, as is the next
@@ -174,6 +174,7 @@ class EngineThread:
     def _opened(self) -> None:
         if self.state == "loading":
             self.state = "ready"
+            self._on_ready()
 
     def _serve(self, served: Served) -> None:
         failures = 0

@@ -22,6 +22,7 @@ from twinpilots.errors import UserError
 from twinpilots.server.app import create_app
 from twinpilots.server.service import Service
 from twinpilots.server.settings import ServerSettings
+from twinpilots.server.view import Snapshot
 
 logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 5e-4  # how long the engine's thread waits for Python's lock at most, after each native call; Python's default is ten times that
@@ -36,8 +37,11 @@ class _Server(uvicorn.Server):
         yield
 
 
-def serve(settings: ServerSettings, open_llm: Callable[[], LLM], on_listening: Callable[[str], None]) -> Mapping[str, Any]:
-    """Serve until a signal comes; the engine's statistics. ``on_listening`` hears the address, before the model loads.
+def serve(
+    settings: ServerSettings, open_llm: Callable[[], LLM], *, on_listening: Callable[[str], None], on_ready: Callable[[Snapshot], None]
+
+) -> Mapping[str, Any]:  # fmt: skip
+    """Serve until a signal comes; the engine's statistics. ``on_listening`` hears the address before the model loads, ``on_ready`` the engine's limits.
 
     Raises what ended the engine, KeyboardInterrupt after Ctrl-C, UserError when the address cannot be had.
     """
@@ -47,7 +51,7 @@ def serve(settings: ServerSettings, open_llm: Callable[[], LLM], on_listening: C
         before_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         try:
-            error, interrupted, stats = asyncio.run(_serve(settings, open_llm, listener))
+            error, interrupted, stats = asyncio.run(_serve(settings, open_llm, on_ready, listener))
         finally:
             sys.setswitchinterval(before_s)
     if error is not None:
@@ -65,7 +69,9 @@ def _bound(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}; choose another --host or --port") from error
 
 
-async def _serve(settings: ServerSettings, open_llm: Callable[[], LLM], listener: socket.socket) -> tuple[BaseException | None, bool, Mapping[str, Any]]:
+async def _serve(
+    settings: ServerSettings, open_llm: Callable[[], LLM], on_ready: Callable[[Snapshot], None], listener: socket.socket
+) -> tuple[BaseException | None, bool, Mapping[str, Any]]:  # fmt: skip
     """(what ended the engine, whether Ctrl-C ended it all, the engine's statistics)."""
     loop = asyncio.get_running_loop()
     ended: list[BaseException | None] = []
@@ -81,7 +87,7 @@ async def _serve(settings: ServerSettings, open_llm: Callable[[], LLM], listener
         service.engine.drain()
         server.should_exit = True
 
-    service = Service(settings, open_llm, on_stop)
+    service = Service(settings, open_llm, on_ready=on_ready, on_stop=on_stop)
     config = uvicorn.Config(
         create_app(service), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
         timeout_keep_alive=30, server_header=False, loop="asyncio", http="h11", ws="none",

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 from twinpilots.api import LLM
 from twinpilots.plan.workload import Workload
+from twinpilots.server.pacing import Pacer
 from twinpilots.server.tickets import Job, PassFacts
 from twinpilots.server.view import View
 
@@ -26,6 +27,7 @@ class ServedLLM:
         self._stack.enter_context(llm)
         self._live = self._stack.enter_context(llm.open_engine())
         self.view = View(llm, self._live)
+        self._pacer = Pacer()
 
     def add(self, job: Job) -> None:
         self._live.add(job.request_id, job.prompt_token_ids, job.params, job.prompt)
@@ -37,14 +39,22 @@ class ServedLLM:
         return self._live.num_unfinished > 0
 
     def step(self, streamed: Container[str]) -> PassFacts:
+        session = self._live.session
+        prompts = sum(sequence.is_catching_up for sequence in session.scheduler.running)
+        decoding = len(session.scheduler.running) - prompts
+        session.scheduler.prompt_budget = self._pacer.budget(prompts + len(session.scheduler.waiting), decoding)
+        began_s = time.perf_counter()
         outputs = self._live.step(partial=streamed)
-        last_pass = self._live.session.last_pass
+        seconds = time.perf_counter() - began_s
+        last_pass = session.last_pass
         assert last_pass is not None
         items = last_pass[0].items
+        chunks = [item.num_tokens for item in items if item.is_chunk]
+        self._pacer.observe(seconds, sum(chunks), len(items) - len(chunks))
         self.view.after_pass(last_pass[0])
         return PassFacts(
             ended_s=time.monotonic(), outputs=tuple(outputs), scheduled=tuple(dict.fromkeys(item.sequence.request_id for item in items)),
-            sampled=self._live.session.engine.last_sampled,
+            sampled=session.engine.last_sampled,
         )  # fmt: skip
 
     def rest(self) -> None:

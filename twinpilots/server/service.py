@@ -63,16 +63,24 @@ class Prepared:
 
 
 class Service:
-    """``open_llm`` loads the model, in the engine's thread. ``on_stop`` hears when the engine has ended, and of what."""
+    """``open_llm`` loads the model, in the engine's thread. ``on_ready`` hears when it is there, ``on_stop`` when the engine has ended, and of what."""
 
-    def __init__(self, settings: ServerSettings, open_llm: Callable[[], LLM], on_stop: Callable[[BaseException | None], None]) -> None:
+    def __init__(
+        self, settings: ServerSettings, open_llm: Callable[[], LLM], *, on_ready: Callable[[Snapshot], None], on_stop: Callable[[BaseException | None], None]
+    ) -> None:
         self.settings = settings
         self.created = int(time.time())
         self.telemetry = Telemetry(settings.model_names[0])
         self.model: LoadedModel | None = None
         self._open_llm = open_llm
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="twinpilots-text")
-        self.engine = EngineThread(self._open_served, max_accepted=self._max_accepted, on_pass=self.telemetry.on_pass, on_stop=on_stop)
+        self.engine = EngineThread(
+            self._open_served,
+            max_accepted=self._max_accepted,
+            on_ready=lambda: on_ready(self.loaded.view.newest),
+            on_pass=self.telemetry.on_pass,
+            on_stop=on_stop,
+        )
 
     def start(self) -> None:
         """Begin to load."""
