@@ -28,13 +28,15 @@ from twinpilots.cli import build_parser
 from twinpilots.commands import options
 from twinpilots.server.served import EXPECTED
 
-num_requests, input_len, output_len = map(int, sys.argv[1:4])
-expected = replace(EXPECTED, num_requests=num_requests, max_num_seqs=num_requests)
-with options.open_llm(build_parser().parse_args(["serve", *sys.argv[4:]]), expected=expected) as llm:
+concurrency, each, input_len, output_len = map(int, sys.argv[1:5])
+num_requests = concurrency * each
+expected = replace(EXPECTED, num_requests=num_requests, max_num_seqs=concurrency)
+with options.open_llm(build_parser().parse_args(["serve", *sys.argv[5:]]), expected=expected) as llm:
     prompts = [[100 + (7 * request + 3 * token) % 900 for token in range(input_len)] for request in range(num_requests)]
+    llm.generate(prompts[:concurrency], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False)
     params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
     best = 0.0
-    for _ in range(3):
+    for _ in range(2):
         began_s = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
         best = max(best, num_requests * output_len / (time.perf_counter() - began_s))
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any] | None
     """Measure; print the table or return the document."""
     offline = _offline(args, flags)
     process = subprocess.Popen(
-        [sys.executable, "-m", "twinpilots", "serve", args.model, "--port", "0", "--max-num-seqs", str(args.num_requests), *flags],
+        [sys.executable, "-m", "twinpilots", "serve", args.model, "--port", "0", "--max-num-seqs", str(args.concurrency), *flags],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -58,8 +60,10 @@ def run(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any] | None
     document = {"schema": 1, "model": args.model, "offline_tokens_per_s": offline, "served_tokens_per_s": served, "ratio": served / offline, **latency}
     if args.json:
         return document
-    print(f"offline engine   {offline:.1f} tokens/s, {args.num_requests} requests of {args.input_len} + {args.output_len} tokens")
-    print(f"served           {served:.1f} tokens/s, streamed to as many clients: {document['ratio']:.2f}x")
+    print(
+        f"offline engine   {offline:.1f} tokens/s, {args.concurrency} at once, {args.concurrency * args.each} requests of {args.input_len} + {args.output_len} tokens"
+    )
+    print(f"served           {served:.1f} tokens/s, streamed to {args.concurrency} clients: {document['ratio']:.2f}x")
     print(
         f"while a prompt of {latency['prompt_tokens']} tokens is prefilled ({latency['prefill_s']:.1f} s): inter-token median "
         f"{latency['itl_median_s'] * 1e3:.1f} ms, 99th percentile {latency['itl_p99_s'] * 1e3:.1f} ms, {latency['itl_p99_s'] / latency['itl_median_s']:.2f}x "
@@ -69,9 +73,9 @@ def run(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any] | None
 
 
 def _offline(args: argparse.Namespace, flags: Sequence[str]) -> float:
-    """The offline engine's tokens/s on the same requests: the best of three rounds, in a process of its own."""
-    sizes = [str(args.num_requests), str(args.input_len), str(args.output_len)]
-    command = [sys.executable, "-c", OFFLINE, *sizes, args.model, "--max-num-seqs", str(args.num_requests), *flags]
+    """The offline engine's tokens/s on the same requests: the best of two rounds, in a process of its own."""
+    sizes = [str(size) for size in (args.concurrency, args.each, args.input_len, args.output_len)]
+    command = [sys.executable, "-c", OFFLINE, *sizes, args.model, "--max-num-seqs", str(args.concurrency), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
     if done.returncode:
         raise TwinPilotsError(f"the offline engine failed: {done.stderr.strip().splitlines()[-1]}")
@@ -90,12 +94,18 @@ def _port(process: subprocess.Popen[str]) -> int:
 
 
 async def _measure(args: argparse.Namespace, port: int) -> tuple[float, dict[str, Any]]:
-    prompts = [[100 + (7 * request + 3 * token) % 900 for token in range(args.input_len)] for request in range(args.num_requests)]
+    prompts = [[100 + (7 * request + 3 * token) % 900 for token in range(args.input_len)] for request in range(args.concurrency * args.each)]
+
+    async def client(number: int, output_len: int) -> None:
+        for prompt in prompts[number :: args.concurrency]:
+            await _stream(port, prompt, output_len)
+
+    await asyncio.gather(*(client(number, 4) for number in range(args.concurrency)))
     best = 0.0
-    for _ in range(3):
+    for _ in range(2):
         began_s = time.perf_counter()
-        await asyncio.gather(*(_stream(port, prompt, args.output_len) for prompt in prompts))
-        best = max(best, args.num_requests * args.output_len / (time.perf_counter() - began_s))
+        await asyncio.gather(*(client(number, args.output_len) for number in range(args.concurrency)))
+        best = max(best, len(prompts) * args.output_len / (time.perf_counter() - began_s))
     return best, await _latency(args, port)
 
 

@@ -47,7 +47,8 @@ def _register_serve(kinds: Any) -> None:
     )  # fmt: skip
     parser.add_argument("model", metavar="MODEL", help=options.MODEL_HELP)
     group = parser.add_argument_group("benchmark")
-    group.add_argument("--num-requests", type=options.positive_int, default=32, metavar="N", help="concurrent requests (default: 32)")
+    group.add_argument("--concurrency", type=options.positive_int, default=32, metavar="N", help="clients at once (default: 32)")
+    group.add_argument("--each", type=options.positive_int, default=3, metavar="N", help="requests that each sends, one after another (default: 3)")
     group.add_argument("--input-len", type=options.positive_int, default=64, metavar="N", help="tokens of a prompt (default: 64)")
     group.add_argument("--output-len", type=options.positive_int, default=32, metavar="N", help="tokens to generate (default: 32)")
     group.add_argument("--streams", type=options.positive_int, default=4, metavar="N", help="streams that a long prompt may disturb (default: 4)")

@@ -39,7 +39,6 @@ class _Server(uvicorn.Server):
 
 def serve(
     settings: ServerSettings, open_llm: Callable[[], LLM], *, on_listening: Callable[[str], None], on_ready: Callable[[Snapshot], None]
-
 ) -> Mapping[str, Any]:  # fmt: skip
     """Serve until a signal comes; the engine's statistics. ``on_listening`` hears the address before the model loads, ``on_ready`` the engine's limits.
 
@@ -90,7 +89,7 @@ async def _serve(
     service = Service(settings, open_llm, on_ready=on_ready, on_stop=on_stop)
     config = uvicorn.Config(
         create_app(service), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
-        timeout_keep_alive=30, server_header=False, loop="asyncio", http="h11", ws="none",
+        timeout_keep_alive=30, server_header=False, date_header=False, loop="asyncio", http="httptools", ws="none",
     )  # fmt: skip
     server = _Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):
