@@ -60,9 +60,8 @@ def run(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any] | None
     document = {"schema": 1, "model": args.model, "offline_tokens_per_s": offline, "served_tokens_per_s": served, "ratio": served / offline, **latency}
     if args.json:
         return document
-    print(
-        f"offline engine   {offline:.1f} tokens/s, {args.concurrency} at once, {args.concurrency * args.each} requests of {args.input_len} + {args.output_len} tokens"
-    )
+    load = f"{args.concurrency} at once, {args.concurrency * args.each} requests of {args.input_len} + {args.output_len} tokens"
+    print(f"offline engine   {offline:.1f} tokens/s, {load}")
     print(f"served           {served:.1f} tokens/s, streamed to {args.concurrency} clients: {document['ratio']:.2f}x")
     print(
         f"while a prompt of {latency['prompt_tokens']} tokens is prefilled ({latency['prefill_s']:.1f} s): inter-token median "
