@@ -117,11 +117,9 @@ async def _latency(args: argparse.Namespace, port: int) -> dict[str, Any]:
     first = await _stream(port, long_prompt, 1)
     ended_s = first[-1]
     arrivals = await asyncio.gather(*streams)
-    during, before = [], []
-    for times in arrivals:
-        for earlier, later in zip(times, times[1:], strict=False):
-            (during if began_s <= earlier and later <= ended_s else before).append(later - earlier) if later <= ended_s else None
-    during.sort()
+    pairs = [pair for times in arrivals for pair in zip(times, times[1:], strict=False)]
+    before = [later - earlier for earlier, later in pairs if later < began_s]
+    during = sorted(later - earlier for earlier, later in pairs if began_s <= earlier and later <= ended_s)
     return {
         "prompt_tokens": args.long_prompt, "prefill_s": ended_s - began_s, "itl_median_s": statistics.median(during), "itl_samples": len(during),
         "itl_p99_s": during[min(len(during) - 1, int(0.99 * len(during)))], "itl_max_s": during[-1], "itl_alone_s": statistics.median(before),
