@@ -60,8 +60,9 @@ class LLM:
     Arguments are those of docs/cli.md; None means: decided by measurement and plan. ``gpu_memory`` and ``host_memory`` are bytes or text
     ("8GiB"). ``plan`` is a `Plan` or the path of its JSON. ``strict`` makes tensors that nothing uses an error instead of a
     warning. ``keep`` names weights that ``quantization`` leaves alone, by patterns such as "lm_head" or "*.down_proj". ``enable_prefix_caching``: prompts that
-    begin alike share what was computed of the beginning. ``load=False`` loads the weights
-    when they are first needed: with the plan for the first requests, instead of a plan for requests of usual lengths.
+    begin alike share what was computed of the beginning. ``load=False`` loads the weights when they are first needed: with the plan for the first requests,
+    instead of a plan for requests of usual lengths. ``expected``: what will be asked, where that is known before the first prompts: the first plan is made
+    for it, its lengths cut to what model and memory allow.
     Raises UserError subclasses for models, devices and limits that cannot be had, ValueError
     for malformed arguments, all before anything runs.
     """
@@ -71,7 +72,7 @@ class LLM:
         device: str = "auto", gpu_memory: int | str | None = None, host_memory: int | str | None = None, max_model_len: int | None = None,
         max_num_seqs: int | None = None, kv_cache_dtype: str = "auto", policy: str = "auto", plan: Plan | str | Path | None = None,
         threads: int | None = None, seed: int = 0, deterministic: bool = False, unit_rows: int | None = None, strict: bool = False,
-        keep: Sequence[str] = (), enable_prefix_caching: bool = True, load: bool = True,
+        keep: Sequence[str] = (), enable_prefix_caching: bool = True, load: bool = True, expected: Workload | None = None,
     ) -> None:  # fmt: skip
         self.config = EngineConfig.of(
             dtype=dtype, quantization=quantization, device=device, gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len,
@@ -94,7 +95,7 @@ class LLM:
             self._profile = load_or_measure(self.config.device, self.spec, threads=threads, tell=notices.append)
             self._planner = Planner(self.config, self.spec, self._profile, self._checkpoint.fingerprint)
             self._planner.recall_history()
-            self._workload, self._first = self._first_plan()
+            self._workload, self._first = self._first_plan() if expected is None else self._expected_plan(expected)
             for notice in notices:
                 logger.warning(notice)
             if load:
@@ -306,6 +307,21 @@ class LLM:
                 with suppress(LimitError):
                     return self._default_workload(length), self._planner.plan_for(self._default_workload(length))
             raise
+
+    def _expected_plan(self, expected: Workload) -> tuple[Workload, Plan]:
+        """The plan for an expected workload. One sequence may take the pages of all, where neither model nor memory say less; then the lengths are halved."""
+        limit = self.config.max_model_len or self.spec.max_model_len
+        num_seqs = self.config.max_num_seqs or expected.max_num_seqs
+        seq_len = min(limit, expected.seq_len)
+        while True:
+            input_len = max(1, min(expected.input_len * seq_len // expected.seq_len, seq_len - 1))
+            workload = Workload(num_requests=num_seqs, input_len=input_len, output_len=max(1, seq_len - input_len), max_num_seqs=num_seqs)
+            try:
+                return workload, self._planner.plan_for(workload, longest=min(limit, num_seqs * seq_len))
+            except LimitError:
+                if seq_len // 2 < min(SHORTER_LENS) or self.config.max_model_len is not None:
+                    raise
+                seq_len //= 2
 
     def _default_workload(self, length: int) -> Workload:
         longest = self.config.max_model_len or self.spec.max_model_len

@@ -6,7 +6,7 @@ an `LLM`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -30,6 +30,11 @@ class LiveEngine:
     def plan(self) -> Plan:
         """The plan in force."""
         return self._session().plan
+
+    @property
+    def session(self) -> Session:
+        """The session in force, to look at."""
+        return self._session()
 
     @property
     def num_unfinished(self) -> int:
@@ -75,8 +80,9 @@ class LiveEngine:
         self._session().engine.add_request(request_id, prompt_token_ids, params, prompt)
         self._live.add(request_id)
 
-    def step(self, *, partial: bool = True) -> list[RequestOutput]:
-        """One pass: the outputs of every request that got a token, or, without ``partial``, of those that it finished. Nothing to do: []."""
+    def step(self, *, partial: bool | Container[str] = True) -> list[RequestOutput]:
+        """One pass: the outputs of every request that got a token; without ``partial``, of those that it finished, and of the requests that it names. Nothing
+        to do: []."""
         session = self._session()
         if session is not self._driven:
             self._driving.close()

@@ -92,13 +92,14 @@ class Planner:
         """Whether the plan must not change with the workload: set by hand, or frozen."""
         return self.config.plan is not None or self.config.deterministic
 
-    def plan_for(self, workload: Workload) -> Plan:
-        """The plan to load: set by hand, frozen earlier, or solved. Raises UserError subclasses when none can be had."""
+    def plan_for(self, workload: Workload, longest: int | None = None) -> Plan:
+        """The plan to load: set by hand, frozen earlier, or solved, then for sequences of up to ``longest`` tokens. Raises UserError subclasses when none can
+        be had."""
         if self.config.plan is not None:
             return self._given_plan()
         if self.config.deterministic:
             return self._frozen_plan(workload)
-        return self.solve(workload).plan
+        return self.solve(workload, longest=longest).plan
 
     def solve(self, workload: Workload, *, longest: int | None = None, compare: bool = False) -> Solution:
         """The solution for a workload in which one sequence may reach ``longest`` tokens, remembered. ``compare`` prices all other policies too (``auto``

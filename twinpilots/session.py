@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -61,7 +61,7 @@ class Session:
         self, config: EngineConfig, spec: ModelSpec, profile: HardwareProfile, plan: Plan, checkpoint: Checkpoint, tokenizer: Tokenizer | None,
         planner: Planner, *, stats: EngineStats | None = None,
     ) -> None:  # fmt: skip
-        self.plan, self._planner = plan, planner
+        self.plan, self.profile, self._planner = plan, profile, planner
         began = time.perf_counter()
         with ExitStack() as stack:
             machine = stack.enter_context(open_machine(config.device, config.threads))
@@ -101,7 +101,7 @@ class Session:
         with self.executor.pilot.caller_pinned(), self.executor.interrupts.listening():
             yield
 
-    def step(self, *, partial: bool = True) -> list[RequestOutput]:
+    def step(self, *, partial: bool | Container[str] = True) -> list[RequestOutput]:
         """One pass, timed as the user feels it: scheduling and sampling included. ``partial`` as in `Engine.step`."""
         began_ns = time.perf_counter_ns() - self._accounted_ns  # a pass is charged with the accounting of the one before
         outputs = self.engine.step(partial=partial)

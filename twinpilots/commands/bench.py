@@ -37,6 +37,26 @@ def register(subparsers: Any) -> None:
     options.add_output_flags(throughput)
     throughput.set_defaults(run=run_throughput)
     _register_kernels(kinds)
+    _register_serve(kinds)
+
+
+def _register_serve(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "serve", help="the server beside the offline engine", allow_abbrev=False,
+        description="Throughput of a server under concurrent streams beside the offline engine's, and inter-token times while a long prompt is prefilled.",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help=options.MODEL_HELP)
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--concurrency", type=options.positive_int, default=32, metavar="N", help="clients at once (default: 32)")
+    group.add_argument("--each", type=options.positive_int, default=3, metavar="N", help="requests that each sends, one after another (default: 3)")
+    group.add_argument("--input-len", type=options.positive_int, default=64, metavar="N", help="tokens of a prompt (default: 64)")
+    group.add_argument("--output-len", type=options.positive_int, default=32, metavar="N", help="tokens to generate (default: 32)")
+    group.add_argument("--streams", type=options.positive_int, default=4, metavar="N", help="streams that a long prompt may disturb (default: 4)")
+    group.add_argument("--long-prompt", type=options.positive_int, default=4096, metavar="N", help="tokens of the long prompt (default: 4096)")
+    group.add_argument("--long-output-len", type=options.positive_int, default=900, metavar="N", help="tokens of each of those streams (default: 900)")
+    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda:N or emulated:PRESET (default: auto)")
+    options.add_output_flags(parser)
+    parser.set_defaults(run=run_serve)
 
 
 def _register_kernels(kinds: Any) -> None:
@@ -94,3 +114,10 @@ def run_kernels(args: argparse.Namespace) -> dict[str, Any] | None:
     from twinpilots.benchmarks import kernels
 
     return kernels.run(args)
+
+
+def run_serve(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Measure server and engine; print the comparison or return the document."""
+    from twinpilots.benchmarks import serving
+
+    return serving.run(args, ["--device", args.device])

@@ -53,7 +53,7 @@ def _completion_choice(request: ApiRequest, whole: RequestOutput, output: Comple
         text = (whole.prompt or "") + text
         tokens = [*whole.prompt_token_ids, *tokens]
         entries = None if entries is None else [*(whole.prompt_logprobs or ()), *entries]
-        first_text = "" if entries is None else _first_text(whole)
+        first_text = "" if entries is None else first_prompt_text(whole)
     logprobs = None if entries is None else completion_logprobs(tokens, entries, request.params.logprobs or 0, first_text=first_text)
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
 
@@ -113,7 +113,7 @@ def _name(token: int, entry: Logprob) -> str:
     return f"token_id:{token}" if entry.decoded_token is None else entry.decoded_token
 
 
-def _first_text(whole: RequestOutput) -> str:
+def first_prompt_text(whole: RequestOutput) -> str:
     """What the prompt's text has before the texts of its later tokens; "" for a first token that the text does not show."""
     rest = "".join(_name(token, step[token]) for token, step in zip(whole.prompt_token_ids, whole.prompt_logprobs or (), strict=False) if step is not None)
     prompt = whole.prompt or ""

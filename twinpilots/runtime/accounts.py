@@ -51,10 +51,11 @@ class QueueAccount:
     weight_bytes: int
     copies: tuple[_Alike, ...]  # of activations
     kv_copies: tuple[_Alike, ...]
+    streamed: np.ndarray  # indices of the instructions that take weights off the link
 
     @staticmethod
-    def of(queue: Queue, insns: np.ndarray, kinds: Sequence[WorkKind | None]) -> QueueAccount:
-        """``kinds``: of every instruction."""
+    def of(queue: Queue, insns: np.ndarray, kinds: Sequence[WorkKind | None], streamed: Sequence[int] = ()) -> QueueAccount:
+        """``kinds``: of every instruction. ``streamed``: those that take weights off the link."""
         ops = insns["op"]
         first: dict[int, WorkKind] = {}
         numbers: dict[WorkKind, int] = {}
@@ -68,12 +69,16 @@ class QueueAccount:
                     classes[index], first[fixed] = fixed, kind
         return QueueAccount(
             queue=queue, classes=classes, kinds=(None, first.get(LINK), first.get(SMALL), *numbers), weight_bytes=int(insns["a"][ops == Op.LOAD, 2].sum()),
-            copies=_alike(insns[ops == Op.COPY]), kv_copies=_alike(insns[(ops == Op.LOAD_KV) | (ops == Op.STORE_KV)]),
+            copies=_alike(insns[ops == Op.COPY]), kv_copies=_alike(insns[(ops == Op.LOAD_KV) | (ops == Op.STORE_KV)]), streamed=np.array(streamed, np.intp),
         )  # fmt: skip
 
     def seconds(self, times: np.ndarray) -> np.ndarray:
         """Seconds of work per class, from int64 [instructions][3]: wait began, work began, work ended (ns)."""
         return np.bincount(self.classes, times[:, 2] - times[:, 1], len(self.kinds)) * 1e-9
+
+    def weight_wait_s(self, times: np.ndarray) -> float:
+        """Seconds that instructions over streamed weights waited, from the same array."""
+        return float((times[self.streamed, 1] - times[self.streamed, 0]).sum()) * 1e-9
 
 
 def instruction_rows(insns: np.ndarray, meta: np.ndarray) -> np.ndarray:

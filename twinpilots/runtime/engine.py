@@ -5,6 +5,7 @@ Owns the requests in flight and when a sequence ends. Knows devices only through
 
 from __future__ import annotations
 
+from collections.abc import Container
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -76,6 +77,7 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._owner: dict[Sequence, tuple[_Request, _Output]] = {}
         self._num_arrived = 0
+        self.last_sampled: tuple[str, ...] = ()  # the requests that got a token in the last pass, once per sequence
 
     # -- requests in -------------------------------------------------------------------------------------------------------------------------
 
@@ -127,8 +129,9 @@ class Engine:
 
     # -- one pass ------------------------------------------------------------------------------------------------------------------------------
 
-    def step(self, *, partial: bool = True) -> list[RequestOutput]:
-        """Run one pass; the outputs so far of every request that got a token, in order of arrival; without ``partial``, of those that are finished alone.
+    def step(self, *, partial: bool | Container[str] = True) -> list[RequestOutput]:
+        """Run one pass; the outputs so far of every request that got a token, in order of arrival; without ``partial``, of those that are finished alone, or
+        also of the requests that it names.
         An error leaves the sequences as before the pass."""
         batch = self.scheduler.schedule()
         if batch is None:
@@ -140,12 +143,14 @@ class Engine:
         tokens = self.sampler.sample(picked, [item.sequence for item in sampled])
         self.scheduler.commit(batch)
         self._collect_prompt_logprobs(batch, logits)
+        self.last_sampled = tuple(item.sequence.request_id for item in sampled)
         touched: dict[str, _Request] = {}
         for item, token, row in zip(sampled, tokens, picked, strict=True):
             request, output = self._owner[item.sequence]
             self._accept(request, output, token, row)
             touched[request.request_id] = request
-        wanted = [request for request in touched.values() if partial or not request.unfinished]
+        every, some = (partial, ()) if isinstance(partial, bool) else (False, partial)
+        wanted = [request for request in touched.values() if every or not request.unfinished or request.request_id in some]
         return [self._snapshot(request) if request.unfinished else self._close(request) for request in wanted]
 
     @staticmethod

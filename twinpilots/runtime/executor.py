@@ -231,7 +231,13 @@ class Executor:
             first, second = traces[queue] = (self._put(np.zeros(3 * len(rows), np.int64)), self._put(np.zeros(3 * len(rows), np.int64)))
             times[queue] = self.host.view(first, np.int64, (len(rows), 3)), self.host.view(second, np.int64, (len(rows), 3))
         keys = rate_keys_of(self.spec, self.plan.unit_rows)
-        accounts = tuple(QueueAccount.of(queue, rows, kinds_on(queue, program.schedule, keys)) for queue, rows in program.queues.items() if len(rows))
+        accounts = tuple(
+            QueueAccount.of(
+                queue, rows, kinds_on(queue, program.schedule, keys),
+                [index for index, task in enumerate(program.schedule.queue(queue)) if task.source == "ring"],
+            )
+            for queue, rows in program.queues.items() if len(rows)
+        )  # fmt: skip
         return Placed(program, insns, traces, times, weight_shares(self.spec, self.plan, program.bucket), accounts)
 
     @property
@@ -267,6 +273,7 @@ class Executor:
             seconds=seconds, predicted_s=None, busy_s=busy_seconds(self._by_class),
             bytes=bytes_moved(placed.accounts, self._meta, page_bytes(self.spec, self.plan), self.plan.page_size), weights=placed.shares,
             num_prompt_tokens=batch.num_prompt_tokens, num_generated=batch.num_generated,
+            weight_wait_s=sum(account.weight_wait_s(self._times(placed, account.queue)) for account in placed.accounts if len(account.streamed)),
         )  # fmt: skip
 
     def pass_times(self) -> PassTimes | None:

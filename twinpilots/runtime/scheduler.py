@@ -42,6 +42,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # by arrival
         self.num_preemptions = 0
+        self.prompt_budget: int | None = None  # prompt tokens of a pass in which others decode; None: as many as it holds
 
     def set_plan(self, plan: Plan) -> None:
         """Take a new plan from the next pass on. Raises ValueError when it changes what live sequences rely on."""
@@ -110,6 +111,8 @@ class Scheduler:
             for sequence in tuple(self.running):
                 if sequence.is_catching_up == catching_up and sequence.status is Status.RUNNING:
                     self._bring(sequence, draft)
+            if draft.items and not catching_up and self.prompt_budget is not None:
+                draft.prompt_left = self.prompt_budget
         if self.num_preemptions == preemptions:  # who was just preempted would come back at once
             self._admit(draft)
         assert draft.items or not self.has_unfinished(), f"nothing can run, yet {len(self.running)} sequences are running, {len(self.waiting)} waiting"
@@ -117,7 +120,7 @@ class Scheduler:
 
     def _admit(self, draft: _Draft) -> None:
         expected = self._expected_by_tier(self.running) if self.waiting else {}
-        while self.waiting and len(self.running) < self.plan.max_num_seqs and draft.tokens_left and draft.logits_left:
+        while self.waiting and len(self.running) < self.plan.max_num_seqs and draft.prompt_left and draft.tokens_left and draft.logits_left:
             sequence = self.waiting[0]
             tier = self._tier_for(sequence, expected)
             if tier is None:
@@ -249,21 +252,26 @@ class _Draft:
     def __init__(self, max_tokens: int, max_logits: int) -> None:
         self.tokens_left = max_tokens
         self.logits_left = max_logits
+        self.prompt_left = max_tokens
         self.items: dict[Sequence, BatchItem] = {}
 
     def room_for(self, sequence: Sequence) -> tuple[int, int]:
         """(tokens, logit rows) of the sequence's next item. Tokens before its first wanted logits cost no logit row."""
         before = sequence.first_logit - sequence.num_computed
         num_tokens = min(sequence.num_pending, self.tokens_left, before + self.logits_left)
+        if sequence.is_catching_up:
+            num_tokens = min(num_tokens, self.prompt_left)
         return num_tokens, max(0, num_tokens - before)
 
     def add(self, item: BatchItem) -> None:
         self.items[item.sequence] = item
         self.tokens_left -= item.num_tokens
+        self.prompt_left -= item.num_tokens if item.is_chunk else 0
         self.logits_left -= item.num_logits
 
     def drop(self, sequence: Sequence) -> None:
         item = self.items.pop(sequence, None)
         if item is not None:
             self.tokens_left += item.num_tokens
+            self.prompt_left += item.num_tokens if item.is_chunk else 0
             self.logits_left += item.num_logits

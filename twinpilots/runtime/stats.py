@@ -55,6 +55,7 @@ class PassReport:
     num_prompt_tokens: int
     num_generated: int
     predicted_busy_s: BusySeconds | None = None
+    weight_wait_s: float = 0.0  # how long the GPU's linears over streamed weights waited before they began
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +97,8 @@ class EngineStats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     seconds: float = 0.0
+    passes: int = 0
+    weight_wait_s: float = 0.0
     _predicted_s: float = 0.0
     _compared_s: float = 0.0  # seconds and tokens of the passes that have a prediction
     _compared_tokens: int = 0
@@ -108,6 +111,8 @@ class EngineStats:
         self.prompt_tokens += report.num_prompt_tokens
         self.generated_tokens += report.num_generated
         self.seconds += report.seconds
+        self.passes += 1
+        self.weight_wait_s += report.weight_wait_s
         if report.predicted_s is not None:
             self._predicted_s += report.predicted_s
             self._compared_s += report.seconds
@@ -117,6 +122,14 @@ class EngineStats:
                 total[name] += getattr(part, name)
         for name in self._predicted_busy_s if report.predicted_busy_s is not None else ():
             self._predicted_busy_s[name] += getattr(report.predicted_busy_s, name)
+
+    def totals(self) -> dict[str, float]:
+        """Sums that only grow, for those who look again and again at what has happened since. ``measured_s`` and ``predicted_s`` are of the same passes."""
+        return {
+            "passes": self.passes, "seconds": self.seconds, "measured_s": self._compared_s, "predicted_s": self._predicted_s,
+            "prompt_tokens": self.prompt_tokens, "generated_tokens": self.generated_tokens, "weight_wait_s": self.weight_wait_s,
+            "cpu_weight_bytes": self._weights["cpu"], "link_bytes": sum(self._bytes.values()), **{f"{name}_busy_s": self._busy_s[name] for name in DEVICES},
+        }  # fmt: skip
 
     def as_dict(
         self, *, peak_gpu_bytes: int, peak_host_bytes: int, plan_bound: float | None = None, hardware_bound: float | None = None
