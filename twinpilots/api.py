@@ -333,6 +333,10 @@ class LLM:
             self._load(better.plan)
         self._workload = workload
 
+    def predicted_rate(self, workload: Workload, longest: int) -> float:
+        """Generated tokens/s that the plan for a workload promises, sequences of ``longest`` tokens included. LimitError when there is no such plan."""
+        return self._planner.solve(workload, longest=longest).prediction.tokens_per_s
+
     def _fit_workload(self, workload: Workload, longest: int) -> None:
         """`_fit` for requests that are known only roughly; with nothing loaded yet, nothing has to be better than anything."""
         if self._session is None and not self._is_closed:

@@ -36,6 +36,7 @@ class InstantEngine:
         self.queue: list[tuple[str, Sequence[int], SamplingParams]] = []
         self.num_generated = self.num_prompt_tokens = 0
         self.fitted: list[int] = []
+        self.workloads: list[Any] = []
 
     num_running = 0
     num_waiting = property(lambda self: len(self.queue))
@@ -50,6 +51,7 @@ class InstantEngine:
             raise LimitError(f"no plan holds {longest}")
         self.longest = max(self.longest, longest)
         self.fitted.append(longest)
+        self.workloads.append(workload)
 
     def add(self, request_id: str, ids: Sequence[int], params: SamplingParams, prompt: str | None = None) -> None:
         if len(ids) + (params.max_tokens or 1) > self.longest:
@@ -75,7 +77,13 @@ def fake_llm(engine: InstantEngine) -> Any:
         yield engine
 
     config = SimpleNamespace(seed=0, max_num_seqs=None)
-    return SimpleNamespace(tokenizer=None, get_default_sampling_params=SamplingParams, max_model_len=LIMIT, config=config, open_engine=open_engine)
+
+    def predicted_rate(workload: Any, longest: int) -> float:
+        return workload.max_num_seqs / (workload.max_num_seqs + 2.0)  # nothing is gained beyond a few dozen at once
+
+    return SimpleNamespace(
+        predicted_rate=predicted_rate, tokenizer=None, get_default_sampling_params=SamplingParams, max_model_len=LIMIT, config=config, open_engine=open_engine
+    )
 
 
 def write_lines(path: Path, bodies: Sequence[dict[str, Any]], repeat: int = 1) -> None:
@@ -135,6 +143,13 @@ def test_every_line_is_answered_or_refused_whatever_its_length_and_the_memory(le
     assert len(journal.done) == len(lengths)
     possible = sum(max(1, length // 2) + max(1, length - length // 2) <= most for length in lengths)
     assert len(lengths) - journal.num_failed == possible
+
+
+def test_no_more_is_under_way_than_pays(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [{"prompt": [1]}], repeat=400)
+    engine = InstantEngine()
+    run_all(engine, tmp_path / "in", tmp_path / "out")
+    assert [workload.max_num_seqs for workload in engine.workloads] == [64], "256 are 3 % quicker than 64, and those 8 % quicker than 16"
 
 
 def test_a_line_on_which_the_model_breaks_down_is_an_error_record(tmp_path: Path) -> None:
