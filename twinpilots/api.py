@@ -113,7 +113,7 @@ class LLM:
     @property
     def fingerprint(self) -> str:
         """Changes when the model's weights, its configuration or its tokenizer do."""
-        digest = hashlib.sha256(f"{self._checkpoint.fingerprint} {self.get_default_sampling_params()}".encode())
+        digest = hashlib.sha256(repr((self._checkpoint.fingerprint, sorted(self._checkpoint.generation_config.items()))).encode())
         digest.update(b"" if self.tokenizer is None else self.tokenizer.state())
         return digest.hexdigest()[:32]
 

@@ -6,6 +6,7 @@ import json
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +22,11 @@ from twinpilots.batch.prepare import Preparer, lengths_to_hold, request_seed, wo
 from twinpilots.batch.run import BatchRun, RunName
 from twinpilots.batch.source import Shard, survey
 from twinpilots.errors import LimitError, NotFiniteError, RequestError, TwinPilotsError, UserError
+from twinpilots.model.chat_template import ChatTemplate
 from twinpilots.request import CompletionOutput, RequestOutput, SamplingParams
 
 LIMIT = 64
-PREPARER = Preparer(tokenizer=None, defaults=SamplingParams(), limit=LIMIT, seed=0)
+PREPARER = Preparer(tokenizer=None, defaults=SamplingParams(), limit=LIMIT, seed=0, created=86400 * 365)
 
 
 class InstantEngine:
@@ -222,6 +224,18 @@ def test_seeds_come_from_the_place_in_the_file() -> None:
     assert seeds(1, seed=7) == [7, 7] and seeds(1, temperature=0) == [None, None] and seeds(1, seed=-1) == seeds(1)
     with pytest.raises(RequestError, match="asks for 8192 outputs, 4096 are allowed"):
         PREPARER.ready(1, json.dumps({"custom_id": "a", "url": "/v1/completions", "body": {"prompt": [[1]] * 64, "n": 128}}).encode())
+
+
+def test_a_template_that_writes_the_date_writes_the_runs() -> None:
+    source = "{{ strftime_now('%Y') }} {{ mood }} {{ messages[0].content }}"
+    tokenizer = SimpleNamespace(
+        has_chat_template=True, supports_tools=False,
+        encode_chat=lambda messages, tools, options: [ord(c) for c in ChatTemplate(source, {}, "toy").render(messages, options=options)],
+    )  # fmt: skip
+    body = {"messages": [{"role": "user", "content": "hello"}], "chat_template_kwargs": {"mood": "brief"}}
+    data = json.dumps({"custom_id": "a", "url": "/v1/chat/completions", "body": body}).encode()
+    ready = replace(PREPARER, tokenizer=tokenizer).ready(1, data)  # type: ignore[arg-type]
+    assert "".join(map(chr, ready.prompts[0].ids)) == "1971 brief hello"
 
 
 def test_the_workload_is_the_mean_of_the_sample() -> None:

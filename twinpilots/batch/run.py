@@ -58,7 +58,8 @@ class BatchRun:
         self._path, self._shard, self._journal, self._name = path, shard, journal, name
         self._num_requests = num_requests
         self._llm = llm
-        self._prepare = Preparer(tokenizer=llm.tokenizer, defaults=llm.get_default_sampling_params(), limit=llm.max_model_len, seed=llm.config.seed)
+        defaults, limit = llm.get_default_sampling_params(), llm.max_model_len
+        self._prepare = Preparer(tokenizer=llm.tokenizer, defaults=defaults, limit=limit, seed=llm.config.seed, created=name.created)
         self._in_flight: dict[int, _InFlight] = {}
         self._held: Ready | None = None  # waits for another plan
         self._cannot_hold = llm.max_model_len + 1  # the least length known to be too much for any plan
