@@ -16,19 +16,21 @@ if TYPE_CHECKING:
     from twinpilots.request import CompletionOutput as CompletionOutput
     from twinpilots.request import RequestOutput as RequestOutput
     from twinpilots.request import SamplingParams as SamplingParams
+    from twinpilots.request import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "LLM": "twinpilots.api",
     "SamplingParams": "twinpilots.request",
+    "StructuredOutputsParams": "twinpilots.request",
     "RequestOutput": "twinpilots.request",
     "CompletionOutput": "twinpilots.request",
     "Plan": "twinpilots.plan.plan",
     "TwinPilotsError": "twinpilots.errors",
     "UserError": "twinpilots.errors",
 }
-__all__ = ["LLM", "CompletionOutput", "Plan", "RequestOutput", "SamplingParams", "TwinPilotsError", "UserError", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "Plan", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "TwinPilotsError", "UserError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

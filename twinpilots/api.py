@@ -115,7 +115,7 @@ class LLM:
     @property
     def fingerprint(self) -> str:
         """Changes when the model's weights, its configuration or its tokenizer do."""
-        digest = hashlib.sha256(f"{self._checkpoint.fingerprint} {self.get_default_sampling_params()}".encode())
+        digest = hashlib.sha256(repr((self._checkpoint.fingerprint, sorted(self._checkpoint.generation_config.items()))).encode())
         digest.update(b"" if self.tokenizer is None else self.tokenizer.state())
         return digest.hexdigest()[:32]
 
@@ -352,6 +352,10 @@ class LLM:
             self._planner.online.adaptation.note_reload(f"{requests}: {better.reason}", what, better.now_s, better.then_s)
             self._load(better.plan)
         self._workload = workload
+
+    def predicted_rate(self, workload: Workload, longest: int) -> float:
+        """Generated tokens/s that the plan for a workload promises, sequences of ``longest`` tokens included. LimitError when there is no such plan."""
+        return self._planner.solve(workload, longest=longest).prediction.tokens_per_s
 
     def _fit_workload(self, workload: Workload, longest: int) -> None:
         """`_fit` for requests that are known only roughly; with nothing loaded yet, nothing has to be better than anything."""

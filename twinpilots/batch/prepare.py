@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from twinpilots.batch.source import BatchLine, read_line
 from twinpilots.errors import RequestError
@@ -34,12 +35,14 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparer:
-    """``limit``: the longest sequence that the model or the user allows, in tokens. ``seed``: the run's."""
+    """``limit``: the longest sequence that the model or the user allows, in tokens. ``seed``: the run's. ``created``: when the run first started (seconds since
+    1970); chat templates that write today's date write that day's, so that a run over midnight is one run."""
 
     tokenizer: Tokenizer | None
     defaults: SamplingParams
     limit: int
     seed: int
+    created: int
 
     def ready(self, line: int, data: bytes | None) -> Ready:
         """The request in a line. RequestError says why there is none."""
@@ -47,7 +50,8 @@ class Preparer:
         params = found.request.params
         if found.request.num_choices > MAX_SEQUENCES:
             raise RequestError(f"the request asks for {found.request.num_choices} outputs, {MAX_SEQUENCES} are allowed; split it", param="n")
-        prompts = encode_request(found.request, self.tokenizer)
+        dated = {**(found.request.template_options or {}), "strftime_now": datetime.fromtimestamp(self.created).strftime}
+        prompts = encode_request(replace(found.request, template_options=dated), self.tokenizer)
         for prompt in prompts:
             if len(prompt.ids) >= self.limit:
                 raise RequestError(f"the prompt has {len(prompt.ids)} tokens, the limit is {self.limit} with the output; shorten it", param="prompt")

@@ -26,6 +26,8 @@ from twinpilots.request import RequestOutput
 
 logger = logging.getLogger(__name__)
 SAMPLE_REQUESTS = 256  # what the plan is made for is read off the first requests that are left
+ENOUGH_SPEED = 0.95  # of the best tokens/s
+LEAST_AT_ONCE = 16
 WARNINGS_SHOWN = 5
 MOST_BROKEN = 8  # lines on which the model may break down before it has generated anything
 Report = Callable[[int, int], None]  # (requests with a record, tokens generated so far)
@@ -56,7 +58,8 @@ class BatchRun:
         self._path, self._shard, self._journal, self._name = path, shard, journal, name
         self._num_requests = num_requests
         self._llm = llm
-        self._prepare = Preparer(tokenizer=llm.tokenizer, defaults=llm.get_default_sampling_params(), limit=llm.max_model_len, seed=llm.config.seed)
+        defaults, limit = llm.get_default_sampling_params(), llm.max_model_len
+        self._prepare = Preparer(tokenizer=llm.tokenizer, defaults=defaults, limit=limit, seed=llm.config.seed, created=name.created)
         self._in_flight: dict[int, _InFlight] = {}
         self._held: Ready | None = None  # waits for another plan
         self._cannot_hold = llm.max_model_len + 1  # the least length known to be too much for any plan
@@ -100,7 +103,23 @@ class BatchRun:
             return
         limit, left = self._llm.max_model_len, self._num_requests - len(self._journal.done)
         self._workload = workload_of(sample, left, self._llm.config.max_num_seqs, limit)
-        self._fit_one_of(engine, lengths_to_hold(sample, limit))
+        lengths = lengths_to_hold(sample, limit)
+        if self._llm.config.max_num_seqs is None:
+            self._workload = self._with_fewer_at_once(self._workload, lengths[0])
+        self._fit_one_of(engine, lengths)
+
+    def _with_fewer_at_once(self, workload: Workload, longest: int) -> Workload:
+        """The workload with the fewest sequences at once that cost little speed: what is under way is what an interruption throws away."""
+        try:
+            wanted = ENOUGH_SPEED * self._llm.predicted_rate(workload, longest)
+            while workload.max_num_seqs > LEAST_AT_ONCE:
+                fewer = replace(workload, max_num_seqs=max(LEAST_AT_ONCE, workload.max_num_seqs // 4))
+                if self._llm.predicted_rate(fewer, longest) < wanted:
+                    break
+                workload = fewer
+        except LimitError:  # memory decides how many
+            pass
+        return workload
 
     def _fit_one_of(self, engine: LiveEngine, lengths: Sequence[int]) -> None:
         """A plan that holds sequences of the first of these lengths that any plan can hold."""
