@@ -171,7 +171,7 @@ def measure_point(task: PointTask) -> dict[str, Any]:
     params = SamplingParams(temperature=0.0, max_tokens=task.output_len, ignore_eos=True)
     free_before = card_used_bytes(task.llm["device"])
     began = time.monotonic()
-    with LLM(**task.llm) as llm:
+    with LLM(**task.llm, enable_prefix_caching=False) as llm:  # the second round reads its prompts again
         load_s = time.monotonic() - began
         llm.generate(token_ids, params, use_tqdm=False)
         warm = llm.stats()

@@ -87,6 +87,7 @@ class TwinPilots:
         from twinpilots import LLM
 
         arguments = {"quantization": setup["quantization"], "device": "cpu", "threads": setup["threads"], "max_num_seqs": MOST_SEQUENCES}
+        arguments["enable_prefix_caching"] = False  # every round reads its prompts again
         self._llm = LLM(setup["model"], max_model_len=SLOT_TOKENS, **arguments)
 
     def generate(self, prompts: Prompts, output_len: int) -> int:

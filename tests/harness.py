@@ -80,8 +80,9 @@ class Rig:
             gpu = (device or EmulatedGpu(EMULATED["demo"], cores.device, adversarial_seed=adversarial_seed)) if plan.uses_gpu else None
             spec = self.checkpoint.spec
             self.executor = stack.enter_context(Executor(spec, plan, pilot, gpu, CheckpointWeights(self.checkpoint), poison=poison, runner=runner))
-            self.kv = KvCache(plan)
-            self.scheduler = Scheduler(plan, self.kv, growth_tokens=growth_tokens, recompute_beyond=longrope_switch(spec))
+            switch = longrope_switch(spec)
+            self.kv = KvCache(plan, share_prefixes=switch is None)
+            self.scheduler = Scheduler(plan, self.kv, growth_tokens=growth_tokens, recompute_beyond=switch)
             self.engine = Engine(self, self.scheduler, self.kv, vocab_size=spec.vocab_size)
             self.logits: dict[str, list[np.ndarray]] = {}
             self._stack = stack.pop_all()

@@ -137,10 +137,11 @@ class LetterTokenizer:
 
 
 def toy_engine(
-    plan: Plan | None = None, *, growth_tokens: int = 0, long_after: int | None = None, tokenizer: Any = None, eos: Sequence[int] = (), seed: int = 0
+    plan: Plan | None = None, *, growth_tokens: int = 0, long_after: int | None = None, tokenizer: Any = None, eos: Sequence[int] = (), seed: int = 0,
+    share: bool = True,
 ) -> Engine:  # fmt: skip
     plan = plan or toy_plan()
-    kv = KvCache(plan)
+    kv = KvCache(plan, share_prefixes=share and long_after is None)
     scheduler = Scheduler(plan, kv, growth_tokens=growth_tokens, recompute_beyond=long_after)
     executor = ToyExecutor(toy_spec(long_after=long_after), plan)
     return Engine(executor, scheduler, kv, vocab_size=VOCAB, eos_token_ids=eos, tokenizer=tokenizer, seed=seed)

@@ -6,6 +6,7 @@ Owns the way from arguments to a running engine, and when a workload deserves an
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import sys
@@ -58,7 +59,10 @@ class LLM:
 
     Arguments are those of docs/cli.md; None means: decided by measurement and plan. ``gpu_memory`` and ``host_memory`` are bytes or text
     ("8GiB"). ``plan`` is a `Plan` or the path of its JSON. ``strict`` makes tensors that nothing uses an error instead of a
-    warning. ``keep`` names weights that ``quantization`` leaves alone, by patterns such as "lm_head" or "*.down_proj". ``expected``: what will be asked,
+    warning. ``keep`` names weights that ``quantization`` leaves alone, by patterns such as "lm_head" or "*.down_proj". ``enable_prefix_caching``: prompts that
+    begin alike share what was computed of the beginning. ``load=False`` loads the weights
+    when they are first needed: with the plan for the first requests, instead of a plan for requests of usual lengths.
+    ``expected``: what will be asked,
     where that is known before the first prompts: the first plan is made for it, its lengths cut to what model and memory allow.
     Raises UserError subclasses for models, devices and limits that cannot be had, ValueError
     for malformed arguments, all before anything runs.
@@ -69,12 +73,12 @@ class LLM:
         device: str = "auto", gpu_memory: int | str | None = None, host_memory: int | str | None = None, max_model_len: int | None = None,
         max_num_seqs: int | None = None, kv_cache_dtype: str = "auto", policy: str = "auto", plan: Plan | str | Path | None = None,
         threads: int | None = None, seed: int = 0, deterministic: bool = False, unit_rows: int | None = None, strict: bool = False,
-        keep: Sequence[str] = (), expected: Workload | None = None,
+        keep: Sequence[str] = (), enable_prefix_caching: bool = True, load: bool = True, expected: Workload | None = None,
     ) -> None:  # fmt: skip
         self.config = EngineConfig.of(
             dtype=dtype, quantization=quantization, device=device, gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len,
             max_num_seqs=max_num_seqs, kv_cache_dtype=kv_cache_dtype, policy=policy, plan=plan, threads=threads, seed=seed, deterministic=deterministic,
-            unit_rows=unit_rows, keep=keep,
+            unit_rows=unit_rows, keep=keep, enable_prefix_caching=enable_prefix_caching,
         )  # fmt: skip
         located = resolve_model(model, revision)
         with Progress("converting", unit="tensors") as bar:  # shown only for a GGUF file's first time
@@ -82,6 +86,7 @@ class LLM:
                 located, dtype=dtype, quantization=self.config.quantization, keep=self.config.keep, strict=strict, progress=bar.show
             )
         self._session: Session | None = None
+        self._is_closed = False
         self._trace: Recorder | None = None
         self._earlier_peak_bytes: dict[Literal["gpu", "host"], int] = {"gpu": 0, "host": 0}
         try:
@@ -90,10 +95,11 @@ class LLM:
             notices: list[str] = []  # said once there is a plan: a limit that cannot be met is one line, not two
             self._profile = load_or_measure(self.config.device, self.spec, threads=threads, tell=notices.append)
             self._planner = Planner(self.config, self.spec, self._profile, self._checkpoint.fingerprint)
-            self._workload, first_plan = self._first_plan() if expected is None else self._expected_plan(expected)
+            self._workload, self._first = self._first_plan() if expected is None else self._expected_plan(expected)
             for notice in notices:
                 logger.warning(notice)
-            self._load(first_plan)
+            if load:
+                self._load(self._first)
         except BaseException:
             self.close()
             raise
@@ -105,6 +111,18 @@ class LLM:
     def plan(self) -> Plan:
         """The plan in force."""
         return self._open_session.plan
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the model's weights, its configuration or its tokenizer do."""
+        digest = hashlib.sha256(f"{self._checkpoint.fingerprint} {self.get_default_sampling_params()}".encode())
+        digest.update(b"" if self.tokenizer is None else self.tokenizer.state())
+        return digest.hexdigest()[:32]
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence, prompt included, that the model or the user allows."""
+        return self.config.max_model_len or self.spec.max_model_len
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The model's own sampling defaults (generation_config.json), else vLLM's."""
@@ -332,9 +350,15 @@ class LLM:
             self._load(better.plan)
         self._workload = workload
 
+    def predicted_rate(self, workload: Workload, longest: int) -> float:
+        """Generated tokens/s that the plan for a workload promises, sequences of ``longest`` tokens included. LimitError when there is no such plan."""
+        return self._planner.solve(workload, longest=longest).prediction.tokens_per_s
+
     def _fit_workload(self, workload: Workload, longest: int) -> None:
-        """`_fit` for requests that are known only roughly."""
-        if not self._planner.is_fixed:
+        """`_fit` for requests that are known only roughly; with nothing loaded yet, nothing has to be better than anything."""
+        if self._session is None and not self._is_closed:
+            self._load(self._first if self._planner.is_fixed else self._planner.solve(workload, longest=longest).plan)
+        elif not self._planner.is_fixed:
             better = self._planner.better_plan(self.plan, workload, longest, self._open_session.load_s, REPLAN_GAIN)
             if better is not None:
                 logger.info("plan changed, %s: %s", better.reason, difference(self.plan, better.plan))
@@ -363,12 +387,16 @@ class LLM:
 
     @property
     def _open_session(self) -> Session:
-        if self._session is None:
+        if self._is_closed:
             raise RuntimeError("this LLM is closed")
+        if self._session is None:
+            self._load(self._first)
+        assert self._session is not None
         return self._session
 
     def close(self) -> None:
         """Stops the devices and frees all memory. Safe to repeat."""
+        self._is_closed = True
         if self._session is not None:
             self._session.close()
             self._session = None

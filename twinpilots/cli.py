@@ -21,12 +21,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from twinpilots import __version__
-from twinpilots.commands import bench, chat, doctor, generate, plan, profile, serve
+from twinpilots.commands import bench, chat, doctor, generate, plan, profile, run_batch, serve
 from twinpilots.commands import eval as evaluate
 from twinpilots.errors import TwinPilotsError, UserError
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-COMMANDS = (generate, chat, plan, profile, doctor, bench, evaluate, serve)
+COMMANDS = (generate, chat, plan, profile, doctor, bench, evaluate, run_batch, serve)
 # An unreadable or missing file that the user named is bad input; any other OSError is not.
 INPUT_OS_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 

@@ -39,12 +39,13 @@ class EngineConfig:
     seed: int
     deterministic: bool
     unit_rows: int | None
+    enable_prefix_caching: bool
 
     @staticmethod
     def of(
         *, dtype: str, quantization: str | None, device: str, gpu_memory: int | str | None, host_memory: int | str | None, max_model_len: int | None,
         max_num_seqs: int | None, kv_cache_dtype: str, policy: str, plan: Any, threads: int | None, seed: int, deterministic: bool, unit_rows: int | None,
-        keep: Sequence[str] = (),
+        keep: Sequence[str] = (), enable_prefix_caching: bool = True,
     ) -> EngineConfig:  # fmt: skip
         """Check and convert. Raises ValueError that names the option, the value and what it may be; UserError for what this version cannot do."""
         _check_choice("policy", policy, POLICY_NAMES)
@@ -65,7 +66,7 @@ class EngineConfig:
             dtype=dtype, quantization=cast("Quantization | None", quantization), keep=patterns, device=device,
             gpu_bytes=_size("gpu_memory", gpu_memory), host_bytes=_size("host_memory", host_memory), max_model_len=max_model_len,
             max_num_seqs=max_num_seqs, kv_dtype=KV_DTYPES[kv_cache_dtype], policy=policy, plan=plan, threads=threads, seed=seed,
-            deterministic=bool(deterministic), unit_rows=unit_rows,
+            deterministic=bool(deterministic), unit_rows=unit_rows, enable_prefix_caching=bool(enable_prefix_caching),
         )  # fmt: skip
 
     def read_plan(self) -> str | None:

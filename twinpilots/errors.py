@@ -8,6 +8,7 @@
     |   +-- DeviceUnavailableError       the asked-for device is not on this machine
     |   +-- ProfileMissingError          planning for this machine before it has been measured
     |   +-- RequestError                 a request in OpenAI's format is malformed, out of range, or asks for what we do not have
+    +-- NotFiniteError                   the model's logits for one request are not numbers
     +-- DeviceLostError                  a device stopped answering in the middle of a run
 
 A message names the value, the limit and the next action, on one line. Invalid Python arguments raise ``ValueError``, as everywhere in Python.
@@ -52,6 +53,14 @@ class RequestError(UserError):
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.param, self.code = param, code
+
+
+class NotFiniteError(TwinPilotsError):
+    """The model's logits for request ``request_id`` are not finite numbers; the engine can go on without it."""
+
+    def __init__(self, message: str, *, request_id: str) -> None:
+        super().__init__(message)
+        self.request_id = request_id
 
 
 class DeviceLostError(TwinPilotsError):

@@ -58,12 +58,22 @@ class LiveEngine:
         pages = {tier: {"total": pool.num_pages, "free": pool.num_free} for tier, pool in pools.items()}
         return {"preemptions": session.scheduler.num_preemptions, "pages": pages}
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt tokens computed so far, since the LLM was made."""
+        return self._session().stats.prompt_tokens
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far, since the LLM was made."""
+        return self._session().stats.generated_tokens
+
     def fits(self, num_prompt_tokens: int, max_tokens: int | None) -> bool:
         """Whether the plan in force can hold such a sequence to its end; without ``max_tokens``, the prompt and one more token."""
         scheduler = self._session().scheduler
         capacity = max(scheduler.capacity_tokens("gpu"), scheduler.capacity_tokens("host"))
         needed = num_prompt_tokens + (1 if max_tokens is None else max_tokens)
-        return num_prompt_tokens < self.plan.max_model_len and min(needed, self.plan.max_model_len) - 1 <= capacity
+        return needed <= self.plan.max_model_len and needed - 1 <= capacity  # the last token is never computed
 
     def add(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None) -> None:
         """Queue a request. Raises ValueError for bad input and LimitError for one that the plan in force can never run, both before any work."""

@@ -114,7 +114,7 @@ class SamplingParams:
     @cached_property
     def changes_logits(self) -> bool:
         """Whether anything can change the order of the logits before a token is chosen."""
-        return self.has_penalties or bool(self.logit_bias) or self.min_tokens > 0
+        return self.has_penalties or bool(self.logit_bias) or self.min_tokens > 0 or self.structured_outputs is not None
 
 
 _OPTIONAL = frozenset({"seed", "max_tokens", "logprobs", "prompt_logprobs"})
@@ -178,7 +178,8 @@ class CompletionOutput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestOutput:
-    """All outputs of one request. ``prompt_logprobs[0]`` is None: nothing comes before the first token."""
+    """All outputs of one request. ``prompt_logprobs[0]`` is None: nothing comes before the first token. ``num_cached_tokens``: of the prompt's tokens, as
+    many as its first sequence found in the prefix cache."""
 
     request_id: str
     prompt: str | None
@@ -186,6 +187,7 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     finished: bool
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
 
 
 class Status(Enum):
@@ -210,6 +212,7 @@ class Sequence:
     arrival: int  # first come, first served: the order among all sequences
     num_prompt_tokens: int = field(init=False)
     num_computed: int = 0
+    num_cached: int = 0  # tokens that it found in the prefix cache when it was last admitted
     num_seen: int = 0  # the most tokens ever computed: recomputing after a preemption is not new work
     catch_up: int = field(init=False)
     logits_from: int | None = None

@@ -70,14 +70,15 @@ class Session:
             self.executor.prepare(PREPARE_S)
             self._stack = stack.pop_all()
         self.load_s = time.perf_counter() - began
-        kv = KvCache(plan)
-        self.scheduler = Scheduler(plan, kv, recompute_beyond=longrope_switch(spec))
-        eos = checkpoint.generation_config["eos_token_ids"]
-        self.engine = Engine(self, self.scheduler, kv, vocab_size=spec.vocab_size, eos_token_ids=eos, tokenizer=tokenizer, seed=config.seed)
-        shares = weight_shares(spec, plan, plan.bucket_for("decode", plan.max_num_seqs))
         self.stats = stats or EngineStats(
             policy=config.policy, device=machine.device, emulated=profile.emulated, weights=WeightShares(resident=0, streamed=0, cpu=0)
         )
+        switch = longrope_switch(spec)  # such a model's pages depend on more than the tokens before them
+        kv = KvCache(plan, share_prefixes=config.enable_prefix_caching and switch is None, counts=self.stats.prefix)
+        self.scheduler = Scheduler(plan, kv, recompute_beyond=switch)
+        eos = checkpoint.generation_config["eos_token_ids"]
+        self.engine = Engine(self, self.scheduler, kv, vocab_size=spec.vocab_size, eos_token_ids=eos, tokenizer=tokenizer, seed=config.seed)
+        shares = weight_shares(spec, plan, plan.bucket_for("decode", plan.max_num_seqs))
         self.stats.weights = shares
         self._batch: StepBatch | None = None
         self.last_pass: tuple[StepBatch, np.ndarray] | None = None  # its logits are a view, valid until the next pass

@@ -231,6 +231,7 @@ def test_every_llm_argument_has_a_flag(capsys: pytest.CaptureFixture[str]) -> No
         "--tokenizer", "t", "--revision", "r", "--dtype", "bf16", "--quantization", "int8", "--device", "cpu", "--gpu-memory", "1MiB", "--host-memory", "2GB",
         "--max-model-len", "64", "--max-num-seqs", "4", "--kv-cache-dtype", "fp32", "--policy", "stream", "--plan", "p.json", "--threads", "2", "--seed", "3",
         "--deterministic", "--unit-rows", "8", "--strict", "--keep", "lm_head", "--keep", "0.*",
+        "--no-enable-prefix-caching",
     ]  # fmt: skip
     assert cli.main([*GENERATE, "--prompt", "a", "--prompt", "b", "--temperature", "0", "--max-tokens", "5", *flags]) == 0
     params = FakeLLM.made.pop("params")
@@ -238,7 +239,7 @@ def test_every_llm_argument_has_a_flag(capsys: pytest.CaptureFixture[str]) -> No
         "model": "toy", "tokenizer": "t", "revision": "r", "dtype": "bf16", "quantization": "int8", "device": "cpu",
         "gpu_memory": 2**20, "host_memory": 2 * 10**9,
         "max_model_len": 64, "max_num_seqs": 4, "kv_cache_dtype": "fp32", "policy": "stream", "plan": Path("p.json"), "threads": 2, "seed": 3,
-        "deterministic": True, "unit_rows": 8, "strict": True, "keep": ["lm_head", "0.*"],
+        "deterministic": True, "unit_rows": 8, "strict": True, "keep": ["lm_head", "0.*"], "enable_prefix_caching": False,
     }  # fmt: skip
     assert set(FakeLLM.made) == set(options.LLM_ARGUMENTS)
     assert (params.temperature, params.top_p, params.max_tokens) == (0.0, 0.9, 5), "flags override the model's defaults, the rest stays"

@@ -44,6 +44,9 @@ def workloads(draw: st.DrawFn) -> list[tuple[int, list[int], SamplingParams, int
     requests = []
     for number in range(draw(st.integers(1, 7))):
         prompt = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=14))
+        if requests and draw(st.booleans()):  # begins like an earlier one, often beyond a page or two
+            earlier = draw(st.sampled_from(requests))[1]
+            prompt = (earlier[: draw(st.integers(1, 14))] + prompt)[:18]
         params = SamplingParams(
             n=draw(st.sampled_from([1, 1, 2])),
             temperature=draw(st.sampled_from([0.0, 0.8])),
@@ -274,3 +277,69 @@ def test_prompt_and_generated_tokens_count_once_despite_preemption() -> None:
         engine.add_request(str(i), [i] * 7, SamplingParams(temperature=0.0, max_tokens=18))
     run_all(engine)
     assert engine.scheduler.num_preemptions > 0 and counted == [35, 90]
+
+
+def test_a_prompt_that_begins_like_another_reads_only_the_rest() -> None:
+    engine = toy_engine()
+    first, second = [*range(10), 20, 21], [*range(10), 30]  # pages of 4 tokens: two full ones in common
+    engine.add_request("a", first, GREEDY)
+    assert run_all(engine)["a"].num_cached_tokens == 0
+    engine.add_request("b", second, GREEDY)
+    engine.step()
+    assert engine.executor.batches[-1].num_tokens == 3, "11 tokens less two pages"  # type: ignore[attr-defined]
+    output = run_all(engine)["b"]
+    assert list(output.outputs[0].token_ids) == greedy(second, 12) and output.num_cached_tokens == 8
+    assert (engine.kv.counts.queried_tokens, engine.kv.counts.hit_tokens) == (23, 8)
+
+
+def test_a_conversation_goes_on_from_its_last_answer() -> None:
+    engine = toy_engine()
+    engine.add_request("a", [1, 2, 3], GREEDY)
+    longer = [1, 2, 3, *run_all(engine)["a"].outputs[0].token_ids, 7, 8]
+    engine.add_request("b", longer, GREEDY)
+    output = run_all(engine)["b"]
+    assert output.num_cached_tokens == 12, "3 + 12 tokens, the last of them never computed: 14 are, in three full pages"
+    assert list(output.outputs[0].token_ids) == greedy(longer, 12)
+
+
+def test_a_repeated_prompt_leaves_one_token_to_compute_and_prompt_logprobs_compute_all() -> None:
+    engine = toy_engine()
+    for name, params, cached in (("a", GREEDY, 0), ("b", GREEDY, 4), ("c", SamplingParams(temperature=0.0, prompt_logprobs=0), 0)):
+        engine.add_request(name, [1, 2, 3, 4, 5, 6, 7, 8], params)
+        output = run_all(engine)[name]
+        assert output.num_cached_tokens == cached and list(output.outputs[0].token_ids) == greedy([1, 2, 3, 4, 5, 6, 7, 8], params.max_tokens or 0)
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 8
+
+
+def test_sequences_that_share_pages_survive_each_others_end() -> None:
+    engine, prompt = toy_engine(), list(range(12))
+    engine.add_request("first", prompt, SamplingParams(temperature=0.0, max_tokens=1))
+    run_all(engine)
+    for name in "abc":
+        engine.add_request(name, [*prompt, ord(name) % VOCAB], GREEDY)
+    engine.step()
+    assert engine.kv.pools["gpu"].num_free == 64 - 3 - 3, "three pages together, one each"
+    engine.abort("a")
+    engine.check_integrity()
+    done = run_all(engine)
+    assert all(list(done[name].outputs[0].token_ids) == greedy([*prompt, ord(name) % VOCAB], 12) for name in "bc")
+
+
+def test_what_was_used_last_is_forgotten_last() -> None:
+    engine = toy_engine(toy_plan(gpu_pages=8, host_pages=0, max_model_len=32))
+    one = SamplingParams(temperature=0.0, max_tokens=1)
+    old, new = [1] * 13, [2] * 13
+    for prompt in (old, new, old, [3] * 9):  # 4 pages each, the last of which is not full: 3 + 3 remembered, and two more needed
+        engine.add_request("a", prompt, one)
+        run_all(engine)
+    for prompt, cached in ((old, 12), (new, 8)):  # the end of `new` has been taken
+        engine.add_request("b", prompt, one)
+        assert run_all(engine)["b"].num_cached_tokens == cached
+
+
+def test_without_sharing_nothing_is_remembered() -> None:
+    engine = toy_engine(share=False)
+    for name in "ab":
+        engine.add_request(name, list(range(12)), GREEDY)
+        assert run_all(engine)[name].num_cached_tokens == 0
+    assert engine.kv.counts.queried_tokens == 0

@@ -167,6 +167,9 @@ def test_a_completion_with_echo_and_logprobs() -> None:
     assert choice["logprobs"]["tokens"] == ["x", "a", "b", "c"] and choice["logprobs"]["text_offset"] == [0, 1, 2, 3]
     assert choice["logprobs"]["token_logprobs"] == [None, -0.5, -0.5, -0.5]
     assert choice["logprobs"]["top_logprobs"] == [None, {"a": -0.5}, {"a": -1.0, "b": -0.5}, {"a": -1.0, "c": -0.5}]
+    assert "token_ids" not in choice
+    with_ids = response_body(completion(return_token_ids=True), [whole], response_id="c", created=5, model="m")["choices"][0]
+    assert (with_ids["prompt_token_ids"], with_ids["token_ids"]) == ([9, 1], [2, 3])
     assert response_body(completion(prompt=["a", "b"]), [whole, whole], response_id="c", created=5, model="m")["choices"][1]["index"] == 1
 
 

@@ -23,7 +23,7 @@ SAMPLING_DEFAULTS = {
     "seed": None, "max_tokens": 16, "min_tokens": 0, "stop": None, "stop_token_ids": None, "ignore_eos": False, "logprobs": None, "prompt_logprobs": None,
     "logit_bias": None, "skip_special_tokens": True, "structured_outputs": None,
 }  # fmt: skip
-COMMANDS = ["generate", "chat", "plan", "profile", "doctor", "bench", "eval", "serve"]
+COMMANDS = ["generate", "chat", "plan", "profile", "doctor", "bench", "eval", "run-batch", "serve"]
 
 
 def test_llm_takes_the_published_arguments() -> None:

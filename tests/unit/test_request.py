@@ -16,7 +16,7 @@ def test_names_and_defaults_are_those_of_vllm() -> None:
     assert found == {
         "n": 1, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
         "seed": None, "stop": None, "stop_token_ids": None, "ignore_eos": False, "max_tokens": 16, "min_tokens": 0, "logprobs": None, "prompt_logprobs": None,
-        "skip_special_tokens": True, "logit_bias": None,
+        "skip_special_tokens": True, "logit_bias": None, "structured_outputs": None,
     }  # fmt: skip
 
 

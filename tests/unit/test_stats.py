@@ -26,6 +26,7 @@ def test_sums_rates_and_keys() -> None:
         "bytes": {"link_weights": 30, "link_kv": 3, "link_activations": 0, "disk": 0}, "busy_s": {"cpu": 1.5, "gpu": 0.75, "link": 0.375},
         "predicted_busy_s": {"cpu": 1.5, "gpu": 1.0, "link": 0.5},
         "peak_bytes": {"gpu": 7, "host": 8}, "weights_frac": {"resident": 0.5, "streamed": 2 / 12, "cpu": 4 / 12}, "plan_changes": 1,
+        "prefix_cache": {"queried_tokens": 0, "hit_tokens": 0},
     }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ QUANTIZATIONS = ("int8", "int4", "int4-fast")
 LLM_ARGUMENTS = (
     "model", "tokenizer", "revision", "dtype", "quantization", "device", "gpu_memory", "host_memory", "max_model_len",
     "max_num_seqs", "kv_cache_dtype", "policy", "plan", "threads", "seed", "deterministic", "unit_rows", "strict", "keep",
+    "enable_prefix_caching",
 )  # fmt: skip
 MODEL_HELP = "directory, .gguf file, hub id, smollm2-135m, or dummy:NAME"
 
@@ -135,6 +136,9 @@ def add_llm_flags(parser: argparse.ArgumentParser, *, policy: bool = True) -> No
         group.add_argument("--plan", type=Path, metavar="FILE", help="run this hand-set plan (JSON)")
     group.add_argument("--threads", type=positive_int, metavar="N", help="threads of the CPU pilot (default: physical cores, less the driver's)")
     group.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="seed of sampling and of dummy weights (default: 0)")
+    group.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="prompts that begin alike share what was computed (default: on)"
+    )
     group.add_argument("--deterministic", action="store_true", help="one frozen split: a request gives the same bits alone, batched and after a restart")
 
 
@@ -174,7 +178,7 @@ def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_llm(args: argparse.Namespace, **more: Any) -> LLM:
-    """The `LLM` that the flags describe, and ``more`` of its arguments; use it as a context manager."""
+    """The `LLM` that the flags describe; use it as a context manager. ``more``: arguments that have no flag."""
     from twinpilots.api import LLM
 
     with arguments_are_the_users():

@@ -47,6 +47,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._templates)
 
+    def state(self) -> bytes:
+        """Everything that makes texts into ids and back, as bytes: two tokenizers with the same state do the same."""
+        return repr((self.backend.to_str(), self.special_tokens, self.eos_token_ids, self._add_bos, self._templates)).encode("utf-8", "surrogatepass")
+
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of ``text``. ``add_special`` puts BOS in front where the model wants it, unless the text already begins with it."""
         ids = list(self.backend.encode(text, add_special_tokens=add_special).ids)

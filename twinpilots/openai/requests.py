@@ -43,6 +43,7 @@ class ApiRequest:
     """One body. ``prompts`` are a completion's, ``messages`` (and ``tools``) a chat's. ``warnings`` names the fields that nobody knows.
 
     ``echo``: the prompt, and its logprobs when asked for, come before the output. ``template_options``: variables for the chat template.
+    ``return_token_ids``: choices also give their token ids, and their prompt's.
     """
 
     endpoint: Endpoint
@@ -55,6 +56,7 @@ class ApiRequest:
     echo: bool = False
     stream: bool = False
     include_usage: bool = False
+    return_token_ids: bool = False
     warnings: tuple[str, ...] = ()
 
     @property
@@ -90,7 +92,7 @@ def read_request(endpoint: str, body: Any, defaults: SamplingParams) -> ApiReque
     return ApiRequest(
         endpoint=endpoint, model=fields.text("model"), params=params, prompts=() if chat else read_prompts(fields.take("prompt")),
         messages=read_messages(fields.take("messages")) if chat else (), tools=() if choice == "none" else tools, template_options=options, echo=echo,
-        stream=stream, include_usage=include_usage, warnings=fields.unknown(),
+        stream=stream, include_usage=include_usage, return_token_ids=bool(fields.flag("return_token_ids")), warnings=fields.unknown(),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from twinpilots.errors import RequestError
+from twinpilots.errors import RequestError, UserError
 from twinpilots.openai.requests import ApiRequest
 from twinpilots.request import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
 
@@ -18,7 +18,8 @@ LEAST_LOGPROB = -9999.0  # what stands for "impossible" where JSON has no infini
 def response_body(request: ApiRequest, outputs: Sequence[RequestOutput], *, response_id: str, created: int, model: str) -> dict[str, Any]:
     """The whole answer: ``outputs`` are those of the request's prompts, in order. ``created``: seconds since 1970."""
     choices = [
-        _chat_choice(request, output, index) if request.is_chat else _completion_choice(request, whole, output, index)
+        (_chat_choice(request, output, index) if request.is_chat else _completion_choice(request, whole, output, index))
+        | ({"prompt_token_ids": list(whole.prompt_token_ids), "token_ids": list(output.token_ids)} if request.return_token_ids else {})
         for index, (whole, output) in enumerate((whole, output) for whole in outputs for output in whole.outputs)
     ]
     kind = "chat.completion" if request.is_chat else "text_completion"
@@ -41,7 +42,7 @@ def error_of(error: Exception) -> dict[str, Any]:
     """The error object of a request that was refused."""
     if isinstance(error, RequestError):
         return error_body(str(error), param=error.param, code=error.code)
-    return error_body(str(error))
+    return error_body(str(error), kind="invalid_request_error" if isinstance(error, UserError | ValueError) else "server_error")
 
 
 def _completion_choice(request: ApiRequest, whole: RequestOutput, output: CompletionOutput, index: int) -> dict[str, Any]:

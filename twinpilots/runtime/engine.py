@@ -20,6 +20,7 @@ from twinpilots.runtime.kv_cache import KvCache
 from twinpilots.runtime.output_text import OutputText
 from twinpilots.runtime.sampler import Sampler, token_logprobs
 from twinpilots.runtime.scheduler import Scheduler
+from twinpilots.runtime.structured import Grammars
 
 Logits = NDArray[np.float32]
 
@@ -71,7 +72,8 @@ class Engine:
         self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(eos_token_ids)
         self.tokenizer = tokenizer
-        self.sampler = Sampler(vocab_size, eos_token_ids=tuple(self.eos_token_ids), seed=seed)
+        self.grammars = Grammars(tokenizer, vocab_size, [token for token in self.eos_token_ids if token < vocab_size])
+        self.sampler = Sampler(vocab_size, eos_token_ids=tuple(self.eos_token_ids), seed=seed, grammars=self.grammars)
         self._requests: dict[str, _Request] = {}
         self._owner: dict[Sequence, tuple[_Request, _Output]] = {}
         self._num_arrived = 0
@@ -108,7 +110,7 @@ class Engine:
             if outside is not None:
                 raise ValueError(f"{name} {outside} of request {request_id!r} is outside the vocabulary [0, {self.vocab_size})")
         if params.structured_outputs is not None:
-            raise ValueError(f"request {request_id!r} asks for structured_outputs, which this version cannot do; leave it out")
+            self.grammars.start(params.structured_outputs)  # says what is wrong with it
         if params.stop_strings and self.tokenizer is None:
             raise ValueError(f"request {request_id!r} has stop strings, but there is no tokenizer to make text; use stop_token_ids")
 
@@ -199,6 +201,8 @@ class Engine:
             found = output.text.add(token, sequence.num_output_tokens)
         if found is not None:
             reason, stop = "stop", found
+        if reason != "stop" and sequence.params.structured_outputs is not None and self.sampler.has_ended(sequence):
+            reason = "stop"
         if reason is not None:
             self._finish(request, output, reason, stop)
 
@@ -240,7 +244,7 @@ class Engine:
         )  # fmt: skip
         return RequestOutput(
             request_id=request.request_id, prompt=request.prompt, prompt_token_ids=request.prompt_ids, outputs=outputs, finished=finished,
-            prompt_logprobs=request.prompt_logprobs,
+            prompt_logprobs=request.prompt_logprobs, num_cached_tokens=min(len(request.prompt_ids), request.outputs[0].sequence.num_cached),
         )  # fmt: skip
 
     def check_integrity(self) -> None:

@@ -2,8 +2,8 @@
 
 Owns the sampling arithmetic (vLLM's semantics and order) and each sequence's random generator. Knows nothing of batches, pages or text.
 
-Order: logit masks and biases (min_tokens, logit_bias), penalties (repetition, frequency, presence), then argmax; or temperature, min_p, top_k, top_p and
-one draw. Logprobs are the log-softmax of the raw logits. A sequence's draws depend on its own logits and generator only, never on the batch.
+Order: logit masks and biases (min_tokens, logit_bias), penalties (repetition, frequency, presence), structured output, then argmax; or temperature, min_p,
+top_k, top_p and one draw. Logprobs are the log-softmax of the raw logits. A sequence's draws depend on its own logits and generator only, never on the batch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from twinpilots.errors import TwinPilotsError
+from twinpilots.errors import NotFiniteError
 from twinpilots.request import SamplingParams, Sequence
+from twinpilots.runtime.structured import Grammar, Grammars
 
 NUCLEUS_GUESS = 1024
 Row = NDArray[np.float32]
@@ -31,19 +32,22 @@ class _State:
     counts: NDArray[np.int32] | None = None  # [vocab] in the output
     num_counted: int = 0
     stop_ids: list[int] = field(default_factory=list)
+    grammar: Grammar | None = None
+    num_consumed: int = 0  # tokens that the grammar has seen
 
 
 class Sampler:
-    """``eos_token_ids`` end a sequence unless it ignores them; ``seed`` is used by sequences that bring none."""
+    """``eos_token_ids`` end a sequence unless it ignores them; ``seed`` is used by sequences that bring none; ``grammars`` by those with a structure."""
 
-    def __init__(self, vocab_size: int, *, eos_token_ids: SequenceABC[int] = (), seed: int = 0) -> None:
+    def __init__(self, vocab_size: int, *, eos_token_ids: SequenceABC[int] = (), seed: int = 0, grammars: Grammars | None = None) -> None:
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
         self.seed = seed
+        self.grammars = grammars
         self._states: dict[Sequence, _State] = {}
 
     def sample(self, logits: Logits, sequences: SequenceABC[Sequence]) -> list[int]:
-        """One token per sequence from its row of ``logits``, which is left as it is. Raises TwinPilotsError when a row is not finite."""
+        """One token per sequence from its row of ``logits``, which is left as it is. Raises NotFiniteError when a row is not finite."""
         tokens = logits.argmax(axis=1)
         best = logits[np.arange(len(sequences)), tokens]  # argmax stops at a NaN, so the best value tells whether there is one
         if not np.isfinite(best).all():
@@ -63,9 +67,10 @@ class Sampler:
         return frozenset(self._states)
 
     def _refuse(self, sequence: Sequence) -> None:
-        raise TwinPilotsError(
+        raise NotFiniteError(
             f"the model's logits for request {sequence.request_id} at position {len(sequence.tokens) - 1} are not finite numbers; "
-            "the checkpoint may be damaged or overflow its 16-bit format: try dtype='fp32'"
+            "the checkpoint may be damaged or overflow its 16-bit format: try dtype='fp32'",
+            request_id=sequence.request_id,
         )
 
     def _sample_row(self, row: Row, sequence: Sequence) -> int:
@@ -81,11 +86,15 @@ class Sampler:
         if state is None:
             stop_ids = set(sequence.params.stop_token_ids or ()).union(() if sequence.params.ignore_eos else self.eos_token_ids)
             state = _State(generator_for(sequence, self.seed), stop_ids=[token for token in stop_ids if token < self.vocab_size])
+            if sequence.params.structured_outputs is not None:
+                assert self.grammars is not None
+                state.grammar, state.num_consumed = self.grammars.start(sequence.params.structured_outputs), sequence.num_prompt_tokens
             self._states[sequence] = state
         return state
 
     def _adjusted(self, row: Row, sequence: Sequence, state: _State) -> Row:
         params = sequence.params
+        raw = row.copy() if state.grammar is not None else row
         if sequence.num_output_tokens < params.min_tokens:
             row[state.stop_ids] = -np.inf
         for token, bias in (params.logit_bias or {}).items():
@@ -94,7 +103,17 @@ class Sampler:
             self._count(sequence, state)
             assert state.seen is not None and state.counts is not None
             penalise(row, params, state.seen, state.counts)
-        return row
+        allowed = None if state.grammar is None else state.grammar.allowed()
+        return row if allowed is None else _restricted(row, raw, allowed)
+
+    def has_ended(self, sequence: Sequence) -> bool:
+        """Whether the sequence's structure is complete and nothing may follow."""
+        state = self._state(sequence)
+        if state.grammar is None:
+            return False
+        state.grammar.consume(sequence.tokens[state.num_consumed :])
+        state.num_consumed = len(sequence.tokens)
+        return state.grammar.has_ended
 
     def _count(self, sequence: Sequence, state: _State) -> None:
         """Bring the token counts up to the sequence's tokens."""
@@ -107,6 +126,12 @@ class Sampler:
         np.add.at(state.counts, new, 1)
         state.seen[new] = True
         state.num_counted = len(sequence.tokens)
+
+
+def _restricted(row: Row, raw: Row, allowed: NDArray[np.bool_]) -> Row:
+    """The row with -inf for what is not allowed. Where biases forbid all that is allowed, the structure wins over them: the raw logits count."""
+    kept = np.where(allowed, row, np.float32(-np.inf))
+    return kept if np.isfinite(kept.max()) or not allowed.any() else np.where(allowed, raw, np.float32(-np.inf))
 
 
 def generator_for(sequence: Sequence, engine_seed: int) -> np.random.Generator:

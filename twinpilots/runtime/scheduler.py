@@ -34,6 +34,7 @@ class Scheduler:
     """Queues and budgets. ``recompute_beyond``: a sequence that grows past this many tokens is computed anew (longrope changes its rotary table there)."""
 
     def __init__(self, plan: Plan, kv: KvCache, *, growth_tokens: int = GROWTH_TOKENS, recompute_beyond: int | None = None) -> None:
+        assert recompute_beyond is None or not kv.share_prefixes, "what is computed anew in place must not be shared"
         self.plan = plan
         self.kv = kv
         self.growth_tokens = growth_tokens
@@ -127,7 +128,7 @@ class Scheduler:
             self.waiting.popleft()
             expected[tier] += self._expected_pages(sequence)
             sequence.tier, sequence.status = tier, Status.RUNNING
-            self.kv.open(sequence, tier)
+            sequence.num_computed = sequence.num_cached = self.kv.open(sequence, tier)
             insort(self.running, sequence, key=lambda s: s.arrival)
             if not self._bring(sequence, draft):
                 return
@@ -167,6 +168,7 @@ class Scheduler:
             sequence.num_computed = end
             if end > sequence.num_seen:
                 sequence.num_seen = end
+            self.kv.computed(sequence, end)
 
     def append(self, sequence: Sequence, token: int) -> None:
         """A new token of a running sequence."""

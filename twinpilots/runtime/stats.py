@@ -77,6 +77,14 @@ class PassTimes:
 
 
 @dataclass(kw_only=True, slots=True)
+class PrefixCounts:
+    """Tokens that were looked up in the prefix cache, and those that were found there, since the beginning."""
+
+    queried_tokens: int = 0
+    hit_tokens: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
 class EngineStats:
     """Sums of `PassReport`s. ``weights`` are the plan's shares, shown until a pass has run."""
 
@@ -85,6 +93,7 @@ class EngineStats:
     emulated: bool
     weights: WeightShares
     plan_changes: int = 0
+    prefix: PrefixCounts = field(default_factory=PrefixCounts)
     prompt_tokens: int = 0
     generated_tokens: int = 0
     seconds: float = 0.0
@@ -143,6 +152,7 @@ class EngineStats:
             "peak_bytes": {"gpu": peak_gpu_bytes, "host": peak_host_bytes},
             "weights_frac": {name: share / total if total else 0.0 for name, share in shares.items()},
             "plan_changes": self.plan_changes,
+            "prefix_cache": {"queried_tokens": self.prefix.queried_tokens, "hit_tokens": self.prefix.hit_tokens},
         }
 
 
