@@ -60,9 +60,9 @@ class LLM:
     Arguments are those of docs/cli.md; None means: decided by measurement and plan. ``gpu_memory`` and ``host_memory`` are bytes or text
     ("8GiB"). ``plan`` is a `Plan` or the path of its JSON. ``strict`` makes tensors that nothing uses an error instead of a
     warning. ``keep`` names weights that ``quantization`` leaves alone, by patterns such as "lm_head" or "*.down_proj". ``enable_prefix_caching``: prompts that
-    begin alike share what was computed of the beginning. ``load=False`` loads the weights when they are first needed: with the plan for the first requests,
-    instead of a plan for requests of usual lengths. ``expected``: what will be asked, where that is known before the first prompts: the first plan is made
-    for it, its lengths cut to what model and memory allow.
+    begin alike share what was computed of the beginning. ``load=False`` loads the weights when they are first needed: with the plan for the first
+    requests, instead of a plan for requests of usual lengths. ``expected``: what will be asked, where that is known before the first prompts: the first
+    plan is made for it, its lengths cut to what model and memory allow.
     Raises UserError subclasses for models, devices and limits that cannot be had, ValueError
     for malformed arguments, all before anything runs.
     """

@@ -24,7 +24,7 @@ def test_a_mixed_pass_takes_about_so_many_times_a_decoding_one() -> None:
 
 def test_many_who_wait_for_a_first_token_outweigh_a_few_who_wait_for_a_next_one() -> None:
     pacer = settled(0.050, 0.001)
-    assert [pacer.budget(*counts) for counts in ((1, 8), (8, 8), (24, 8), (31, 1))] == [50, 50, 150, 1550]
+    assert [pacer.budget(*counts) for counts in ((1, 8), (8, 8), (24, 8), (31, 1))] == [75, 75, 225, 2325]
 
 
 def test_a_prompt_always_gets_on_and_the_beginning_is_careful() -> None:

@@ -168,6 +168,7 @@ def test_metrics_have_vllms_names_and_our_own(server: ServerProcess) -> None:
     names = {name.partition("{")[0].removeprefix("twinpilots:") for name in values}
     known = {
         "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens_total", "generation_tokens_total", "request_success_total",
+        "prefix_cache_hits_total",
         "time_to_first_token_seconds_count", "inter_token_latency_seconds_bucket", "e2e_request_latency_seconds_sum", "num_preemptions_total",
     }  # fmt: skip
     ours = {"link_bytes_total", "busy_ratio", "weight_wait_seconds_total", "compared_pass_seconds_total", "plan_info", "plan_changes_total"}

@@ -21,8 +21,8 @@ from twinpilots.request import StructuredOutputsParams
 
 logger = logging.getLogger(__name__)
 MOST_COMPILED = 64  # grammars that are kept ready: compiling a large schema takes longer than a pass
-# Between the parts of a JSON document at most one space: small models otherwise lose themselves in white space.
-JSON_OPTIONS = {"whitespace_pattern": "[ ]?"}
+# JSON without free white space: small models otherwise lose themselves in it, and nobody pays for blanks.
+JSON_OPTIONS = {"whitespace_flexible": False}
 
 
 class Grammar:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MOST_RATIO = 2.0  # a mixed pass by a decoding one: well under three, because a prompt's later tokens cost more than its earlier ones
+MOST_RATIO = 2.5  # a mixed pass by a decoding one: under three, because a prompt's later tokens cost more than its earlier ones
 NEWEST = 0.25  # weight of the newest pass in the means
 LEAST_TOKENS = 16  # a prompt always gets on
 FIRST_TOKENS = 64  # before anything is known

@@ -95,6 +95,9 @@ class Snapshot:
         tiers = [({"tier": tier}, part[0] / part[1] if part[1] else None) for tier, part in self.kv.items()]
         page.values(gauge, f"{prefix}kv_cache_tier_usage_perc", "KV pages in use by tier; 1 means all.", tiers)
         page.value(counter, f"{prefix}num_preemptions_total", "Sequences that lost their pages and were computed anew.", self.preemptions)
+        found = stats["prefix_cache"]
+        page.value(counter, f"{prefix}prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.", found["queried_tokens"])
+        page.value(counter, f"{prefix}prefix_cache_hits_total", "Prompt tokens found there.", found["hit_tokens"])
         page.value(counter, f"{prefix}prompt_tokens_total", "Prompt tokens computed.", stats["tokens"]["prompt"])
         page.value(counter, f"{prefix}generation_tokens_total", "Tokens generated.", stats["tokens"]["generated"])
         page.value(counter, f"{prefix}passes_total", "Passes run.", totals["passes"])
