@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.exhaustive_bound import PhaseBound, Rows
 from twinpilots.plan.auto import MOST_MICRO_BATCHES
-from twinpilots.plan.draft import Attention, Draft, chunk_choices, nothing_resident, residency_bytes, ring_rule, tight_ring
+from twinpilots.plan.draft import TIGHT_CHUNK_TOKENS, Attention, Draft, chunk_choices, nothing_resident, residency_bytes, ring_rule, tight_ring
 from twinpilots.plan.memory import plan_memory
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Split
 from twinpilots.plan.pricing import prefill_shape, price_phase, price_plan
@@ -54,12 +54,15 @@ class Found:
     priced: int  # of these, by the simulator
 
 
+def rings(problem: Problem) -> list[tuple[int, int]]:
+    return sorted({NO_RING, ring_rule(problem.limits.gpu_bytes), tight_ring(problem.spec, problem.options.unit_rows)})
+
+
 def settings(problem: Problem) -> Iterator[Setting]:
     requests, cap = problem.workload.num_requests, problem.workload.concurrency
     counts = sorted({-(-requests // waves) for waves in range(1, requests + 1)} & set(range(1, cap + 1)))
-    rings = {NO_RING, ring_rule(problem.limits.gpu_bytes), tight_ring(problem.spec, problem.options.unit_rows)}
-    chunks = chunk_choices(problem.spec, problem.workload, cap, problem.limits.gpu_bytes)
-    for count, chunk, ring in product(counts, chunks, sorted(rings)):
+    chunks = [*chunk_choices(problem.spec, problem.workload, cap, problem.limits.gpu_bytes), *TIGHT_CHUNK_TOKENS]
+    for count, chunk, ring in product(counts, chunks, rings(problem)):
         together = prefill_shape(problem.workload, count, max(count, chunk)).num_seqs
         batches = [range(1, min(MOST_MICRO_BATCHES, most) + 1) for most in (together, count)]
         for gpu_seqs, prefill_mb, decode_mb in product(range(count + 1), *batches):
@@ -215,7 +218,9 @@ class Exhaustive:
 
     def _bounds(self, setting: Setting, phase: Phase) -> tuple[np.ndarray, np.ndarray]:
         """(the bound of every combination, the least of every residency). The larger of the rings bounds all of them."""
-        ring = max(NO_RING, ring_rule(self.problem.limits.gpu_bytes), tight_ring(self.problem.spec, self.problem.options.unit_rows), key=lambda ring: ring[0] * ring[1])
+        ring = max(
+            NO_RING, ring_rule(self.problem.limits.gpu_bytes), tight_ring(self.problem.spec, self.problem.options.unit_rows), key=lambda ring: ring[0] * ring[1]
+        )
         key = self._key(replace(setting, ring=ring), phase)
         if (key, NO_RING) not in self.bounds:
             plan = self._plan(replace(setting, ring=ring), phase, 0)

@@ -271,7 +271,7 @@ class _Pass:
         self._linears(layer, (first,), lambda mb: self._normed(mb, needed), lambda mb, ends: self._exchanged_act(layer, mb, first, second, ends))
         halves = self.ready
         self._linears(layer, (second,), lambda mb: {d: halves[d, mb] for d in DEVICES}, lambda _mb, ends: {d: ends[d, second] for d in DEVICES})
-        needed_next = {d: self.zero != 0 for d in DEVICES} if layer + 1 == self.spec.num_layers else self._computes(layer + 1, QKV)
+        needed_next = dict.fromkeys(DEVICES, self.zero != 0) if layer + 1 == self.spec.num_layers else self._computes(layer + 1, QKV)
         for mb in self.mbs:
             self._join(mb, {d: self.ready[d, mb] for d in DEVICES}, self._computes(layer, (second,)), needed_next)
 

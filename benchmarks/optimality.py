@@ -12,7 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from benchmarks.exhaustive import TOLERANCE, Exhaustive, seconds_of
 from twinpilots.errors import LimitError
@@ -92,8 +92,9 @@ def _random_machine(rng: random.Random, spec: ModelSpec) -> HardwareProfile:
         copy_s=layer_s * log_uniform(rng, 1e-3, 1e-2), handoff_s=layer_s * log_uniform(rng, 1e-3, 2e-2), queue_handoff_s=layer_s * log_uniform(rng, 1e-4, 5e-3),
     )  # fmt: skip
     return HardwareProfile(
-        name="random", source="random", cpu=processor("cpu", 1.0, log_uniform(rng, 1, 30)), gpu=processor("gpu", log_uniform(rng, 3, 40), log_uniform(rng, 20, 500)),
-        link=link, host_memory_bytes=1 << 30, gpu_memory_bytes=1 << 30, dram_bytes_per_s=2 * read, cpu_cores=4, step_overhead_s=layer_s * log_uniform(rng, 1e-3, 5e-2),
+        name="random", source="random", link=link, cpu=processor("cpu", 1.0, log_uniform(rng, 1, 30)),
+        gpu=processor("gpu", log_uniform(rng, 3, 40), log_uniform(rng, 20, 500)), host_memory_bytes=1 << 30, gpu_memory_bytes=1 << 30,
+        dram_bytes_per_s=2 * read, cpu_cores=4, step_overhead_s=layer_s * log_uniform(rng, 1e-3, 5e-2),
     )  # fmt: skip
 
 
@@ -132,13 +133,14 @@ def outcome(seed: int, number: int) -> Outcome:
 
 def report(found: Sequence[Outcome]) -> str:
     gaps = sorted(each.gap for each in found if each.gap is not None)
-    good = sum(gap <= GOOD for gap in gaps)
+    good, last = sum(gap <= GOOD for gap in gaps), len(gaps) - 1
     worst = max((each for each in found if each.gap is not None), key=lambda each: each.gap or 0.0)
+    plans, priced, seconds = (sum(getattr(each, name) for each in found) for name in ("plans", "priced", "seconds"))
     return "\n".join([
-        f"{len(found)} problems, {len(found) - len(gaps)} of them refused rightly; {sum(each.plans for each in found):,} plans, {sum(each.priced for each in found):,} "
-        f"simulated, the others excluded by a bound; {sum(each.seconds for each in found):.0f} s of CPU time",
-        f"auto is within {100 * GOOD:.0f} % of the best plan in {good} of {len(gaps)} ({100 * good / len(gaps):.1f} %), the best being known to {100 * TOLERANCE:.1f} %",
-        f"gap: median {100 * gaps[len(gaps) // 2]:.2f} %, 99th percentile {100 * gaps[int(0.99 * (len(gaps) - 1))]:.2f} %, worst {100 * gaps[-1]:.2f} % (problem {worst.number})",
+        f"{len(found)} problems, {len(found) - len(gaps)} of them refused rightly; {plans:,} plans of a phase, {priced:,} simulated, a bound excludes the rest",
+        f"within {100 * GOOD:.0f} % of the best in {good} of {len(gaps)} ({100 * good / len(gaps):.1f} %); the best is known to {100 * TOLERANCE:.1f} %",
+        f"gap: median {100 * gaps[last // 2]:.2f} %, 99th {100 * gaps[int(0.99 * last)]:.2f} %, worst {100 * gaps[last]:.2f} % (problem {worst.number})",
+        f"{seconds:.0f} s of CPU time",
     ])  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from twinpilots.plan.draft import PAGE_TOKENS, Draft, Residency, chunk_choices, most_sequences, nothing_resident, pages_of, ring_rule, split_of, unit_edge
 from twinpilots.plan.memory import plan_memory
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Split
-from twinpilots.plan.pricing import bucket_seconds, price_phase, prompts_at_once
+from twinpilots.plan.pricing import bucket_seconds, price_phase, prompts_at_once, used_bucket
 from twinpilots.plan.problem import Place, Problem, fill, kv_element_bytes, no_cpu, sized
 from twinpilots.plan.program import BLOCKS, Machine, PhaseTerms, Program, Shares, solve_program
 from twinpilots.plan.terms import Choice, MeanPass, decode_pass, planned_phases, planned_terms, prefill_pass
@@ -254,7 +254,7 @@ def improve(problem: Problem, trials: list[Trial]) -> Plan:
         for factor in SCALES:
             while (scaled := _scaled(best, phase, factor)) is not None and search.seconds(scaled) * GAIN < best_s:
                 best, best_s = scaled, search.seconds(scaled)
-    return _with_small_buckets(problem, best)
+    return with_small_buckets(problem, best.plan(problem))
 
 
 def nudged(problem: Problem, trial: Trial) -> Trial:
@@ -309,12 +309,14 @@ MOVES: tuple[Move, ...] = (
 # -- smaller buckets -------------------------------------------------------------------------------------------------------------------------
 
 
-def _with_small_buckets(problem: Problem, trial: Trial) -> Plan:
-    """The trial's plan, with the program's shares for its own token count in every bucket but the two that were searched."""
-    plan = trial.plan(problem)
-    searched = {("decode", trial.draft.num_seqs), ("prefill", trial.draft.pass_tokens)}
-    buckets = [bucket if (bucket.phase, bucket.max_tokens) in searched else _resolve(problem, plan, bucket) or bucket for bucket in plan.buckets]
-    return replace(plan, buckets=tuple(buckets))
+def with_small_buckets(problem: Problem, plan: Plan) -> Plan:
+    """The plan with the program's shares for its own token count in every bucket but those that the workload's full passes take."""
+    if not plan.ring_bytes:  # nothing can be streamed: there is no boundary to move
+        return plan
+    kept = {(bucket.phase, bucket.max_tokens) for bucket in (used_bucket(problem.workload, plan, phase) for phase in PHASES)}
+    buckets = [bucket if (bucket.phase, bucket.max_tokens) in kept else _resolve(problem, plan, bucket) or bucket for bucket in plan.buckets]
+    resolved = replace(plan, buckets=tuple(buckets))
+    return resolved if problem.fits(resolved) else plan
 
 
 def resolved_buckets(problem: Problem, plan: Plan) -> Plan:

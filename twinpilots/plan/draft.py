@@ -306,6 +306,11 @@ def _smallest(works: Callable[[int], bool], low: int, high: int) -> int | None:
     return high
 
 
+def limit_step(num_bytes: int) -> int:
+    """The step in which the planner names limits of this size."""
+    return 1 << 20 if num_bytes > 16 << 20 else 1024
+
+
 def size_text(num_bytes: int) -> str:
     """Exactly this many bytes in the largest unit that needs no fraction, for sizes that the planner names; else with two decimals."""
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):

@@ -123,6 +123,12 @@ def phase_loads(workload: Workload, plan: Plan, phase: Phase, contexts: Sequence
     return [(bucket, decode_load(on_gpu, on_host, length, bucket), steps) for length in lengths]
 
 
+def used_bucket(workload: Workload, plan: Plan, phase: Phase) -> BucketPlan:
+    """The bucket that the workload's passes of this phase take."""
+    found = phase_loads(workload, plan, phase)
+    return found[0][0] if found else plan.bucket_for(phase, plan.max_num_seqs)
+
+
 def _prefill(workload: Workload, plan: Plan, on_gpu: int, on_host: int) -> tuple[BucketPlan, PassLoad, float]:
     shape = prefill_shape(workload, on_gpu + on_host, plan.max_pass_tokens)
     bucket = plan.bucket_for("prefill", shape.num_seqs * shape.query_tokens)

@@ -20,7 +20,7 @@ DRAM's limit is in the profiled op times and in d, the work that a processor los
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -175,15 +175,37 @@ def program_matrix(program: Program) -> Matrix:
 
 
 def solve_program(program: Program, *, relaxed: bool = False) -> Shares | None:
-    """The optimum, or None when memory does not suffice. ``relaxed`` lets y be fractional: quicker, enough to rank the grid."""
-    made = _assemble(program, relaxed=relaxed)
+    """The optimum, or None when memory does not suffice. ``relaxed`` lets y be fractional: quicker, enough to rank the grid.
+
+    Solved with the longest op as the unit of time: the solver's tolerances are absolute, and passes of small models take microseconds.
+    """
+    unit_s = max(1e-12, *(seconds for phase in program.phases for seconds in (*phase.cpu_s.values(), *phase.gpu_s.values())))
+    made = _assemble(_in_units(program, unit_s), relaxed=relaxed)
     point = made.matrix.minimise()
     if point is None:
         return None
-    answers = tuple(phase.answer(point) for phase in made.phases)
+    answers = tuple(replace(answer, seconds=answer.seconds * unit_s) for answer in (phase.answer(point) for phase in made.phases))
     return Shares(
         seconds=sum(terms.passes * answer.seconds for terms, answer in zip(program.phases, answers, strict=True)),
         resident={name: float(point[column]) for name, column in made.resident.items()}, gpu_kv=float(point[made.gpu_kv]), phases=answers,
+    )  # fmt: skip
+
+
+def _in_units(program: Program, unit_s: float) -> Program:
+    """The program with times in units of ``unit_s``."""
+    machine = replace(
+        program.machine, up_bytes_per_s=program.machine.up_bytes_per_s * unit_s, down_bytes_per_s=program.machine.down_bytes_per_s * unit_s
+    )  # fmt: skip
+    return replace(program, machine=machine, phases=tuple(_phase_in_units(phase, unit_s) for phase in program.phases))
+
+
+def _phase_in_units(terms: PhaseTerms, unit_s: float) -> PhaseTerms:
+    def each(seconds: Mapping[str, float]) -> dict[str, float]:
+        return {name: value / unit_s for name, value in seconds.items()}
+
+    return replace(
+        terms, cpu_s=each(terms.cpu_s), gpu_s=each(terms.gpu_s), attention_cpu_s=terms.attention_cpu_s / unit_s, fixed_cpu_s=terms.fixed_cpu_s / unit_s,
+        attention_gpu_s=terms.attention_gpu_s / unit_s, fixed_gpu_s=terms.fixed_gpu_s / unit_s, handoff_s=each(terms.handoff_s or {}),
     )  # fmt: skip
 
 

@@ -12,12 +12,13 @@ from typing import Literal
 from twinpilots.errors import LimitError, UserError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
-from twinpilots.plan.auto import first_layers, improve, least_memory, resolved_buckets, rounded_plans
+from twinpilots.plan.auto import first_layers, improve, least_memory, resolved_buckets, rounded_plans, with_small_buckets
 from twinpilots.plan.bounds import BoundKind, pass_bound
 from twinpilots.plan.draft import PlanOptions, shortage
 from twinpilots.plan.memory import MemoryUse, plan_memory
 from twinpilots.plan.plan import POLICIES, Plan, Policy
 from twinpilots.plan.policies import RULES, build_policy, can_run
+from twinpilots.plan.polish import polish
 from twinpilots.plan.pricing import Price, price_plan, waves_of
 from twinpilots.plan.problem import Problem, best_fit, runs_one
 from twinpilots.plan.terms import decode_pass, prefill_pass
@@ -125,13 +126,18 @@ def _named(problem: Problem, policy: Policy) -> Plan | UserError:
 
 
 def _auto(problem: Problem, named: Mapping[Policy, tuple[Plan, Price]]) -> tuple[Plan, Price] | None:
-    """The best of the program's improved roundings and the named plans; None when there is neither."""
-    best = max(named.values(), key=lambda pair: pair[1].tokens_per_s, default=None)
-    for plan in _programmed(problem):
-        price = price_plan(problem.spec, problem.profile, problem.workload, plan)
-        if best is None or price.tokens_per_s > best[1].tokens_per_s:
-            best = plan, price
-    return None if best is None else (best[0].with_policy("auto"), best[1])
+    """The best of the program's improved roundings and the named plans, and of what the local search makes of the best of these; None when there is none."""
+    found = [*named.values(), *((plan, _priced(problem, plan)) for plan in _programmed(problem))]
+    if problem.profile.gpu is not None:
+        best_first = sorted(found, key=lambda pair: -pair[1].tokens_per_s)
+        polished = [with_small_buckets(problem, plan) for plan in polish(problem, (plan for plan, _ in best_first))]
+        found += [(plan, _priced(problem, plan)) for plan in polished]
+    plan, price = max(found, key=lambda pair: pair[1].tokens_per_s, default=(None, None))
+    return None if plan is None or price is None else (plan.with_policy("auto"), price)
+
+
+def _priced(problem: Problem, plan: Plan) -> Price:
+    return price_plan(problem.spec, problem.profile, problem.workload, plan)
 
 
 def _programmed(problem: Problem) -> list[Plan]:

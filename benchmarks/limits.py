@@ -1,0 +1,180 @@
+"""`python -m benchmarks.limits`: random models, memory limits and lengths through the planner; no limit may be exceeded, and every refusal must be true.
+
+A refusal names the smallest limit that would do: planning again with it must work, and with one unit less it must not. Owns the random cases, the checks and
+the report. ``--runs`` also runs small cases on the emulated GPU, whose ledger refuses the first byte past a limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from twinpilots.errors import LimitError
+from twinpilots.hardware.presets import PRESETS
+from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.model.dummy import CONFIGS, dummy_spec
+from twinpilots.model.spec import LayerSpec, ModelSpec, RopeSpec
+from twinpilots.plan.draft import limit_step
+from twinpilots.plan.memory import plan_memory
+from twinpilots.plan.plan import POLICIES, Policy
+from twinpilots.plan.pricing import sequences_at_once
+from twinpilots.plan.solver import solve
+from twinpilots.plan.workload import Limits, Workload
+
+UNITS = {"B": 0, "K": 10, "M": 20, "G": 30}
+NAMED = re.compile(r"--(gpu|host)-memory to (\d+)([KMG])iB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One question to the planner."""
+
+    spec: ModelSpec
+    profile: HardwareProfile
+    workload: Workload
+    limits: Limits
+    policy: Policy
+
+    def plans(self, limits: Limits) -> str | None:
+        """None when the planner finds a plan within the limits, else its refusal. AssertionError when the plan breaks a promise."""
+        try:
+            solution = solve(self.spec, self.profile, self.workload, limits, policy=self.policy, compare=False)
+        except LimitError as error:
+            return str(error)
+        solution.plan.check(self.spec)
+        use = plan_memory(self.spec, solution.plan)
+        assert use.gpu.total <= limits.gpu_bytes, f"{use.gpu.total} bytes of GPU memory planned, {limits.gpu_bytes} allowed"
+        assert use.host.total <= limits.host_bytes, f"{use.host.total} bytes of host memory planned, {limits.host_bytes} allowed"
+        assert sum(sequences_at_once(solution.plan, self.workload)) >= 1
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """``refusal``: what the planner said (None: it planned); ``wrong``: what is not true of it, empty when all is well."""
+
+    number: int
+    model: str
+    machine: str
+    policy: str
+    limits: tuple[int, int]
+    refusal: str | None
+    wrong: str
+
+
+def log_uniform(rng: random.Random, low: float, high: float) -> int:
+    return int(math.exp(rng.uniform(math.log(low), math.log(high))))
+
+
+def random_case(seed: int, number: int) -> Case:
+    """A known or a small random model on a preset machine; limits from far too little to more than enough."""
+    rng = random.Random(f"{seed} {number}")
+    spec = dummy_spec(rng.choice(sorted(CONFIGS))) if rng.random() < 0.3 else _small_model(rng)
+    longest = min(spec.max_model_len, 4096)
+    input_len = log_uniform(rng, 1, longest - 1)
+    output_len = log_uniform(rng, 1, longest - input_len + 1)
+    requests = log_uniform(rng, 1, 200)
+    work = Workload(num_requests=requests, input_len=input_len, output_len=output_len, max_num_seqs=rng.choice((requests, max(1, requests // 4))))
+    size = spec.linear_bytes + spec.embedding_bytes
+    limits = Limits(gpu_bytes=log_uniform(rng, 1000 + size / 1000, 3e6 + 2 * size), host_bytes=log_uniform(rng, 1e6 + size / 50, 1e8 + 4 * size))
+    policy = "auto" if rng.random() < 0.5 else rng.choice(POLICIES)
+    return Case(spec=spec, profile=PRESETS[rng.choice(sorted(PRESETS))], workload=work, limits=limits, policy=policy)
+
+
+def _small_model(rng: random.Random) -> ModelSpec:
+    head_dim, kv_heads = rng.choice((8, 16, 32, 64)), rng.choice((1, 2, 4))
+    return ModelSpec(
+        name="random", family="llama", vocab_size=rng.randint(2, 3000), hidden_size=8 * rng.randint(1, 60), num_heads=kv_heads * rng.choice((1, 2, 3)),
+        num_kv_heads=kv_heads, head_dim=head_dim, intermediate_size=rng.randint(1, 900), layers=(LayerSpec(),) * rng.randint(1, 12), max_model_len=2048,
+        weight_dtype=rng.choice(("fp32", "bf16", "fp16")), activation="silu", gated_mlp=rng.random() < 0.7, tied=rng.random() < 0.5,
+        ropes=(RopeSpec(rotary_dim=head_dim, inv_freq=(1.0,) * (head_dim // 2)),),
+    )  # fmt: skip
+
+
+def outcome(seed: int, number: int) -> Outcome:
+    case = random_case(seed, number)
+    refusal, wrong = None, ""
+    try:
+        refusal = case.plans(case.limits)
+        if refusal is not None:
+            wrong = untruth(case, refusal)
+    except AssertionError as error:
+        wrong = str(error)
+    return Outcome(
+        number=number, model=case.spec.name, machine=case.profile.name, policy=case.policy, limits=(case.limits.gpu_bytes, case.limits.host_bytes),
+        refusal=refusal, wrong=wrong,
+    )  # fmt: skip
+
+
+def named_limits(refusal: str) -> dict[str, int]:
+    """The limits that a refusal asks for, in bytes: "gpu_bytes", "host_bytes"."""
+    return {f"{tier}_bytes": int(value) << UNITS[unit] for tier, value, unit in NAMED.findall(refusal)}
+
+
+def untruth(case: Case, refusal: str) -> str:
+    """What is wrong about a refusal: it names no limit, its limit does not do, or a smaller one does."""
+    asked = named_limits(refusal)
+    if not asked:
+        return "the refusal names no limit"
+    enough = replace(case.limits, **asked)
+    again = case.plans(enough)
+    if again is not None:
+        return f"with the limits that it asks for: {again}"
+    for name, size in asked.items():
+        if case.plans(replace(enough, **{name: size - limit_step(size)})) is None:
+            return f"{name} of {size - limit_step(size)} do, too"
+    return ""
+
+
+def run_small(seed: int, number: int) -> str:
+    """A run of the small known model on the emulated GPU under random limits; what went wrong, or nothing. A refusal is asked for a limit that works."""
+    from twinpilots import LLM, SamplingParams
+
+    rng = random.Random(f"run {seed} {number}")
+    limits = {"gpu_memory": log_uniform(rng, 4e6, 3e8), "host_memory": log_uniform(rng, 2e8, 2e9)}
+    policy = rng.choice(POLICIES)
+    prompts = [[rng.randrange(1000) for _ in range(rng.randint(1, 60))] for _ in range(rng.randint(1, 6))]
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    for _ in range(2):
+        try:
+            with LLM("dummy:smollm2-135m", device="emulated:demo", policy=policy, max_model_len=128, max_num_seqs=4, **limits) as llm:
+                llm.generate(prompts, params, use_tqdm=False)
+            return ""
+        except LimitError as error:
+            asked = named_limits(str(error))
+            if not asked:
+                return f"{limits}, {policy}: {error}"
+            limits |= {name.replace("bytes", "memory"): size for name, size in asked.items()}
+    return f"{limits}, {policy}: refused with the limits that it asked for"
+
+
+def report(found: Sequence[Outcome]) -> str:
+    wrong = [each for each in found if each.wrong]
+    refused = sum(each.refusal is not None for each in found)
+    lines = [f"{len(found)} cases: {len(found) - refused} planned, {refused} refused; {len(wrong)} broke a promise"]
+    return "\n".join([*lines, *(f"case {each.number} ({each.model}, {each.machine}, {each.policy}, {each.limits}): {each.wrong}" for each in wrong)])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.limits", description=__doc__)
+    parser.add_argument("--cases", type=int, default=1000, help="how many (default 1000)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=int, default=0, help="small cases to run on the emulated GPU as well")
+    parser.add_argument("--json", action="store_true", help="print one JSON list of outcomes")
+    options = parser.parse_args(arguments)
+    found = [outcome(options.seed, number) for number in range(options.first, options.first + options.cases)]
+    sys.stdout.write((json.dumps([asdict(each) for each in found], indent=1) if options.json else report(found)) + "\n")
+    failed = [text for number in range(options.runs) if (text := run_small(options.seed, number))]
+    sys.stderr.write("".join(f"run: {text}\n" for text in failed))
+    return 1 if failed or any(each.wrong for each in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
