@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from twinpilots.hardware.profile import HardwareProfile
@@ -29,8 +30,7 @@ from twinpilots.plan.workload import Limits, Workload
 Pilots = Literal["both", "cpu", "stream"]  # who computes the rows that are not resident
 MICRO_BATCHES = (1, 2, 4)
 PROGRAMS_PRICED = 2  # answers of the linear program that the simulator prices
-# Factors tried on the CPU's shares of the best, and of whom: most of the work first, coarse then fine.
-STEPS = (*((BLOCKS["mlp"], factor) for factor in (0.75, 1.33, 0.9, 1.11)), *((BLOCKS["attention"], factor) for factor in (0.6, 1.6)))
+SCALES = (0.75, 1.33, 0.9, 1.11)  # factors tried on the CPU's shares of the MLP, coarse then fine
 GAIN = 1.002  # an improvement worth keeping
 
 
@@ -124,10 +124,6 @@ class _Trial:
     side: Attention
 
 
-def _scaled(share: Mapping[str, float], part: tuple[str, ...], factor: float) -> dict[str, float]:
-    return {name: min(1.0, value * factor) if name in part else value for name, value in share.items()}
-
-
 class _Search:
     """Prices buckets under one load and tries others."""
 
@@ -158,11 +154,33 @@ class _Search:
             best = self._better(best, share, batches, side)
         if best is None:
             return None
-        for part, factor in STEPS:
-            while (moved := self._better(best, _scaled(best.share, part, factor), best.bucket.micro_batches, best.side)) is not best:
-                assert moved is not None
-                best = moved
+        best = self._scaled(best, SCALES[:2])
+        for block in ("attention", "head"):  # little work, but each with a hand-off of its own: all of it, none, or as much as of the MLP
+            for part in (0.0, self._mlp_part(best), 1.0):
+                best = self._better(best, self._set(best.share, BLOCKS[block], part), best.bucket.micro_batches, best.side) or best
+        best = self._scaled(best, SCALES[2:])
         return Option(bucket=best.bucket, seconds=best.seconds, pilots=pilots_of(best.bucket))
+
+    def _scaled(self, best: _Trial, factors: tuple[float, ...]) -> _Trial:
+        """The MLP's shares multiplied by each factor for as long as that helps."""
+        for factor in factors:
+            while True:
+                share = {name: min(1.0, value * factor) if name in BLOCKS["mlp"] else value for name, value in best.share.items()}
+                moved = self._better(best, share, best.bucket.micro_batches, best.side) or best
+                if moved is best:
+                    break
+                best = moved
+        return best
+
+    def _mlp_part(self, trial: _Trial) -> float:
+        """The CPU's part of the MLP's rows that are not resident."""
+        names = [name for name in BLOCKS["mlp"] if name in trial.share]
+        left = sum(1.0 - self.resident[name] for name in names)
+        return min(1.0, sum(trial.share[name] for name in names) / left) if left > 0 else 0.0
+
+    def _set(self, share: Mapping[str, float], names: tuple[str, ...], part: float) -> dict[str, float]:
+        """The shares with this part of these ops' rows that are not resident."""
+        return {name: part * (1.0 - self.resident[name]) if name in names else value for name, value in share.items()}
 
     def _programmed(self) -> list[tuple[Mapping[str, float], int, Attention]]:
         """The program's best CPU shares, with their micro-batches and side of attention."""
@@ -235,10 +253,12 @@ class _Search:
         each = MeanPass(passes=1.0, tokens=sequences.tokens, logit_rows=sequences.logit_rows, sequences=(mean,))
         return Program(
             phases=(planned_terms(problem, each, batches, side if on_host else "none"),), gpu_budget_bytes=0.0, host_budget_bytes=0.0, kv_capacity_bytes=1.0,
-            resident=self._resident(), gpu_kv=1.0 - on_host, machine=self._machine(),
+            resident=self.resident, gpu_kv=1.0 - on_host, machine=self._machine(),
         )  # fmt: skip
 
-    def _resident(self) -> dict[str, float]:
+    @cached_property
+    def resident(self) -> dict[str, float]:
+        """The resident part of every op's rows."""
         rows = dict.fromkeys(self.problem.ops, 0)
         for layer in self.bucket.splits:
             for name, split in layer.items():
