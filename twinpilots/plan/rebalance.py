@@ -19,7 +19,7 @@ from twinpilots.plan.draft import Attention, PlanOptions, split_of
 from twinpilots.plan.load import PassLoad, SeqClass, pass_load
 from twinpilots.plan.memory import tasks_allowance
 from twinpilots.plan.plan import BucketPlan, Plan, Split
-from twinpilots.plan.pricing import QUICK_SAMPLES, coarse_packet_bytes
+from twinpilots.plan.pricing import QUICK_SAMPLES, SAMPLES, coarse_packet_bytes
 from twinpilots.plan.problem import Problem
 from twinpilots.plan.program import BLOCKS, Machine, Program, solve_program
 from twinpilots.plan.simulate import PassEstimator
@@ -31,6 +31,7 @@ Pilots = Literal["both", "cpu", "stream"]  # who computes the rows that are not 
 MICRO_BATCHES = (1, 2, 4)
 PROGRAMS_PRICED = 2  # answers of the linear program that the simulator prices
 SCALES = (0.75, 1.33, 0.9, 1.11)  # factors tried on the CPU's shares of the MLP, coarse then fine
+HOPELESS = 1.3  # an option that is so much slower than the best at first sight is not looked at again
 GAIN = 1.002  # an improvement worth keeping
 
 
@@ -84,21 +85,22 @@ class Sequences:
 
 
 def options(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, load: PassLoad) -> tuple[Option, ...]:
-    """Ways to run passes like ``load`` over the memory that ``plan`` has laid out: the bucket as it is first, then others in no order.
+    """Ways to run passes like ``load`` over the memory that ``plan`` has laid out: the bucket as it is first, then others of promise in no order.
 
     Only the bucket as it is where nothing can move: without two pilots, or without a ring to stream through.
     """
     search = _Search(spec, profile, plan, bucket, Sequences.of(load))
-    now = Option(bucket=bucket, seconds=search.seconds(bucket), pilots=pilots_of(bucket))
+    now = search.priced(bucket)
     if not (plan.uses_gpu and plan.uses_cpu) or plan.ring_bytes == 0 or plan.host_kv_layers or profile.gpu is None or profile.link is None:
         return (now,)
     found = [option for option in (*search.single(), search.shared()) if option is not None and option.bucket != bucket]
-    return (now, *found)
+    in_sight = HOPELESS * min([now.seconds, *(option.seconds for option in found)])
+    return (now, *(search.priced(option.bucket) for option in found if option.seconds <= in_sight))
 
 
 def option_of(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, load: PassLoad) -> Option:
     """A given bucket, priced."""
-    return Option(bucket=bucket, seconds=_Search(spec, profile, plan, bucket, Sequences.of(load)).seconds(bucket), pilots=pilots_of(bucket))
+    return _Search(spec, profile, plan, bucket, Sequences.of(load)).priced(bucket)
 
 
 def pilots_of(bucket: BucketPlan) -> Pilots:
@@ -135,10 +137,14 @@ class _Search:
         self.tried: list[BucketPlan] = []
         self.room = sum(tasks_allowance(spec, plan, each, self.problem.templates) for each in plan.buckets)
 
-    def seconds(self, bucket: BucketPlan) -> float:
+    def seconds(self, bucket: BucketPlan, samples: tuple[int, int] = QUICK_SAMPLES) -> float:
         load = self.sequences.load(bucket)
         plan = replace(self.plan, packet_bytes=coarse_packet_bytes(self.spec, self.plan, bucket))
-        return PassEstimator(self.spec, plan, bucket, self.profile, load.shape, QUICK_SAMPLES).timing(load).seconds
+        return PassEstimator(self.spec, plan, bucket, self.profile, load.shape, samples).timing(load).seconds
+
+    def priced(self, bucket: BucketPlan) -> Option:
+        """The bucket at the price that decides: two layers tell trials of one kind apart, but not what crosses from one pass into the next."""
+        return Option(bucket=bucket, seconds=self.seconds(bucket, SAMPLES), pilots=pilots_of(bucket))
 
     def single(self) -> Iterator[Option]:
         """All rows that are not resident computed by the CPU, or all streamed."""
