@@ -73,6 +73,7 @@ class Outcome:
     changes: list[dict[str, Any]] = field(default_factory=list)
     asks: int = 0
     settled: list[int] = field(default_factory=list)  # the passes that are judged
+    events: tuple[int, ...] = ()
 
     @property
     def worst(self) -> float:
@@ -90,11 +91,12 @@ class Outcome:
 
     @property
     def returns(self) -> int:
-        """Changes back to a plan left within the last 40 passes while nothing happened to call for it: oscillation."""
+        """Changes back to a plan left within the last 40 passes, with nothing happening in between that called for it: oscillation."""
         count = 0
         for index, change in enumerate(self.changes):
             new = change["change"].split(" -> ")[1]
-            lately = [each for each in self.changes[:index] if change["pass"] - each["pass"] <= 2 * SETTLED]
+            since = max([change["pass"] - 2 * SETTLED, *(event for event in self.events if event < change["pass"])])
+            lately = [each for each in self.changes[:index] if each["pass"] > since]
             count += any(each["change"].split(" -> ")[0] == new for each in lately)
         return count
 
@@ -170,7 +172,7 @@ def run(scenario: Scenario, seed: int = 1) -> Outcome:
     machine = VirtualMachine(spec, truth, seed)
     planner = OnlinePlanner(spec, believed, Inline(), adapts=True)
     on_gpu_most, _ = waves_of(plan, scenario.workload)[1:]
-    outcome, known = Outcome(scenario=scenario.name), dict[tuple[int, int, int], float]()
+    outcome, known = Outcome(scenario=scenario.name, events=scenario.events), dict[tuple[int, int, int], float]()
     for step in range(scenario.passes):
         moment = scenario.moment(step)
         machine.truth = moment.change(truth)

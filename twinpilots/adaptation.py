@@ -33,6 +33,8 @@ BIG_DRIFT = 0.12  # is asked about at once, whatever came of the last asks
 LOAD_CHANGE = 1.25  # factor on tokens or context
 SURPRISE = 0.06  # measured / predicted of a pass beyond what the plan was made with, in log ratio
 MIN_GAIN = 0.02  # of a pass's time: what a change must bring
+ALIKE = 0.4  # nearness below which two plans have too little in common for that,
+FAR_GAIN = 0.05  # and the gain that a change between them must bring
 JUDGED_PASSES = 8  # after which a change's outcome is written down
 RECENT = 5  # passes whose median measured / predicted is a plan's outcome: two pauses of the process do not show
 KEPT_PLANS = 3  # buckets that were left and may come back
@@ -322,8 +324,10 @@ class Adaptation:
             seconds = option.seconds * math.exp(self._log_outcome(option, state, outcome))
             if seconds < best_s:
                 best, best_s = option, seconds
-        # The outcome of other pilots is not this one's: where they change, its noise counts.
-        least_gain = MIN_GAIN if best is not None and best.pilots == now.pilots else max(MIN_GAIN, 3 * state.noise_log)
+        least_gain = MIN_GAIN
+        if best is not None and signature_of(best.bucket).nearness(state.signature) < ALIKE:
+            # What this plan has taught says little of the other: rates that were never measured, and this one's noise, count against the change.
+            least_gain = max(FAR_GAIN, 3 * state.noise_log)
         gain_s = now_s - best_s
         if best is None or gain_s < least_gain * now_s or gain_s * seen.remaining < self.switch_s:
             state.patience = min(MOST_PATIENCE, 2 * state.patience)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from twinpilots.hardware.profile import HardwareProfile
@@ -18,7 +19,7 @@ from twinpilots.plan.draft import Attention, PlanOptions, split_of
 from twinpilots.plan.load import PassLoad, SeqClass, pass_load
 from twinpilots.plan.memory import tasks_allowance
 from twinpilots.plan.plan import BucketPlan, Plan, Split
-from twinpilots.plan.pricing import QUICK_SAMPLES, coarse_packet_bytes
+from twinpilots.plan.pricing import QUICK_SAMPLES, SAMPLES, coarse_packet_bytes
 from twinpilots.plan.problem import Problem
 from twinpilots.plan.program import BLOCKS, Machine, Program, solve_program
 from twinpilots.plan.simulate import PassEstimator
@@ -29,8 +30,8 @@ from twinpilots.plan.workload import Limits, Workload
 Pilots = Literal["both", "cpu", "stream"]  # who computes the rows that are not resident
 MICRO_BATCHES = (1, 2, 4)
 PROGRAMS_PRICED = 2  # answers of the linear program that the simulator prices
-# Factors tried on the CPU's shares of the best, and of whom: most of the work first, coarse then fine.
-STEPS = (*((BLOCKS["mlp"], factor) for factor in (0.75, 1.33, 0.9, 1.11)), *((BLOCKS["attention"], factor) for factor in (0.6, 1.6)))
+SCALES = (0.75, 1.33, 0.9, 1.11)  # factors tried on the CPU's shares of the MLP, coarse then fine
+HOPELESS = 1.3  # an option that is so much slower than the best at first sight is not looked at again
 GAIN = 1.002  # an improvement worth keeping
 
 
@@ -84,21 +85,22 @@ class Sequences:
 
 
 def options(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, load: PassLoad) -> tuple[Option, ...]:
-    """Ways to run passes like ``load`` over the memory that ``plan`` has laid out: the bucket as it is first, then others in no order.
+    """Ways to run passes like ``load`` over the memory that ``plan`` has laid out: the bucket as it is first, then others of promise in no order.
 
     Only the bucket as it is where nothing can move: without two pilots, or without a ring to stream through.
     """
     search = _Search(spec, profile, plan, bucket, Sequences.of(load))
-    now = Option(bucket=bucket, seconds=search.seconds(bucket), pilots=pilots_of(bucket))
+    now = search.priced(bucket)
     if not (plan.uses_gpu and plan.uses_cpu) or plan.ring_bytes == 0 or plan.host_kv_layers or profile.gpu is None or profile.link is None:
         return (now,)
     found = [option for option in (*search.single(), search.shared()) if option is not None and option.bucket != bucket]
-    return (now, *found)
+    in_sight = HOPELESS * min([now.seconds, *(option.seconds for option in found)])
+    return (now, *(search.priced(option.bucket) for option in found if option.seconds <= in_sight))
 
 
 def option_of(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, load: PassLoad) -> Option:
     """A given bucket, priced."""
-    return Option(bucket=bucket, seconds=_Search(spec, profile, plan, bucket, Sequences.of(load)).seconds(bucket), pilots=pilots_of(bucket))
+    return _Search(spec, profile, plan, bucket, Sequences.of(load)).priced(bucket)
 
 
 def pilots_of(bucket: BucketPlan) -> Pilots:
@@ -124,10 +126,6 @@ class _Trial:
     side: Attention
 
 
-def _scaled(share: Mapping[str, float], part: tuple[str, ...], factor: float) -> dict[str, float]:
-    return {name: min(1.0, value * factor) if name in part else value for name, value in share.items()}
-
-
 class _Search:
     """Prices buckets under one load and tries others."""
 
@@ -139,10 +137,14 @@ class _Search:
         self.tried: list[BucketPlan] = []
         self.room = sum(tasks_allowance(spec, plan, each, self.problem.templates) for each in plan.buckets)
 
-    def seconds(self, bucket: BucketPlan) -> float:
+    def seconds(self, bucket: BucketPlan, samples: tuple[int, int] = QUICK_SAMPLES) -> float:
         load = self.sequences.load(bucket)
         plan = replace(self.plan, packet_bytes=coarse_packet_bytes(self.spec, self.plan, bucket))
-        return PassEstimator(self.spec, plan, bucket, self.profile, load.shape, QUICK_SAMPLES).timing(load).seconds
+        return PassEstimator(self.spec, plan, bucket, self.profile, load.shape, samples).timing(load).seconds
+
+    def priced(self, bucket: BucketPlan) -> Option:
+        """The bucket at the price that decides: two layers tell trials of one kind apart, but not what crosses from one pass into the next."""
+        return Option(bucket=bucket, seconds=self.seconds(bucket, SAMPLES), pilots=pilots_of(bucket))
 
     def single(self) -> Iterator[Option]:
         """All rows that are not resident computed by the CPU, or all streamed."""
@@ -158,11 +160,33 @@ class _Search:
             best = self._better(best, share, batches, side)
         if best is None:
             return None
-        for part, factor in STEPS:
-            while (moved := self._better(best, _scaled(best.share, part, factor), best.bucket.micro_batches, best.side)) is not best:
-                assert moved is not None
-                best = moved
+        best = self._scaled(best, SCALES[:2])
+        for block in ("attention", "head"):  # little work, but each with a hand-off of its own: all of it, none, or as much as of the MLP
+            for part in (0.0, self._mlp_part(best), 1.0):
+                best = self._better(best, self._set(best.share, BLOCKS[block], part), best.bucket.micro_batches, best.side) or best
+        best = self._scaled(best, SCALES[2:])
         return Option(bucket=best.bucket, seconds=best.seconds, pilots=pilots_of(best.bucket))
+
+    def _scaled(self, best: _Trial, factors: tuple[float, ...]) -> _Trial:
+        """The MLP's shares multiplied by each factor for as long as that helps."""
+        for factor in factors:
+            while True:
+                share = {name: min(1.0, value * factor) if name in BLOCKS["mlp"] else value for name, value in best.share.items()}
+                moved = self._better(best, share, best.bucket.micro_batches, best.side) or best
+                if moved is best:
+                    break
+                best = moved
+        return best
+
+    def _mlp_part(self, trial: _Trial) -> float:
+        """The CPU's part of the MLP's rows that are not resident."""
+        names = [name for name in BLOCKS["mlp"] if name in trial.share]
+        left = sum(1.0 - self.resident[name] for name in names)
+        return min(1.0, sum(trial.share[name] for name in names) / left) if left > 0 else 0.0
+
+    def _set(self, share: Mapping[str, float], names: tuple[str, ...], part: float) -> dict[str, float]:
+        """The shares with this part of these ops' rows that are not resident."""
+        return {name: part * (1.0 - self.resident[name]) if name in names else value for name, value in share.items()}
 
     def _programmed(self) -> list[tuple[Mapping[str, float], int, Attention]]:
         """The program's best CPU shares, with their micro-batches and side of attention."""
@@ -235,10 +259,12 @@ class _Search:
         each = MeanPass(passes=1.0, tokens=sequences.tokens, logit_rows=sequences.logit_rows, sequences=(mean,))
         return Program(
             phases=(planned_terms(problem, each, batches, side if on_host else "none"),), gpu_budget_bytes=0.0, host_budget_bytes=0.0, kv_capacity_bytes=1.0,
-            resident=self._resident(), gpu_kv=1.0 - on_host, machine=self._machine(),
+            resident=self.resident, gpu_kv=1.0 - on_host, machine=self._machine(),
         )  # fmt: skip
 
-    def _resident(self) -> dict[str, float]:
+    @cached_property
+    def resident(self) -> dict[str, float]:
+        """The resident part of every op's rows."""
         rows = dict.fromkeys(self.problem.ops, 0)
         for layer in self.bucket.splits:
             for name, split in layer.items():
