@@ -95,6 +95,9 @@ TP_INLINE void prefetch_rows(const char* const* quarters, int64_t from, int64_t 
 
 // ---- scores
 
+constexpr float LOG2_E = 1.44269504f;
+static float query_scale(const AttendArgs& a) { return a.softcap != 0.0f ? a.scale / a.softcap : a.scale * LOG2_E; }
+
 constexpr int score_keys(int rows) { return TP_ISA == 2 || rows < 3 ? 4 : 2; }  // keys that share one load of rows: as many chains as registers hold
 
 // Half 0 or 1 of PAIR elements, in the order of `load_pair`.
@@ -166,17 +169,26 @@ static void score_block(const AttendBlock& b) {
   }
 }
 
-// e^x for x <= 0; 0 where that is too small for a normal number, as for masked scores.
-TP_INLINE vf probability(vf x) { return x < splat(-87.3f) ? zero() : vexp(x); }
+// 2^x for x <= 0, relative error below 2e-7; 0 where that is too small for a normal number, as for masked scores. A NaN stays one.
+TP_INLINE vf probability(vf x) {
+  const vf magic = splat(12582912.0f), whole = x + magic, r = x - (whole - magic);  // 1.5 * 2^23: adding it rounds to an integer
+  vf p = splat(1.326472731e-3f);
+  p = fma(p, r, splat(9.671512991e-3f));
+  p = fma(p, r, splat(5.550733581e-2f));
+  p = fma(p, r, splat(2.402224243e-1f));
+  p = fma(p, r, splat(6.931470037e-1f));
+  p = fma(p, r, splat(1.0f));
+  return x < splat(-125.0f) ? zero() : p * (vf)(((vi)whole << 23) + 0x3f800000);
+}
 
-// Scores to probabilities in place, for one row that sees tokens [lo, hi) of the block; rescales the row's sums.
+// Scores, in units of log 2 as `query_scale` makes them, to probabilities in place, for one row that sees tokens [lo, hi) of the block; rescales the row's sums.
 static void softmax_row(const AttendArgs& a, AttendBlock& b, int64_t row, int64_t lo, int64_t hi) {
-  constexpr int N = BLOCK / W, LANES = 16, PARTS = LANES / W;  // sixteen lanes of sums on every instruction set
-  float *s = b.scores + row * BLOCK, lanes[LANES];
+  constexpr int N = BLOCK / W, PARTS = 16 / W;  // sixteen lanes of sums on every instruction set
+  float* s = b.scores + row * BLOCK;
   vf v[N], top = splat(MASKED), parts[PARTS] = {};
   for (int i = 0; i < N; i++) {
-    v[i] = load(s + i * W) * splat(a.scale);
-    if (a.softcap != 0.0f) v[i] = splat(a.softcap) * vtanh(v[i] / splat(a.softcap));
+    v[i] = load(s + i * W);
+    if (a.softcap != 0.0f) v[i] = splat(a.softcap * LOG2_E) * vtanh(v[i]);
   }
   if (lo > 0 || hi < BLOCK) {
     for (int i = 0; i < N; i++) store(s + i * W, v[i]);
@@ -185,28 +197,24 @@ static void softmax_row(const AttendArgs& a, AttendBlock& b, int64_t row, int64_
     for (int i = 0; i < N; i++) v[i] = load(s + i * W);
   }
   for (int i = 0; i < N; i++) top = vmax(v[i], top);
-  store(lanes, top);
-  for (int half = W / 2; half; half /= 2)
-    for (int j = 0; j < half; j++) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
-  const float before = b.peak[row], peak = lanes[0] > before ? lanes[0] : before;
-  const vf from = splat(peak == MASKED ? 0.0f : peak);  // nothing seen yet: every probability is 0
+  const vf before = splat(b.peak[row]), peak = vmax(fold_lanes(top, vmax), before);
+  const vf from = peak == splat(MASKED) ? zero() : peak;  // nothing seen yet: every probability is 0
   for (int i = 0; i < N; i++) {
     const vf p = probability(v[i] - from);
     store(s + i * W, p);
     parts[i % PARTS] = parts[i % PARTS] + p;
   }
-  for (int i = 0; i < PARTS; i++) store(lanes + i * W, parts[i]);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int j = 0; j < half; j++) lanes[j] += lanes[j + half];
-  const float added = lanes[0];
-  if (before != peak) {
-    store(lanes, probability(splat(before - peak)));
+  for (int half = PARTS / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) parts[i] = parts[i] + parts[i + half];
+  const vf added = fold_lanes(parts[0], [](vf x, vf y) { return x + y; });
+  if (before[0] != peak[0]) {
+    const vf shrink = probability(before - from);
     float* sums = b.sums + row * b.padded_dim;
-    b.total[row] *= lanes[0];
-    for (int64_t d = 0; d < b.padded_dim; d += W) store(sums + d, load(sums + d) * splat(lanes[0]));
+    b.total[row] *= shrink[0];
+    for (int64_t d = 0; d < b.padded_dim; d += W) store(sums + d, load(sums + d) * shrink);
   }
-  b.total[row] += added;
-  b.peak[row] = peak;
+  b.total[row] += added[0];
+  b.peak[row] = peak[0];
 }
 
 // ---- values
@@ -284,9 +292,11 @@ static void attend_block(const AttendArgs& a, const Sequence& s, int64_t kv_head
   AttendBlock b = attend_layout(a, query1 - query0);
   const bool woven = a.kv.dtype == BF16 && !b.copy;
   const int64_t first_head = kv_head * b.group;
+  const float scale = query_scale(a);
   for (int64_t r = 0; r < b.rows; r++) {
     float* q = b.q + r * b.padded_dim;
-    __builtin_memcpy(q, a.qkv + (s.row + query0 + r / b.group) * a.ld + (first_head + r % b.group) * b.dim, b.dim * sizeof(float));
+    const float* from = a.qkv + (s.row + query0 + r / b.group) * a.ld + (first_head + r % b.group) * b.dim;
+    for (int64_t d = 0; d < b.dim; d++) q[d] = from[d] * scale;
     for (int64_t d = b.dim; d < b.padded_dim; d++) q[d] = 0.0f;
     if (woven) reorder<false>(q, b.dim);
     b.peak[r] = MASKED;

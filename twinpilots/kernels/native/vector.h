@@ -196,23 +196,20 @@ TP_INLINE void transpose(vf (&r)[W]) {
     if (W > 8 && !(i & 8)) exchange<8 % W>(r[i], r[i + 8]);
 }
 
-// out[i] = the lanes of vector i added, for four vectors one behind the other: neighbours, then pairs of neighbours, then groups of four from the outer ones inwards.
-TP_INLINE void add_lanes(const float* v, float* out) {
-  constexpr vi first = (LANE & ~3) + 2 * (LANE & 1) + (((LANE & 2) != 0) & W);
-  const vf a = __builtin_shuffle(load(v), load(v + W), first) + __builtin_shuffle(load(v), load(v + W), first + 1);
-  const vf b = __builtin_shuffle(load(v + 2 * W), load(v + 3 * W), first) + __builtin_shuffle(load(v + 2 * W), load(v + 3 * W), first + 1);
-  const vf c = __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + 1);
-#if TP_ISA == 2
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)c), _mm512_extractf32x8_ps((__m512)c, 1));
-#elif TP_ISA == 1
-  const __m256 half = (__m256)c;
-#endif
+// out[i] = the lanes of vector i added, for four vectors one behind the other: halves of sixteen lanes, then neighbours, pairs of neighbours, and groups of four.
 #if TP_ISA >= 1
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-#else
-  store(out, c);
-#endif
+TP_INLINE __m256 eight_lanes(const float* v) { return W == 16 ? _mm256_add_ps(_mm256_loadu_ps(v), _mm256_loadu_ps(v + 8)) : _mm256_loadu_ps(v); }
+TP_INLINE __m256 add_neighbours(__m256 a, __m256 b) { return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd)); }
+TP_INLINE void add_lanes(const float* v, float* out) {
+  const __m256 a = add_neighbours(eight_lanes(v), eight_lanes(v + W)), b = add_neighbours(eight_lanes(v + 2 * W), eight_lanes(v + 3 * W)), c = add_neighbours(a, b);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1)));
 }
+#else
+TP_INLINE vf add_neighbours(vf a, vf b) { return __builtin_shuffle(a, b, EVEN) + __builtin_shuffle(a, b, EVEN + 1); }
+TP_INLINE void add_lanes(const float* v, float* out) {
+  store(out, add_neighbours(add_neighbours(load(v), load(v + W)), add_neighbours(load(v + 2 * W), load(v + 3 * W))));
+}
+#endif
 
 // The first n < W floats of a row; the other lanes are 0.
 TP_INLINE vf load_n(const float* p, int64_t n) {
@@ -228,6 +225,15 @@ TP_INLINE void store_n(float* p, vf v, int64_t n) {
 
 // ---- functions of a vector
 TP_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+// All lanes joined by a commutative function, halves first; the result in every lane.
+template <class F>
+TP_INLINE vf fold_lanes(vf v, F&& join) {
+  if (W > 8) v = join(v, (vf)__builtin_shuffle(v, LANE ^ (8 % W)));
+  if (W > 4) v = join(v, (vf)__builtin_shuffle(v, LANE ^ (4 % W)));
+  v = join(v, (vf)__builtin_shuffle(v, LANE ^ 2));
+  return join(v, (vf)__builtin_shuffle(v, LANE ^ 1));
+}
 
 TP_INLINE vf vexp(vf x) {  // Cephes expf; relative error below 2e-7 in [-87.3, 88.3], clamped outside
   x = x < splat(-87.3f) ? splat(-87.3f) : x;  // written so that NaN passes through
