@@ -140,6 +140,15 @@ def test_a_rows_bits_depend_neither_on_the_batch_nor_on_the_threads_nor_on_the_u
 
 @FORMAT
 @MODE
+def test_a_wide_matrix_gives_the_bits_of_its_narrow_panels(isa, fmt, mode):
+    """Columns that lie kilobytes apart are read in another order, and of some formats unpacked in another place."""
+    _, x, blocks, _ = random_case(8, 8, 512 // fmt.block, 600, fmt)
+    for rows in (1, 3, 8):
+        assert np.array_equal(run_linear_in(x[:rows], blocks, fmt, mode), run_linear(x[:rows], blocks, fmt, 64, mode))
+
+
+@FORMAT
+@MODE
 def test_an_accumulating_call_continues_the_chain_of_the_call_before(isa, fmt, mode):
     _, x, blocks, _ = random_case(6, 3, 5, 70, fmt)
     cut = 2 * fmt.block

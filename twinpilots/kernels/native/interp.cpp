@@ -329,8 +329,10 @@ int Queue::linear_in(const Insn& insn) {
   const Rows r = rows(insn);
   const Rounded x = round(args.src, args.src_ld, r, args.rows, args.dtype, a[9]);
   const int64_t rows = r.last - r.first, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, threads = pool_ ? pool_->threads() : 1;
-  const int64_t widest = (rows <= 12 ? 2048 : 512) / (x.data ? 2 : 1);  // wide blocks read long pieces of each weight row
-  const int64_t least = x.data || args.width < 1024 * threads ? CHUNKS : 1, shares = threads == 1 ? 1 : threads * std::max(least, args.width / (threads * widest));
+  // wide blocks read long pieces of each weight row; many rows' sums stay in the caches
+  const bool packed = x.data && rows > FEW_ROWS, many = packed && rows > 32;
+  const int64_t widest = packed ? (many ? 256 : 1024) : rows <= 12 ? 2048 : 512;
+  const int64_t least = many || args.width < 1024 * threads ? CHUNKS : packed ? 2 : 1, shares = threads == 1 ? 1 : threads * std::max(least, args.width / (threads * widest));
   const int64_t even = !x.data && rows <= FEW_ROWS ? 32 : 64;  // narrow outputs: a finer grain makes chunks of equal size
   const int64_t columns = std::clamp<int64_t>(round_up((args.width + shares - 1) / shares, even), even, widest), count = (args.width + columns - 1) / columns;
   parallel(pool_, count * blocks, [&](int64_t chunk) {

@@ -59,6 +59,32 @@ TP_INLINE vi finish_bytes(vi sum) { return (vi)_mm512_madd_epi16((__m512i)sum, _
 #endif
 #endif
 
+// The sum is in a register now: left alone, the compiler reorders integer sums, gathers products first and spills them.
+TP_INLINE void pin(vi& v) {
+#if TP_ISA >= 1
+  __asm__("" : "+v"(v));
+#endif
+  (void)v;
+}
+
+#if TP_ISA == 1
+// As `accumulate`: left alone, the compiler copies sums and hoists broadcasts.
+#define TP_STEP(NAME, MULTIPLY, ADD)                                                                                                                        \
+  TP_INLINE void NAME(vi& c, vi a, const char* x) {                                                                                                         \
+    vi t;                                                                                                                                                   \
+    __asm__("vpbroadcastd %2, %1\n\t" MULTIPLY " %1, %3, %1\n\t" ADD " %1, %0, %0" : "+v"(c), "=&v"(t) : "m"(*(const int32_t*)x), "v"(a));                 \
+  }                                                                                                                                                         \
+  TP_INLINE void NAME(vi& c0, vi& c1, vi a0, vi a1, const char* x) {                                                                                        \
+    vi t, u;                                                                                                                                                \
+    __asm__("vpbroadcastd %4, %2\n\t" MULTIPLY " %2, %5, %3\n\t" MULTIPLY " %2, %6, %2\n\t" ADD " %3, %0, %0\n\t" ADD " %2, %1, %1"                        \
+            : "+v"(c0), "+v"(c1), "=&v"(t), "=&v"(u)                                                                                                        \
+            : "m"(*(const int32_t*)x), "v"(a0), "v"(a1));                                                                                                   \
+  }
+TP_STEP(step_pairs, "vpmaddwd", "vpaddd")
+TP_STEP(step_bytes, "vpmaddubsw", "vpaddw")
+#undef TP_STEP
+#endif
+
 // ---- activations: a row is a sequence of records, one per 32 inputs: RoundedHead, then the codes (bytes in order; or 16-bit, four inputs as 0, 2, 1, 3)
 
 TP_INLINE int32_t sum_lanes(vi v) {
@@ -166,6 +192,7 @@ struct Codes {
   static constexpr int steps = KIND == BYTES || fast ? 2 : 4;   // integer products per lane
   static constexpr int parts = KIND == SIX_BITS ? 2 : 1;                        // groups of 16 have scales of their own
   static constexpr int record = sizeof(RoundedHead) + 32 * (fast ? 1 : 2);
+  static constexpr int row = ROUNDED_TILE / 32 * record;                        // bytes of a row's tile
 
   // Step s of a lane: 16-bit pairs in the activations' order, or (fast) bytes. `upper`: the upper bits of six-bit codes, low nibbles' first.
   TP_INLINE vi of(vi v, vi upper, int s) {
@@ -176,7 +203,20 @@ struct Codes {
     if (KIND != SIX_BITS) return four;
     return four | ((s == 0 ? upper << 4 : s == 1 ? upper >> 4 : s == 2 ? upper << 2 : upper >> 6) & 0x00300030);
   }
-  TP_INLINE vi add(vi sum, vi codes, vi x) { return fast ? add_bytes(sum, codes, x) : add_pairs(sum, codes, x); }
+  // sums += codes times the activations at x, in each of NV vectors
+  template <int NV>
+  TP_INLINE void multiply(vi (&sums)[NV], const vi (&codes)[NV], const char* x) {
+#if TP_ISA == 1
+    if constexpr (NV == 1) return fast ? step_bytes(sums[0], codes[0], x) : step_pairs(sums[0], codes[0], x);
+    if constexpr (NV == 2) return fast ? step_bytes(sums[0], sums[1], codes[0], codes[1], x) : step_pairs(sums[0], sums[1], codes[0], codes[1], x);
+#endif
+    const vi b = splat_word(x);
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; n++) {
+      sums[n] = fast ? add_bytes(sums[n], codes[n], b) : add_pairs(sums[n], codes[n], b);
+      pin(sums[n]);
+    }
+  }
   TP_INLINE vf dot(vi sum) { return to_float(fast ? finish_bytes(sum) : sum); }
 };
 
@@ -196,14 +236,6 @@ TP_INLINE ScalePair scales_of(int dtype, const char* block, int64_t w, int64_t a
   return {d, dtype == Q4_1 ? second : -(d * second)};
 }
 
-// The sum is in a register now: left alone, the compiler reorders integer sums, gathers products first and spills them.
-TP_INLINE void pin(vi& v) {
-#if TP_ISA >= 1
-  __asm__("" : "+v"(v));
-#endif
-  (void)v;
-}
-
 // A panel of w columns in a quantised format, and the columns [column, column + columns) of it that are asked for.
 struct QuantPanel {
   int dtype;
@@ -221,65 +253,86 @@ TP_INLINE vi load_upper(const char* upper, int64_t word, int64_t g, int i, int n
   return (tail ? load_words_n(p, left) : load_words(p)) >> 4 * (i & 1);
 }
 
-// ---- few rows: codes are unpacked where they are used, scales too. MR rows, NV vectors of columns at a time, all of k; TAIL: one vector of `columns` < W.
-template <int KIND, int MR, int NV, bool TAIL>
-static __attribute__((noinline)) void quant_direct(const QuantPanel& p, const Rounded& x, int64_t row, int64_t k, float* y, int64_t ldy, int64_t ahead) {
+// ---- codes unpacked where they are used, scales too
+
+constexpr int UNROLL = TP_ISA == 1 ? 4 : 1;  // rows of words
+
+// The scales of `columns` columns from `at` on, of a block that is needed soon.
+template <int KIND>
+TP_INLINE void prefetch_header(const char* block, int64_t w, int64_t at, int64_t columns, int64_t header) {
+  constexpr bool halves = KIND == BYTES || KIND == NIBBLES || KIND == NIBBLES_FAST;
+  const int64_t floats = KIND == SIX_BITS ? 1 : halves ? header / 2 : 2;
+  for (int64_t i = 0; i < floats; i++)
+    for (int64_t byte = 0; byte < 2 * columns; byte += 64) __builtin_prefetch(block + 2 * (i * w + at) + byte, 0, 2);
+  for (int64_t i = 2 * floats; i < header; i++) __builtin_prefetch(block + i * w + at, 0, 2);
+}
+
+// A group's integer sums of MR rows and NV vectors of columns become part of y.
+template <int KIND, int MR, int NV>
+TP_INLINE void add_group(vi (&acc)[MR][NV], const ScalePair* pairs, const char* in, int part, float* y, int64_t ldy) {
   using C = Codes<KIND>;
-  const int64_t word = 4 * p.w, ldx = x.row_bytes(), groups = p.format.block / 32, left = TAIL ? p.columns : W, columns = p.columns, w = p.w;
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; m++) {
+    const char* head = in + m * C::row;
+    const vf scale = splat(get_float(head)), sum = splat(get_float(head + (C::parts == 1 ? 4 : 8 + 4 * part)));
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; n++) {
+      float* out = y + m * ldy + n * W;
+      vf value = fused(pairs[n].scale, scale * C::dot(acc[m][n]), load(out));
+      if (KIND != BYTES) value = fused(pairs[n].offset, sum, value);
+      store(out, value);
+    }
+  }
+}
+
+// Blocks that are needed soon: the same columns, from `column` on, of a panel of w columns, `stride` bytes from block to block. They are prefetched meanwhile.
+struct Soon {
+  const char* block;
+  int64_t w, column, stride;
+};
+
+// MR rows, NV vectors of columns at a time, k inputs of one tile of the activations; TAIL: one vector of `columns` < W.
+template <int KIND, int MR, int NV, bool TAIL>
+static __attribute__((noinline)) void quant_direct(const QuantPanel& p, const char* block, const char* x, int64_t k, float* y, int64_t ldy, const Soon& soon) {
+  using C = Codes<KIND>;
+  const int64_t word = 4 * p.w, groups = p.format.block / 32, left = TAIL ? p.columns : W, columns = p.columns, w = p.w, header = p.format.header, stride = p.stride();
+  const int64_t soon_w = soon.w, soon_word = 4 * soon_w, soon_stride = soon.stride;
+  const char* soon_block = soon.block;
   const int dtype = p.dtype;
-  const char* block = p.data;
-  for (int64_t k0 = 0; k0 < k; k0 += p.format.block, block += p.stride()) {
-    const char* records = x.at(row, k0);
+  for (int64_t k0 = 0; k0 < k; k0 += p.format.block, block += stride, soon_block += soon_stride, x += groups * C::record) {
     for (int64_t c = 0; c < columns; c += NV * W) {
-      const int64_t at = p.column + c;
-      const char *codes = block + p.format.header * w + 4 * at, *upper = codes + 128 * w;
-      __builtin_prefetch(block + 2 * at + ahead, 0, 2);
-      for (int64_t g = 0; g < groups; g++) {
-        const char* in = records + g * C::record;
+      const int64_t at = p.column + c, soon_at = soon.column + c;
+      const char *codes = block + header * w + 4 * at, *upper = codes + 128 * w, *in = x, *soon_codes = soon_block + header * soon_w + 4 * soon_at;
+      if (c % 32 == 0) prefetch_header<KIND>(soon_block, soon_w, soon_at, NV * W, header);
+      for (int64_t g = 0; g < groups; g++, in += C::record) {
 #pragma GCC unroll 2
         for (int part = 0; part < C::parts; part++) {
           vi acc[MR][NV] = {};
-#pragma GCC unroll 1
-          for (int i = part * C::words / C::parts; i < (part + 1) * C::words / C::parts; i++) {
+#pragma GCC unroll UNROLL
+          for (int i = part * C::words / C::parts; i < (part + 1) * C::words / C::parts; i++, codes += word, soon_codes += soon_word) {
             vi v[NV], high[NV];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int n = 0; n < NV; n++) {
-              const char* from = codes + (g * C::words + i) * word + n * W * 4;
-              if (n * W % 16 == 0) __builtin_prefetch(from + ahead, 0, 2);
-              v[n] = TAIL ? load_words_n(from, left) : load_words(from);
+              if (n * W % 16 == 0) __builtin_prefetch(soon_codes + n * W * 4, 0, 2);
+              v[n] = TAIL ? load_words_n(codes + n * W * 4, left) : load_words(codes + n * W * 4);
               high[n] = load_upper<KIND>(upper, word, g, i, n, TAIL, left);
             }
 #pragma GCC unroll 4
             for (int s = 0; s < C::steps; s++) {
               vi unpacked[NV];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
               for (int n = 0; n < NV; n++) {
                 unpacked[n] = C::of(v[n], high[n], s);
-                pin(unpacked[n]);
+                if (MR > 1) pin(unpacked[n]);
               }
 #pragma GCC unroll 8
-              for (int m = 0; m < MR; m++) {
-                const vi b = splat_word(in + m * ldx + sizeof(RoundedHead) + (i * C::steps + s) * 4);
-#pragma GCC unroll 4
-                for (int n = 0; n < NV; n++) {
-                  acc[m][n] = C::add(acc[m][n], unpacked[n], b);
-                  pin(acc[m][n]);
-                }
-              }
+              for (int m = 0; m < MR; m++) C::multiply(acc[m], unpacked, in + m * C::row + sizeof(RoundedHead) + (i * C::steps + s) * 4);
             }
           }
-#pragma GCC unroll 4
-          for (int n = 0; n < NV; n++) {
-            const ScalePair pair = scales_of<KIND>(dtype, block, w, at + n * W, g * C::parts + part, left);
+          ScalePair pairs[NV];
 #pragma GCC unroll 8
-            for (int m = 0; m < MR; m++) {
-              const char* head = in + m * ldx;
-              float* out = y + m * ldy + c + n * W;
-              vf value = fused(pair.scale, splat(get_float(head)) * C::dot(acc[m][n]), load(out));
-              if (KIND != BYTES) value = fused(pair.offset, splat(get_float(head + (C::parts == 1 ? 4 : 8 + 4 * part))), value);
-              store(out, value);
-            }
-          }
+          for (int n = 0; n < NV; n++) pairs[n] = scales_of<KIND>(dtype, block, w, at + n * W, g * C::parts + part, left);
+          add_group<KIND>(acc, pairs, in, part, y + c, ldy);
         }
       }
     }
@@ -356,12 +409,7 @@ static __attribute__((noinline)) void quant_expanded(const ExpandedTile& t, cons
             }
 #pragma GCC unroll 8
             for (int m = 0; m < MR; m++) {
-              const vi b = splat_word(values + m * ldx);
-#pragma GCC unroll 4
-              for (int n = 0; n < NV; n++) {
-                acc[m][n] = C::add(acc[m][n], v[n], b);
-                pin(acc[m][n]);
-              }
+              C::multiply(acc[m], v, values + m * ldx);
             }
           }
 #pragma GCC unroll 8

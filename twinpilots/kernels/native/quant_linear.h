@@ -1,23 +1,67 @@
 // LINEAR and LINEAR_IN with quantised weights, one panel or column block at a time, and EMBED's column of a panel. Included inside each instruction set's namespace.
 
-constexpr int QUANT_DIRECT_ROWS = 4, QUANT_MR = TP_ISA == 2 ? 8 : 6, QUANT_NV = 2;  // QUANT_NV * W divides SCALE_LD
-constexpr int64_t QUANT_AHEAD_BYTES = 16384;
+constexpr int QUANT_DIRECT_ROWS = 4, QUANT_MR = TP_ISA == 2 ? 8 : 6, QUANT_NV = 2, PIECE_MR = 6;  // QUANT_NV * W divides SCALE_LD
+constexpr int64_t QUANT_AHEAD_BYTES = 8192;  // hide the latency of memory
+constexpr int64_t WIDE_PANEL = 512;           // columns beyond which a piece's rows lie so far apart that they share few sets of the caches
 
-// ---- few rows
+// Vectors of columns that MR rows take at a time: as many sums as there are registers for.
+constexpr int direct_vectors(int mr) { return TP_ISA == 2 ? 4 : mr == 1 ? 8 : mr == 2 ? 4 : 2; }
 
-template <int KIND, int MR>
-static void quant_direct_rows(const QuantPanel& p, const Rounded& x, int64_t row, int64_t k, float* y, int64_t ldy) {
-  constexpr int NV = TP_ISA == 2 || MR == 1 ? 4 : 2;
-  const int64_t ahead = round_up(QUANT_AHEAD_BYTES, p.stride());
-  const int64_t main = p.columns / (NV * W) * (NV * W), most = p.columns / W * W;
-  const QuantPanel wide = {p.dtype, p.format, p.data, p.w, p.column, main}, narrow = {p.dtype, p.format, p.data, p.w, p.column + main, most - main},
-                   tail = {p.dtype, p.format, p.data, p.w, p.column + most, p.columns - most};
-  if (wide.columns) quant_direct<KIND, MR, NV, false>(wide, x, row, k, y, ldy, ahead);
-  if (narrow.columns) quant_direct<KIND, MR, 1, false>(narrow, x, row, k, y + main, ldy, ahead);
-  if (tail.columns) quant_direct<KIND, MR, 1, true>(tail, x, row, k, y + most, ldy, ahead);
+template <int KIND, int MR, int NV, bool TAIL>
+static void quant_direct_columns(const QuantPanel& p, int64_t first, int64_t columns, const char* block, const char* x, int64_t k, float* y, int64_t ldy, const Soon& soon) {
+  if (!columns) return;
+  const QuantPanel part = {p.dtype, p.format, p.data, p.w, p.column + first, columns};
+  quant_direct<KIND, MR, NV, TAIL>(part, block, x, k, y + first, ldy, Soon{soon.block, soon.w, soon.column + first, soon.stride});
 }
 
-// ---- many rows
+// MR rows times all columns of the panel, k inputs of one tile from `block` on.
+template <int KIND, int MR>
+static void quant_direct_rows(const QuantPanel& p, const char* block, const char* x, int64_t k, float* y, int64_t ldy, const Soon& soon) {
+  constexpr int NV = direct_vectors(MR);
+  const int64_t main = p.columns / (NV * W) * (NV * W), most = p.columns / W * W;
+  quant_direct_columns<KIND, MR, NV, false>(p, 0, main, block, x, k, y, ldy, soon);
+  if (NV > 1) quant_direct_columns<KIND, MR, 1, false>(p, main, most - main, block, x, k, y, ldy, soon);
+  quant_direct_columns<KIND, MR, 1, true>(p, most, p.columns - most, block, x, k, y, ldy, soon);
+}
+
+using DirectFn = void (*)(const QuantPanel&, const char*, const char*, int64_t, float*, int64_t, const Soon&);
+template <int KIND>
+static const DirectFn few_table[QUANT_DIRECT_ROWS] = {quant_direct_rows<KIND, 1>, quant_direct_rows<KIND, 2>, quant_direct_rows<KIND, 3>, quant_direct_rows<KIND, 4>};
+template <int KIND>
+static const DirectFn piece_table[PIECE_MR] = {quant_direct_rows<KIND, 1>, quant_direct_rows<KIND, 2>, quant_direct_rows<KIND, 3>,
+                                               quant_direct_rows<KIND, 4>, quant_direct_rows<KIND, 5>, quant_direct_rows<KIND, 6>};
+
+// Up to QUANT_DIRECT_ROWS rows take all columns in the order in which they lie: reading them is all the work.
+template <int KIND>
+static void quant_few_rows(const QuantPanel& p, const Rounded& x, int64_t row, int64_t rows, int64_t k, float* y, int64_t ldy) {
+  const int64_t ahead = round_up(QUANT_AHEAD_BYTES, p.stride());
+  for (int64_t k0 = 0; k0 < k; k0 += ROUNDED_TILE) {
+    const char* block = p.data + k0 / p.format.block * p.stride();
+    few_table<KIND>[rows - 1](p, block, x.at(row, k0), k - k0 < ROUNDED_TILE ? k - k0 : ROUNDED_TILE, y, ldy, Soon{block + ahead, p.w, p.column, p.stride()});
+  }
+}
+
+// A piece of SCALE_LD columns and one tile at a time stays in the caches while rows pass by, and the piece after it is prefetched.
+template <int KIND>
+static void quant_pieces(const QuantPanel& p, const Rounded& x, int64_t row, int64_t rows, int64_t k, float* y, int64_t ldy) {
+  const int64_t blocks = (rows + PIECE_MR - 1) / PIECE_MR, tile_bytes = ROUNDED_TILE / p.format.block * p.stride();
+  const char* block = p.data;
+  for (int64_t k0 = 0; k0 < k; k0 += ROUNDED_TILE, block += tile_bytes) {
+    const int64_t kb = k - k0 < ROUNDED_TILE ? k - k0 : ROUNDED_TILE;
+    for (int64_t c = 0; c < p.columns; c += SCALE_LD) {
+      const int64_t columns = p.columns - c < SCALE_LD ? p.columns - c : SCALE_LD;
+      const QuantPanel part = {p.dtype, p.format, block, p.w, p.column + c, columns};
+      const bool last = c + columns == p.columns;
+      const Soon next = {last ? block + tile_bytes : block, p.w, last ? p.column : part.column + columns, p.stride()};
+      for (int64_t b = 0; b < blocks; b++) {
+        const int64_t m = rows * b / blocks, mr = rows * (b + 1) / blocks - m;
+        piece_table<KIND>[mr - 1](part, block, x.at(row + m, k0), kb, y + m * ldy + c, ldy, b ? Soon{block, p.w, part.column, p.stride()} : next);
+      }
+    }
+  }
+}
+
+// ---- many rows, codes unpacked once
 
 using ExpandedFn = void (*)(const ExpandedTile&, const char*, int64_t, float*, int64_t);
 template <int KIND>
@@ -56,13 +100,12 @@ static void quant_expanded_rows(const QuantPanel& p, const Rounded& x, int64_t r
 // y[rows, columns] += x[row .. row + rows) @ the panel's columns; y has room for round_up(columns, QUANT_NV * W).
 template <int KIND>
 static void quant_gemm(const QuantPanel& p, const Rounded& x, int64_t row, int64_t rows, int64_t k, float* y, int64_t ldy) {
-  switch (rows) {
-    case 1: return quant_direct_rows<KIND, 1>(p, x, row, k, y, ldy);
-    case 2: return quant_direct_rows<KIND, 2>(p, x, row, k, y, ldy);
-    case 3: return quant_direct_rows<KIND, 3>(p, x, row, k, y, ldy);
-    case 4: return quant_direct_rows<KIND, 4>(p, x, row, k, y, ldy);
-    default: return quant_expanded_rows<KIND>(p, x, row, rows, k, y, ldy);
-  }
+  // With 16 registers sums leave no room for codes that are loaded once for all rows: unpacking them again costs no more, unless that is dear.
+  constexpr bool dear = KIND == K_NIBBLES || KIND == K_NIBBLES_FAST || KIND == SIX_BITS, pieces = TP_ISA < 2 && !dear;
+  if (rows <= QUANT_DIRECT_ROWS) return quant_few_rows<KIND>(p, x, row, rows, k, y, ldy);
+  if constexpr (pieces)
+    if (KIND != BYTES || p.w <= WIDE_PANEL) return quant_pieces<KIND>(p, x, row, rows, k, y, ldy);
+  quant_expanded_rows<KIND>(p, x, row, rows, k, y, ldy);
 }
 
 static void quant_gemm_any(const QuantPanel& p, const Rounded& x, int64_t row, int64_t rows, int64_t k, float* y, int64_t ldy) {
@@ -85,7 +128,7 @@ static void quant_panel(const LinearArgs& a, const Rounded& x, int64_t panel, in
 
 // Accumulating continues the chain, as linear_in_block does.
 static void quant_in_block(const LinearInArgs& a, const Rounded& x, int64_t column0, int64_t column1, int64_t row0, int64_t row1) {
-  const int64_t columns = column1 - column0, ldy = round_up(columns, QUANT_NV * W), rows = row1 - row0;
+  const int64_t columns = column1 - column0, ldy = round_up(columns, 64) + 16, rows = row1 - row0;
   float* y = (float*)thread_scratch(rows * ldy * sizeof(float));
   __builtin_memset(y, 0, rows * ldy * sizeof(float));
   float* dst = a.dst + row0 * a.dst_ld + column0;
