@@ -216,15 +216,17 @@ def attend(
     ``softcap``, ``window``: 0 for none. Returns the number of launches.
     """
     items = attended.max_queries * (pages.heads // pages.kv_heads)
-    block_rows, dims = 16 if items <= 16 else 64, max(16, triton.next_power_of_2(pages.head_dim))
+    exact, dims = pages.kv.dtype == torch.float32, max(16, triton.next_power_of_2(pages.head_dim))
+    most_rows = 64 if dims <= (64 if exact else 128) else 32 if dims <= 128 or not exact else 16  # shared memory: 99 KiB on the smallest cards
+    block_rows = 16 if items <= 16 else most_rows
     parts, chunk = context_parts(attended, pages, block_rows, programs, scratch.numel())
     q_tiles, num_rows, row0 = triton.cdiv(items, block_rows), len(attended.rows), attended.rows.start
     sums = scratch[2 * parts * num_rows * pages.heads :]
     _attend[(len(attended.sequences) * q_tiles, pages.kv_heads, parts)](
         q, q.stride(0), out, out.stride(0), pages.kv, pages.stride, meta, *offsets, attended.sequences.start, q_tiles, chunk, row0, num_rows, sums, scratch,
         scale, softcap, WINDOW=window, SOFTCAP=softcap != 0, HEADS=pages.heads, KV_HEADS=pages.kv_heads, D=pages.head_dim, PAGE=pages.page_size,
-        SPLIT=parts > 1, PRECISION="ieee" if pages.kv.dtype == torch.float32 else "tf32", BM=block_rows, BD=dims, BK=BLOCK_KEYS if dims <= 128 else 32,
-        num_warps=4,
+        SPLIT=parts > 1, PRECISION="ieee" if exact else "tf32", BM=block_rows, BD=dims, BK=BLOCK_KEYS if dims <= 128 else 32,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     if parts == 1:
         return 1
