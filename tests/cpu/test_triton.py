@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="triton is not installed: no Triton kernel is tested here (pip install -e '.[dev]' on Linux)", exc_type=ImportError)
 
 import numpy as np
+import triton
 
 from tests.triton_cases import CASES, PROGRAMS, drawn, run_case
 from twinpilots.kernels.abi import Op
@@ -23,6 +24,8 @@ from twinpilots.runtime.torch_ops import execute
 from twinpilots.runtime.triton_ops import SCRATCH_BYTES, TritonOps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu" and tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):  # 3.6 compiles every kernel, but cannot interpret loops
+    pytest.skip(f"the interpreter of triton {triton.__version__} does not get on with numpy 2.4: no Triton kernel is tested here", allow_module_level=True)
 
 
 @pytest.mark.parametrize("name, seed", [(name, seed) for name in CASES for seed in range(1 if "q" in name else 2)])
