@@ -26,7 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_steps import PointTask, RatesTask, TokenTask, token_cases
+from benchmarks.gpu_steps import KernelTask, PointTask, RatesTask, TokenTask, token_cases
 from tests.zoo import FAMILIES
 from twinpilots.doctor import cuda_devices, torch_cuda_version
 from twinpilots.errors import UserError
@@ -38,6 +38,7 @@ SCHEMA = 1
 BUDGET_S = 510.0  # of the nine minutes; starting and ending take the rest
 STALL_S = 60.0  # a token case takes a second or two; the first of a worker also starts torch, CUDA and transformers
 MAX_DEATHS = 4  # workers that die or hang before the remaining token cases are given up
+KERNELS_S = 90.0  # the most that kernel cases may take: compiling one takes a second or two
 TOKENS_S = 200.0  # the most that token cases may take, so that rates and points get their turn
 POINT_S = 120.0
 HALF_FAMILIES = ("llama", "gemma2", "opt", "qwen3")
@@ -67,6 +68,7 @@ class Check:
     budget_s: float
     began: float = field(default_factory=time.monotonic)
     verdicts: list[Verdict] = field(default_factory=list)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
     cases: list[dict[str, Any]] = field(default_factory=list)
     rates: dict[str, Any] = field(default_factory=dict)
     points: list[dict[str, Any]] = field(default_factory=list)
@@ -162,6 +164,29 @@ def device_tests(check: Check) -> None:
     for line in failures:
         say(f"      {line[:200]}")
     check.judge("device tests", done.returncode == 0, (done.stdout.strip().splitlines() or [f"pytest ended with exit code {done.returncode}"])[-1])
+
+
+def kernel_tests(check: Check) -> None:
+    """Each Triton kernel, compiled here, against torch. One that is wrong or cannot be built is reported; the latter is left to torch in what follows."""
+    if not check.device.startswith("cuda:"):
+        check.judge("triton kernels", None, "not run: they need a CUDA device")
+        return
+    found: list[dict[str, Any]] = []
+    reason = None
+    for event in events_of("kernels", KernelTask(device=check.device), limit_s=min(KERNELS_S, check.left_s), stall_s=STALL_S):
+        if event["event"] == "case":
+            found.append(event)
+            if not event["ok"]:
+                say(f"      {event['case']}: {event['detail']}")
+        elif event["event"] == "end":
+            reason = event["reason"]
+    check.kernels = [{name: event[name] for name in ("case", "ok", "detail", "seconds")} for event in found]
+    counts = {ok: sum(event["ok"] is ok for event in found) for ok in (True, False, None)}
+    text = f"{counts[True]} cases agree with torch, {counts[False]} do not" + (f"; ended early: {reason}" if reason else "")
+    if counts[None]:
+        check.judge("triton kernels", None, f"torch's operations run instead: {found[0]['detail']}")
+    else:
+        check.judge("triton kernels", counts[True] > 0 and not counts[False] and (reason is None or reason.endswith("were up")), text)
 
 
 def token_tests(check: Check) -> None:
@@ -303,7 +328,8 @@ def document(check: Check) -> dict[str, Any]:
         "schema": SCHEMA, "check": "gpu", "commit": check.commit, "date": date.today().isoformat(), "device": check.device, "gpu": device_name(check.device),
         "emulated": check.device.startswith("emulated:"), "processor": f"{platform.machine()}, {os.cpu_count()} logical CPUs", "software": software(),
         "model": check.model, "passed": check.passed, "seconds": time.monotonic() - check.began, "verdicts": [asdict(verdict) for verdict in check.verdicts],
-        "rates": check.rates.get("limits"), "profile": check.rates.get("profile"), "points": check.points, "cases": check.cases,
+        "rates": check.rates.get("limits"), "profile": check.rates.get("profile"), "points": check.points,
+        "kernels": check.kernels, "cases": check.cases,
     }  # fmt: skip
 
 
@@ -362,7 +388,7 @@ def checked(args: argparse.Namespace) -> Check:
     )  # fmt: skip
 
 
-STEPS = (build_native, device_tests, token_tests, measure_rates, measure_points)
+STEPS = (build_native, device_tests, kernel_tests, token_tests, measure_rates, measure_points)
 
 
 def run_steps(check: Check) -> None:

@@ -1,4 +1,4 @@
-"""What the worker processes of `gpu_check` do: token cases, the machine's rates, one throughput point.
+"""What the worker processes of `gpu_check` do: kernel cases, token cases, the machine's rates, one throughput point.
 
 Owns the cases and what each must show. ``python -m benchmarks.gpu_steps TASK`` (JSON) prints one JSON line per event: ``begin`` names a case, ``case``
 ends it. A process of its own each, because a CUDA error leaves its process useless. Knows nothing of budgets, reports or other workers.
@@ -56,7 +56,14 @@ class PointTask:
     output_len: int
 
 
-TASKS = {"tokens": TokenTask, "rates": RatesTask, "point": PointTask}
+@dataclass(frozen=True, kw_only=True)
+class KernelTask:
+    """Every Triton kernel compiled on ``device``, against torch there."""
+
+    device: str
+
+
+TASKS = {"kernels": KernelTask, "tokens": TokenTask, "rates": RatesTask, "point": PointTask}
 
 
 def token_cases(families: tuple[str, ...], variants: tuple[str, ...], dtypes: tuple[str, ...]) -> tuple[str, ...]:
@@ -87,6 +94,28 @@ def run_tokens(task: TokenTask, emit: Emit, gpu: GpuDevice | None = None) -> Non
 
             emit({"event": "case", "case": case, **outcome(run), "seconds": time.monotonic() - began})
             gpu.close()  # whatever a failed case left open
+
+
+def run_kernels(task: KernelTask, emit: Emit) -> None:
+    """Each case of tests/triton_cases.py once. Infeasible: the one case "kernels", with the reason."""
+    import torch
+
+    from twinpilots.kernels.triton import unavailable
+
+    device = torch.device(task.device)
+    if (reason := unavailable(device)) is not None:
+        emit({"event": "case", "case": "kernels", "ok": None, "detail": reason, "seconds": 0.0})
+        return
+    from tests.triton_cases import CASES, run_case
+
+    for name in CASES:
+        emit({"event": "begin", "case": name})
+        began = time.monotonic()
+
+        def run(name: str = name) -> str:
+            return ", ".join(f"{op} {count}" for op, count in run_case(name, 0, device).launches.items())
+
+        emit({"event": "case", "case": name, **outcome(run), "seconds": time.monotonic() - began})
 
 
 def outcome(run: Callable[[], str | None]) -> dict[str, Any]:
@@ -210,7 +239,7 @@ def card_used_bytes(device: str) -> int | None:
 
 # -- the process ---------------------------------------------------------------------------------------------------------------------------
 
-RUN: Mapping[str, Callable[[Any, Emit], None]] = {"tokens": run_tokens, "rates": run_rates, "point": run_point}
+RUN: Mapping[str, Callable[[Any, Emit], None]] = {"kernels": run_kernels, "tokens": run_tokens, "rates": run_rates, "point": run_point}
 
 
 def main(argv: list[str]) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from scipy.special import erf
 
 from twinpilots.kernels import native as native_module
@@ -27,6 +26,8 @@ def native() -> Native:
     path = os.environ.get("TWINPILOTS_TEST_NATIVE")
     found = Native(Path(path)) if path else native_module.load()
     if found is None:
+        import pytest
+
         pytest.skip("the native library is not built (python -m twinpilots.kernels.build)")
     return found
 
@@ -113,6 +114,7 @@ class Batch:
         for group in range(4):
             header[Meta.SEQS + group] = sum(s.group < group for s in self.seqs)
             header[Meta.ROWS + group] = sum(s.query for s in self.seqs if s.group < group)
+        header[Meta.NUM_WORDS] = at
         self.words = np.concatenate(parts)
 
     def first_rows(self) -> list[int]:

@@ -76,6 +76,9 @@ class FakeRuntime:
     def event(self, *, timed: bool) -> FakeEvent:
         return FakeEvent()
 
+    def kernels(self) -> None:
+        return None
+
     def use(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 

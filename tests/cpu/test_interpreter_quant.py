@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.cpu.native_twin import Batch, Machine, insn, native, relative_rms
-from tests.cpu.test_interpreter import floats, maybe, random_batch
-from tests.unit.test_quant_format import QUANTIZED, random_blocks
+from tests.programs import floats, maybe, random_batch, random_blocks
+from tests.unit.test_quant_format import QUANTIZED
 from twinpilots.kernels import quant_format
 from twinpilots.kernels.abi import DTYPE_CODES, NULL, Activations, Epilogue, Op, Space
 from twinpilots.model.weight_format import FORMATS, WeightFormat

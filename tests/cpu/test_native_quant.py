@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.cpu.native_twin import Machine, activate, insn, native, relative_rms, rows_batch
-from tests.unit.test_quant_format import QUANTIZED, random_blocks
+from tests.programs import random_blocks
+from tests.unit.test_quant_format import QUANTIZED
 from twinpilots.kernels import quant_format
 from twinpilots.kernels.abi import DTYPE_CODES, NULL, Act, Activations, Epilogue, Op
 from twinpilots.kernels.native import BAD_INSTRUCTION

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from tests.cpu.native_twin import Machine
-from tests.cpu.test_interpreter import ARENA, Program, add, attention, embed, linear, linear_in, norm
 from tests.device_programs import entry, insn, load, weights
+from tests.programs import ARENA, Program, add, attention, embed, linear, linear_in, norm
 from twinpilots.device.cuda import CudaGpu, _device_pointer
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import LimitError
 from twinpilots.kernels.abi import EVENTS_OFFSET, Op, Space, address
-from twinpilots.runtime.torch_ops import OFFSET_MASK, decode, execute, multiply
-from twinpilots.runtime.torch_ops import Machine as TorchMachine
+from twinpilots.runtime.machine import OFFSET_MASK, decode
+from twinpilots.runtime.machine import Machine as TorchMachine
+from twinpilots.runtime.torch_ops import execute, multiply
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20

@@ -92,6 +92,23 @@ def test_a_worker_that_dies_costs_one_case(monkeypatch: pytest.MonkeyPatch) -> N
     assert [verdict.ok for verdict in found.verdicts] == [False, True, True]
 
 
+def test_kernels_that_fail_are_reported_and_a_machine_without_them_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*events: tuple[str, bool | None], reason: str | None = None, device: str = "cuda:0") -> tuple[bool | None, str]:
+        told = [{"event": "case", "case": name, "ok": ok, "detail": "why", "seconds": 0.1} for name, ok in events]
+        monkeypatch.setattr(gpu_check, "events_of", lambda *_, **__: [*told, {"event": "end", "reason": reason}])
+        found = check(device=device)
+        gpu_check.kernel_tests(found)
+        assert len(found.kernels) == (len(events) if device == "cuda:0" else 0)
+        return found.verdicts[0].ok, found.verdicts[0].detail
+
+    assert run(("norm", True), ("add", True)) == (True, "2 cases agree with torch, 0 do not")
+    assert run(("norm", True), ("add", False))[0] is False
+    assert run(("norm", True), reason="its 90 s were up")[0] is True
+    assert run(("norm", True), reason="its process ended with exit code -11")[0] is False
+    assert run(("kernels", None)) == (None, "torch's operations run instead: why")
+    assert run(device="emulated:demo")[0] is None
+
+
 def test_a_worker_that_cannot_start_ends_the_case_with_a_reason() -> None:
     found = gpu_check.only_case("rates", gpu_steps.RatesTask(device="emulated:demo", model="dummy:none"), 30.0)
     assert found["ok"] is False

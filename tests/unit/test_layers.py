@@ -19,7 +19,8 @@ LEVELS = {
     "hardware.profile": 1, "hardware.presets": 1, "plan.plan": 1, "plan.tasks": 1,
     "openai": 1, "openai.prompts": 4,
     "plan": 2, "stats": 2,
-    "kernels": 3, "model": 3, "device": 3, "hardware": 3, "runtime.interpreter": 3, "runtime.torch_ops": 3, "runtime.torch_quant": 3,
+    "kernels": 3, "model": 3, "device": 3, "hardware": 3, "runtime.interpreter": 3, "runtime.machine": 3, "runtime.torch_ops": 3, "runtime.torch_quant": 3,
+    "runtime.triton_ops": 3,
     "runtime": 4, "distributed": 4,
     "api": 5, "session": 5, "planner": 5, "online": 5, "adaptation": 5, "background": 5, "history": 5, "machine": 5, "trace": 5, "doctor": 5,
     "batch": 5, "server": 5, "commands": 5, "benchmarks": 5, "demo": 5, "live": 5, "cli": 5, "__main__": 5,
@@ -30,22 +31,16 @@ FINDS_PLANS = (
     "plan.polish", "plan.explain", "plan.what_if", "plan.sensitivity", "plan.figures", "plan.picture",
 )  # fmt: skip
 PURE = (
-    "model.spec",
-    "model.weight_format",
-    "model.quantization",
-    "model.families",
-    "model.config_reader",
-    "model.rope",
-    "hardware.profile",
-    "plan",
-    "stats",
+    "model.spec", "model.weight_format", "model.quantization", "model.families", "model.config_reader", "model.rope", "hardware.profile", "plan", "stats",
     "openai",
-)
+)  # fmt: skip
 IMPURE = {"torch", "transformers", "time", "datetime", "subprocess", "threading", "multiprocessing", "socket"}
 # Heavy packages may be imported inside functions only, so that starting is quick; torch at the top of the modules that are torch.
-HEAVY = {"torch", "transformers", "scipy", "gguf", "huggingface_hub", "matplotlib", "fastapi", "pydantic", "uvicorn"}
+HEAVY = {"torch", "triton", "transformers", "scipy", "gguf", "huggingface_hub", "matplotlib", "fastapi", "pydantic", "uvicorn"}
 SERVER_MODULES = ("server.app", "server.run")  # nobody imports these but the serve command, when it runs
-TORCH_MODULES = ("runtime.interpreter", "runtime.torch_ops", "runtime.torch_quant", "device.cuda")
+TORCH_MODULES = ("runtime.interpreter", "runtime.machine", "runtime.torch_ops", "runtime.torch_quant", "runtime.triton_ops", "device.cuda")
+TRITON_MODULES = ("kernels.triton.attention", "kernels.triton.linear", "kernels.triton.rowwise")
+ALLOWED = dict.fromkeys(TORCH_MODULES, {"torch"}) | dict.fromkeys(SERVER_MODULES, {"fastapi", "uvicorn"}) | dict.fromkeys(TRITON_MODULES, {"torch", "triton"})
 
 
 @cache
@@ -136,7 +131,14 @@ def test_the_pure_half_has_no_torch_and_no_clock(name: str) -> None:
 @pytest.mark.parametrize("name", list(modules()))
 def test_heavy_packages_are_not_imported_at_start(name: str) -> None:
     found = {imported.partition(".")[0] for imported in imports(modules()[name], top_level_only=True)} & HEAVY
-    assert found <= ({"torch"} if name in TORCH_MODULES else {"fastapi", "uvicorn"} if name in SERVER_MODULES else set())
+    assert found <= ALLOWED.get(name, set())
+
+
+def test_triton_is_loaded_where_it_is_used() -> None:
+    """On a machine without it, or without a CUDA device, everything else runs."""
+    needed = {name: own_imports(name, top_level_only=True) & set(TRITON_MODULES) for name in modules() if name not in TRITON_MODULES}
+    assert {name for name, found in needed.items() if found} == {"runtime.triton_ops"}
+    assert [name for name in modules() if "runtime.triton_ops" in own_imports(name, top_level_only=True)] == []
 
 
 def test_there_are_no_import_cycles() -> None:

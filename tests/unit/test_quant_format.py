@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.programs import random_blocks
 from twinpilots.kernels import native, quant_format
 from twinpilots.model.weight_format import FORMATS
 
@@ -24,19 +25,6 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     elif native.load() is None:
         pytest.skip("the native library is not built (python -m twinpilots.kernels.build)")
     return str(request.param)
-
-
-def random_blocks(fmt, rows, blocks, seed=0):
-    """Row blocks of random codes, with f16 scales of sensible size."""
-    rng = np.random.default_rng(seed)
-    result = rng.integers(0, 256, (rows, blocks, fmt.block_bytes), dtype=np.uint8)
-    halves = rng.uniform(0.01, 1, (rows, blocks, 2)).astype(np.float16).view(np.uint8).reshape(rows, blocks, 4)
-    if fmt.name == "q6_k":
-        result[:, :, 208:] = halves[:, :, :2]
-    else:
-        count = 2 if fmt.name in ("q8_0", "q4_0") else 4
-        result[:, :, :count] = halves[:, :, :count]
-    return result
 
 
 @pytest.mark.parametrize("name", GGML)

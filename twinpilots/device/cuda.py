@@ -1,8 +1,8 @@
 """A CUDA GPU behind the device seam: one arena, three streams, one launch thread each.
 
 Owns the arena, the pinning of the host arena in place, and how events cross between streams and the host (`StreamSync`). Each launch thread runs the
-torch interpreter's queue loop on its stream; what an instruction does is not known here. `Runtime` is the little of CUDA that is needed, so that all
-of this runs on a stand-in without a GPU (tests/cpu/test_cuda_standin.py).
+torch interpreter's queue loop on its stream, the compute queue's with Triton kernels where they can be had; what an instruction does is not known here.
+`Runtime` is the little of CUDA that is needed, so that all of this runs on a stand-in without a GPU (tests/cpu/test_cuda_standin.py).
 
 - Wait: if the event's host word is there, nothing is left to wait for. Else, if another queue of this GPU has launched the record, the stream waits
   for that queue's CUDA event. Else (the CPU pilot's events, or records not launched yet) the launch thread polls.
@@ -35,7 +35,9 @@ from twinpilots.device.memory import HostArena
 from twinpilots.errors import DeviceUnavailableError, LimitError
 from twinpilots.kernels.abi import ENTRY, NULL
 from twinpilots.kernels.native import TIMED_OUT
+from twinpilots.kernels.triton import unavailable
 from twinpilots.runtime.interpreter import POLL_S, WAIT_TIMEOUT_S, has_reached, queue_loop
+from twinpilots.runtime.torch_ops import Kernels
 from twinpilots.units import format_bytes
 
 _LOG = logging.getLogger(__name__)
@@ -70,6 +72,10 @@ class Runtime(Protocol):
 
     def stream(self) -> Any: ...
     def event(self, *, timed: bool) -> Event: ...
+    def kernels(self) -> Kernels | None:
+        """Kernels of the device's own for the compute queue; None: torch's operations do it all."""
+        ...
+
     def use(self, stream: Any) -> AbstractContextManager[Any]:
         """Launches inside this block go to ``stream``."""
         ...
@@ -125,6 +131,15 @@ class CudaRuntime:
 
     def event(self, *, timed: bool) -> Event:
         return torch.cuda.Event(enable_timing=timed)
+
+    def kernels(self) -> Kernels | None:
+        reason = unavailable(self.device)
+        if reason is not None:
+            _LOG.warning("no Triton kernels on %s, torch's operations run instead, more slowly: %s", self.device, reason)
+            return None
+        from twinpilots.runtime.triton_ops import kernels_for
+
+        return kernels_for(self.device)
 
     def use(self, stream: Any) -> AbstractContextManager[Any]:
         return torch.cuda.stream(stream)
@@ -264,7 +279,8 @@ class CudaGpu:
         try:
             with self._runtime.use(stream):
                 sync = StreamSync(self._runtime, stream, host, alias, board)
-                queue_loop(self._mailboxes[queue].offset, host.bytes, self._arena, host_alias=alias, sync=sync)
+                kernels = self._runtime.kernels() if queue == "gpu" else None
+                queue_loop(self._mailboxes[queue].offset, host.bytes, self._arena, host_alias=alias, sync=sync, kernels=kernels)
         except (RuntimeError, AssertionError, ValueError, LookupError, TypeError) as error:
             self._failure = f"{queue} of {self.name} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             _LOG.exception("%s", self._failure)

@@ -88,6 +88,7 @@ class Rig:
         for word, size in sizes.items():
             meta[word] = position
             position += size
+        meta[Meta.NUM_WORDS] = position
         meta[Meta.ROWS : Meta.ROWS + 4] = [tokens if edge > group else 0 for edge in range(4)]
         meta[Meta.SEQS : Meta.SEQS + 4] = [count if edge > group else 0 for edge in range(4)]
         starts = np.cumsum([0] + [query for query, _ in sequences])[:-1]

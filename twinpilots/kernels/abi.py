@@ -159,6 +159,7 @@ class Meta(IntEnum):
     OFF_SEQ_PAGES = 12  # [seqs] offset into PAGE of the pages attended in this pass (group 1: staging pages)
     OFF_SEQ_HOME = 13  # [seqs] offset into PAGE of the home pages (group 1: host pages; else same as SEQ_PAGES)
     OFF_PAGE = 14  # [..] page numbers
+    NUM_WORDS = 15  # of all the metadata, header included: what a device copies once per pass
     ROWS = 16  # [MAX_MICRO_BATCHES][4]: first token row of groups 0, 1, 2 and the end
     SEQS = 16 + 4 * MAX_MICRO_BATCHES  # same for sequences
     HEADER = 16 + 8 * MAX_MICRO_BATCHES

@@ -127,6 +127,7 @@ def write_metadata(batch: StepBatch, out: Int32, spec: ModelSpec, plan: Plan) ->
         out[word] = cursor
         out[cursor : cursor + len(values)] = values
         cursor += len(values)
+    out[Meta.NUM_WORDS] = cursor
 
 
 class MetadataWriter:

@@ -21,7 +21,8 @@ from twinpilots.device.base import ENTRY_QUIT, OK
 from twinpilots.device.memory import HostArena
 from twinpilots.kernels.abi import CONTROL, ENTRY, EVENTS_OFFSET, INSN, MAILBOX, MAILBOX_ENTRIES, MAX_WAITS, NULL
 from twinpilots.kernels.native import ABORTED, BAD_INSTRUCTION, CANCELLED, TIMED_OUT, Native
-from twinpilots.runtime.torch_ops import Insn, Machine, execute, is_known, link_bytes
+from twinpilots.runtime.machine import Insn, Machine
+from twinpilots.runtime.torch_ops import Kernels, execute, is_known, link_bytes
 
 POLL_S = 50e-6
 WAIT_TIMEOUT_S = 120.0
@@ -101,8 +102,10 @@ class _Mailbox:
 class _Queue:
     """One interpreter's state: the machine, how it synchronises, what may stop it."""
 
-    def __init__(self, machine: Machine, host: NDArray[np.uint8], sync: Sync, link: LinkRates | None, mailbox: _Mailbox | None) -> None:
-        self._machine, self._host, self._sync, self._mailbox = machine, host, sync, mailbox
+    def __init__(
+        self, machine: Machine, host: NDArray[np.uint8], sync: Sync, link: LinkRates | None, mailbox: _Mailbox | None, kernels: Kernels | None = None
+    ) -> None:
+        self._machine, self._host, self._sync, self._mailbox, self._kernels = machine, host, sync, mailbox, kernels
         self._link = link or LinkRates()
         self._random = random.Random(self._link.adversarial_seed)
         self._abort = host[: CONTROL.itemsize].view(CONTROL)["abort"]
@@ -155,7 +158,7 @@ class _Queue:
     def _execute(self, insn: Insn) -> None:
         """The instruction, and what is left of the time that its bytes take on the emulated link."""
         began = time.monotonic()
-        execute(self._machine, insn)
+        execute(self._machine, insn, self._kernels)
         link = self._link
         if not (link.up_bytes_per_s or link.down_bytes_per_s or link.latency_s):
             return
@@ -188,21 +191,25 @@ class _Queue:
                 return OK
 
 
-def run_program(entry: np.void | NDArray[Any], host: HostArena | NDArray[np.uint8], gpu: Tensor | NDArray[np.uint8] | None, *, sync: Sync | None = None) -> int:
-    """Run one entry on the calling thread. ``gpu`` is the GPU arena (uint8) on any device, None for a CPU program.
+def run_program(
+    entry: np.void | NDArray[Any], host: HostArena | NDArray[np.uint8], gpu: Tensor | NDArray[np.uint8] | None, *, sync: Sync | None = None,
+    kernels: Kernels | None = None,
+) -> int:  # fmt: skip
+    """Run one entry on the calling thread. ``gpu`` is the GPU arena (uint8) on any device, None for a CPU program; ``kernels`` are asked before torch.
 
     Returns tp_run's status: OK, or ABORTED, TIMED_OUT, BAD_INSTRUCTION.
     """
     memory = host.bytes if isinstance(host, HostArena) else host
     machine = Machine(memory, torch.from_numpy(gpu) if isinstance(gpu, np.ndarray) else gpu)
-    return _Queue(machine, memory, sync or HostSync(memory), None, None).run(entry)
+    return _Queue(machine, memory, sync or HostSync(memory), None, None, kernels).run(entry)
 
 
 def queue_loop(
-    mailbox_offset: int, host: NDArray[np.uint8], gpu: Tensor, *, host_alias: Tensor | None = None, sync: Sync | None = None, link: LinkRates | None = None
-) -> int:
+    mailbox_offset: int, host: NDArray[np.uint8], gpu: Tensor, *, host_alias: Tensor | None = None, sync: Sync | None = None, link: LinkRates | None = None,
+    kernels: Kernels | None = None,
+) -> int:  # fmt: skip
     """Serve one mailbox on the calling thread: tp_queue_loop's twin, by polling."""
-    return _Queue(Machine(host, gpu, host_alias), host, sync or HostSync(host), link, _Mailbox(host, mailbox_offset)).loop()
+    return _Queue(Machine(host, gpu, host_alias), host, sync or HostSync(host), link, _Mailbox(host, mailbox_offset), kernels).loop()
 
 
 class SerialRunner:

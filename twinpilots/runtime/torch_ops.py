@@ -1,8 +1,8 @@
 """What each instruction does, in torch: the slow twin of the native kernels, and the arithmetic of the CUDA path.
 
-Owns `Machine` (both arenas as tensors, the current batch) and `OPS`, one small function per instruction. The meaning is docs/execution.md's. Knows
-nothing of queues, waits or streams: the caller runs it on the stream it likes. On the CPU everything is computed in fp32; on CUDA 16-bit weights
-multiply activations rounded to the weights' type, with fp32 sums. Quantised weights are unpacked to fp32 by `runtime/torch_quant.py`.
+Owns `OPS`, one small function per instruction. The meaning is docs/execution.md's. Knows nothing of queues, waits or streams: the caller runs it on the
+stream it likes. Kernels of the device's own (`triton_ops.py`), where `execute` is given them, are asked first. On the CPU everything is computed in fp32; on
+CUDA 16-bit weights multiply activations rounded to the weights' type, with fp32 sums. Quantised weights are unpacked to fp32 by `runtime/torch_quant.py`.
 
 Shapes: M rows (tokens or logits), K inputs, N outputs, P panels, D head_dim, G KV heads, H query heads.
 """
@@ -11,160 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
-from twinpilots.kernels.abi import INSN, NULL, Act, Dtype, Epilogue, Meta, NormKind, Op, Space
+from twinpilots.kernels.abi import NULL, Act, Dtype, Epilogue, Meta, NormKind, Op
+from twinpilots.runtime.machine import TORCH_DTYPES, Insn, Machine
 from twinpilots.runtime.torch_quant import FORMAT_OF, panel_weights, rounded
 
-TORCH_DTYPES: dict[int, torch.dtype] = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16}
 ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
     Act.SILU: F.silu, Act.GELU: F.gelu, Act.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"), Act.RELU: F.relu,
 }  # fmt: skip
-OFFSET_MASK = (1 << 56) - 1
 SCORE_BYTES = 64 * 2**20
 FP16_SAFE = 2.0**15  # activations are scaled below this before they are rounded to fp16, whose largest number is 65504
-
-
-class Insn(NamedTuple):
-    """One INSN record as Python values (field access of numpy records costs microseconds)."""
-
-    op: int
-    layer: int
-    row_kind: int
-    mb: int
-    glo: int
-    ghi: int
-    num_waits: int
-    record: int
-    wait_event: list[int]
-    wait_offset: list[int]
-    a: list[int]
-    f: list[float]
-
-
-def decode(insns: NDArray[Any]) -> list[Insn]:
-    """INSN records as `Insn`."""
-    assert INSN.names is not None
-    return [Insn(*record) for record in zip(*(insns[name].tolist() for name in INSN.names), strict=True)]
-
-
-class Batch:
-    """One pass's metadata (program.Meta): the header as ints, arrays as index tensors on the compute device, each built once per pass."""
-
-    def __init__(self, words: NDArray[np.int32], device: torch.device) -> None:
-        self.words = words
-        self.header: list[int] = words[: Meta.HEADER].tolist()
-        self._device = device
-        self._tensors: dict[tuple[int, int, int], Tensor] = {}
-
-    def ints(self, which: Meta, first: int, last: int) -> list[int]:
-        start = self.header[which]
-        found: list[int] = self.words[start + first : start + last].tolist()
-        return found
-
-    def index(self, which: Meta, first: int, last: int) -> Tensor:
-        key = (which, first, last)
-        if key not in self._tensors:
-            self._tensors[key] = torch.tensor(self.ints(which, first, last), dtype=torch.int64).to(self._device, non_blocking=True)
-        return self._tensors[key]
-
-
-class Machine:
-    """Both arenas, as uint8 tensors. ``host_alias`` is the host arena as the compute device sees it (pinned and mapped), where that is not ``host``."""
-
-    def __init__(self, host: NDArray[np.uint8], gpu: Tensor | None, host_alias: Tensor | None = None) -> None:
-        self._arenas: dict[int, Tensor | None] = {Space.HOST: torch.from_numpy(host), Space.GPU: gpu}
-        self._alias = host_alias
-        self._host = host
-        self._typed: dict[tuple[int, bool, torch.dtype], Tensor] = {}
-        self.device = torch.device("cpu") if gpu is None else gpu.device
-        self._meta: int = NULL
-        self._batch: Batch | None = None
-
-    def begin(self, meta: int) -> None:
-        """A new entry. Its metadata is read when the first instruction asks, which is after that instruction's waits."""
-        self._meta, self._batch = meta, None
-
-    @property
-    def is_aliased(self) -> bool:
-        return self._alias is not None
-
-    @property
-    def batch(self) -> Batch:
-        if self._batch is None:
-            assert self._meta >= 0, "an instruction on token rows needs the batch's metadata"
-            words = self._host[self._meta :]
-            self._batch = Batch(words[: words.size // 4 * 4].view(np.int32), self.device)
-        return self._batch
-
-    def insns(self, address: int, count: int) -> list[Insn]:
-        return decode(self._host[address : address + count * INSN.itemsize].view(INSN))
-
-    def words64(self, address: int, count: int) -> NDArray[np.int64]:
-        """``count`` int64 of host memory."""
-        return self._host[address : address + 8 * count].view(np.int64)
-
-    def bytes_at(self, address: int, num_bytes: int) -> Tensor:
-        arena = self._arenas[address >> 56]
-        assert arena is not None, "a CPU program has no GPU memory"
-        offset = address & OFFSET_MASK
-        return arena[offset : offset + num_bytes]
-
-    def strided(self, address: int, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...], *, aliased: bool = False) -> Tensor:
-        """A view of ``size`` elements of ``dtype`` at ``address``. ``aliased``: host memory as the compute device sees it."""
-        key = (address >> 56, aliased, dtype)
-        if key not in self._typed:
-            arena = self._alias if aliased and address >> 56 == Space.HOST and self._alias is not None else self._arenas[address >> 56]
-            assert arena is not None, "a CPU program has no GPU memory"
-            self._typed[key] = arena[: arena.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
-        whole = self._typed[key]
-        offset = address & OFFSET_MASK
-        assert offset % dtype.itemsize == 0, f"address {offset} is not aligned for {dtype}"
-        return whole.as_strided(size, stride, whole.storage_offset() + offset // dtype.itemsize)
-
-    def matrix(self, address: int, ld: int, first: int, last: int, columns: int, *, aliased: bool = False) -> Tensor:
-        """fp32 activation rows [first, last) of a buffer with row stride ``ld``: [M, columns]."""
-        return self.strided(address + 4 * ld * first, torch.float32, (last - first, columns), (ld, 1), aliased=aliased)
-
-    def flat(self, address: int, dtype: int, count: int) -> Tensor:
-        return self.strided(address, TORCH_DTYPES[dtype], (count,), (1,))
-
-    def vector(self, address: int, count: int) -> Tensor | None:
-        """An fp32 vector, or None for NULL."""
-        return None if address == NULL else self.flat(address, Dtype.FP32, count)
-
-    def rows(self, insn: Insn) -> tuple[int, int]:
-        header = self.batch.header
-        if insn.row_kind == 1:
-            return 0, header[Meta.NUM_LOGITS]
-        start = Meta.ROWS + 4 * insn.mb
-        return header[start + insn.glo], header[start + insn.ghi]
-
-    def sequences(self, insn: Insn, glo: int, ghi: int) -> range:
-        start = Meta.SEQS + 4 * insn.mb
-        return range(self.batch.header[start + glo], self.batch.header[start + ghi])
-
-    def sequence(self, index: int) -> tuple[int, int, int]:
-        """(first token row, query tokens, KV tokens after the pass) of one sequence."""
-        row, length, kv = (self.batch.ints(which, index, index + 1)[0] for which in (Meta.OFF_SEQ_ROW, Meta.OFF_SEQ_LEN, Meta.OFF_SEQ_KV))
-        return row, length, kv
-
-    def pages(self, index: int, which: Meta, count: int) -> list[int]:
-        """The first ``count`` page numbers of one sequence: attended ones (OFF_SEQ_PAGES) or home ones (OFF_SEQ_HOME)."""
-        start = self.batch.ints(which, index, index + 1)[0]
-        return self.batch.ints(Meta.OFF_PAGE, start, start + count)
-
-    def kv_pages(self, address: int, page_stride: int, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: int) -> Tensor:
-        """[num_pages, 2 (k, v), G, page_size, D], no copy."""
-        kind = TORCH_DTYPES[dtype]
-        stride = (page_stride // kind.itemsize, kv_heads * page_size * head_dim, page_size * head_dim, head_dim, 1)
-        return self.strided(address, kind, (num_pages, 2, kv_heads, page_size, head_dim), stride)
 
 
 def multiply(x: Tensor, w: Tensor) -> Tensor:
@@ -426,14 +287,23 @@ OPS: Mapping[int, Callable[[Machine, Insn], None]] = {
 ROW_OPS = frozenset({Op.EMBED, Op.NORM, Op.LINEAR, Op.LINEAR_IN, Op.ROPE_APPEND, Op.ADD, Op.COPY})
 
 
-def execute(machine: Machine, insn: Insn) -> None:
+class Kernels(Protocol):
+    """Kernels of the device's own."""
+
+    def run(self, machine: Machine, insn: Insn) -> bool:
+        """Whether this instruction was run; else it is torch's."""
+        ...
+
+
+def execute(machine: Machine, insn: Insn, kernels: Kernels | None = None) -> None:
     """Run one instruction; nothing happens when it has no rows."""
     if insn.op in ROW_OPS:
         first, last = machine.rows(insn)
         if first == last:
             return
     with torch.inference_mode():
-        OPS[insn.op](machine, insn)
+        if kernels is None or not kernels.run(machine, insn):
+            OPS[insn.op](machine, insn)
 
 
 def is_known(insn: Insn) -> bool:

@@ -94,6 +94,7 @@ enum Meta : int32_t {
   OFF_SEQ_PAGES = 12,
   OFF_SEQ_HOME = 13,
   OFF_PAGE = 14,
+  NUM_WORDS = 15,
   ROWS = 16,
   SEQS = 16 + 4 * MAX_MICRO_BATCHES,
   HEADER = 16 + 8 * MAX_MICRO_BATCHES,
