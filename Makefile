@@ -20,13 +20,14 @@ DEVICE ?= cuda:0
 COMMIT ?= $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 OUT ?= benchmarks/results
 
-.PHONY: help demo test lint unit native sanitize gpu-check clean setup
+.PHONY: help demo test lint unit native sanitize test-triton gpu-check clean setup
 
 help:
 	@echo "make demo       measure this machine, plan and run SmolLM2-135M under five policies"
 	@echo "make test       lint, types and all tests"
 	@echo "make lint       ruff and mypy only"
 	@echo "make sanitize   the native tests under the address and undefined-behaviour sanitizers"
+	@echo "make test-triton  the GPU's kernels in Triton's interpreter and through its compiler; installs Triton (1 GB)"
 	@echo "make gpu-check  token tests, rates and throughput on a CUDA device, in under nine minutes"
 	@echo "make clean      remove .venv and everything built"
 
@@ -61,6 +62,10 @@ test: lint native
 
 sanitize: $(READY)
 	@$(PY) -m twinpilots.kernels.build --sanitize
+
+test-triton: native
+	@$(PIP) install --quiet "triton==3.9.0"
+	@$(PY) -m pytest -q -p no:cacheprovider tests/cpu/test_triton.py tests/cpu/test_triton_compile.py
 
 # Where $(PYTHON) has a torch that can drive a CUDA device, it is used as it is and nothing is installed. Else our own .venv is, and set up if there is a card.
 gpu-check:

@@ -40,7 +40,11 @@ HEAVY = {"torch", "triton", "transformers", "scipy", "gguf", "huggingface_hub", 
 SERVER_MODULES = ("server.app", "server.run")  # nobody imports these but the serve command, when it runs
 TORCH_MODULES = ("runtime.interpreter", "runtime.machine", "runtime.torch_ops", "runtime.torch_quant", "runtime.triton_ops", "device.cuda")
 TRITON_MODULES = ("kernels.triton.attention", "kernels.triton.linear", "kernels.triton.rowwise")
-ALLOWED = dict.fromkeys(TORCH_MODULES, {"torch"}) | dict.fromkeys(SERVER_MODULES, {"fastapi", "uvicorn"}) | dict.fromkeys(TRITON_MODULES, {"torch", "triton"})
+ALLOWED = {
+    **dict.fromkeys(TORCH_MODULES, frozenset({"torch"})),
+    **dict.fromkeys(SERVER_MODULES, frozenset({"fastapi", "uvicorn"})),
+    **dict.fromkeys(TRITON_MODULES, frozenset({"torch", "triton"})),
+}
 
 
 @cache
