@@ -89,9 +89,10 @@ def test_linears_match_float64(isa, shape, fmt, mode):
 @given(st.sampled_from(QUANTIZED), st.sampled_from(list(Activations)), st.integers(1, 17), st.integers(1, 3), st.integers(1, 150), st.integers(1, 64))
 def test_odd_shapes(fmt, mode, m, blocks, n, unit):
     _, x, weights, w = random_case(2, m, blocks, n, fmt)
-    wanted = rounded(x, mode) @ w.T
-    assert relative_rms(run_linear(x, weights, fmt, unit, mode), wanted) < ROUNDING
-    assert relative_rms(run_linear_in(x, weights, fmt, mode), wanted) < ROUNDING
+    used = rounded(x, mode)
+    wanted, most = used @ w.T, 2 * ROUNDING * (np.abs(used) @ np.abs(w).T)  # where products cancel, a sum is as exact as its terms, not as its value
+    assert (np.abs(run_linear(x, weights, fmt, unit, mode) - wanted) <= most).all()
+    assert (np.abs(run_linear_in(x, weights, fmt, mode) - wanted) <= most).all()
 
 
 @FORMAT
