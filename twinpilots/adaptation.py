@@ -44,7 +44,7 @@ OUTCOME_AFTER_DRIFT = 0.2  # and after the rates have changed: it was another ma
 OUTCOME_PRIOR = 1.0  # how much no outcome at all counts, in passes
 MOST_OUTCOME = 8.0  # passes that one plan's outcome counts at most
 SOLVING_FRAC = 0.01  # of the run's time that may go to solving anew, beside the devices but on the same machine
-MOST_CREDIT_S = 1.0  # what may be spent ahead, and, where rates or buckets are new, be owed
+MOST_CREDIT_S = 1.0  # what may be saved up, and, where rates have changed much, be owed
 HISTORY_LENGTH = 256
 
 
@@ -191,9 +191,9 @@ class Outcomes:
     def put(self, own: Signature, log_outcome: float, passes: int, at: int) -> None:
         self._found[own] = (log_outcome, min(float(passes), MOST_OUTCOME), at)
 
-    def log_factor(self, own: Signature, at: int) -> float:
-        """log(measured / predicted) to expect of such a plan; 0 for one that nothing is known about."""
-        weight, total = OUTCOME_PRIOR, 0.0
+    def log_factor(self, own: Signature, at: int, unknown: float = 0.0) -> float:
+        """log(measured / predicted) to expect of such a plan; ``unknown`` for one that nothing is known about."""
+        weight, total = OUTCOME_PRIOR, OUTCOME_PRIOR * unknown
         for signature, (log_outcome, passes, then) in self._found.items():
             near = own.nearness(signature) * passes * OUTCOME_FADE ** (at - then)
             weight += near
@@ -214,7 +214,7 @@ class Adaptation:
         self.history: deque[ChangeRecord] = deque(maxlen=HISTORY_LENGTH)
         self.outcomes = Outcomes()
         self.num_passes = self.num_asks = self._num_jumps = self._unsettled = 0
-        self._credit_s = MOST_CREDIT_S  # what solving may still take
+        self._credit_s = 0.0  # what the run has paid for solving so far, less what that took
         self._buckets: dict[int, _Bucket] = {}
         self._asked: Ask | None = None
         self._judging: tuple[ChangeRecord, _Bucket] | None = None
@@ -228,7 +228,9 @@ class Adaptation:
         self._watch_rates()
         if not self._unsettled and state.num_ratios >= 2:
             self.outcomes.put(state.signature, state.log_outcome, state.passes, self.num_passes)
-        self._judge()
+        back = self._judge(seen)
+        if back is not None:
+            return back
         if self._asked is None:
             reason = self._why_ask(state, seen)
             if reason is None:
@@ -282,12 +284,13 @@ class Adaptation:
             return None
         if waited < SETTLE_PASSES or seen.remaining < SETTLE_PASSES or 0 < self._unsettled < MOST_UNSETTLED:
             return None
+        paid = self._credit_s >= self._runner.last_s
         if state.made_for is None:
-            return "first use" if self._credit_s > -MOST_CREDIT_S else None
+            return "first use" if paid else None
         drift, words = self.tracker.drift(state.made_at)
         if drift > BIG_DRIFT and self._credit_s > -MOST_CREDIT_S:
             return words
-        if self._credit_s < 0:
+        if not paid:
             return None
         if drift > DRIFT and waited >= state.patience:
             return words
@@ -338,7 +341,9 @@ class Adaptation:
         """What to expect of an option beyond its prediction: what its like took, of which the plan in force is the nearest witness."""
         own = signature_of(option.bucket)
         near = own.nearness(state.signature)
-        return near * outcome + (1.0 - near) * self.outcomes.log_factor(own, self.num_passes)
+        # Whatever slows one pilot down slows two that wait for each other down as well; the other way round it may have been the waiting.
+        joins = own.pilots == "both" and state.signature.pilots != "both"
+        return near * outcome + (1.0 - near) * self.outcomes.log_factor(own, self.num_passes, max(0.0, outcome) if joins else 0.0)
 
     def _change(self, ask: Ask, state: _Bucket, option: Option, now_s: float, then_s: float) -> Change:
         record = ChangeRecord(
@@ -359,11 +364,30 @@ class Adaptation:
         reason = f"{ask.reason}: predicted {then_s * 1e3:.3g} ms a pass instead of {now_s * 1e3:.3g} ms"
         return Change(plan=with_bucket(ask.plan, ask.bucket, option.bucket), reason=reason)
 
-    def _judge(self) -> None:
-        """Write down what the last change brought, once that is known."""
-        if self._judging is not None and self._judging[1].passes >= JUDGED_PASSES:
-            self._judging[0].measured_after_s = self._judging[1].measured_s
-            self._judging = None
+    def _judge(self, seen: PassSeen) -> Change | None:
+        """Write down what the last change brought, once that is known; the way back if that was a loss."""
+        if self._judging is None or self._judging[1].passes < JUDGED_PASSES:
+            return None
+        (record, state), self._judging = self._judging, None
+        before_s, after_s = record.measured_before_s, state.measured_s
+        record.measured_after_s = after_s
+        if before_s is None or after_s is None or after_s <= (1.0 + MIN_GAIN) * before_s or seen.bucket is not state.bucket:
+            return None
+        if state.made_for is None or load_change(state.made_for, seen.load) > LOAD_CHANGE:
+            return None  # another load, other times
+        back = state.left[-1]
+        self.history.append(
+            ChangeRecord(
+                pass_number=self.num_passes, reason="the last change was a loss", what=f"{describe(state.bucket)} -> {describe(back)}",
+                predicted_before_s=after_s, predicted_after_s=before_s, measured_before_s=after_s,
+            )
+        )  # fmt: skip
+        del self._buckets[id(state.bucket)]
+        self._buckets[id(back)] = _Bucket(
+            bucket=back, made_for=seen.load, made_at=state.made_at, asked_at=0, patience=MOST_PATIENCE, left=deque([state.bucket], maxlen=KEPT_PLANS)
+        )
+        reason = f"the last change was a loss: {after_s * 1e3:.3g} ms a pass instead of {before_s * 1e3:.3g} ms"
+        return Change(plan=with_bucket(seen.plan, state.bucket, back), reason=reason)
 
 
 def load_change(then: PassLoad, now: PassLoad) -> float:

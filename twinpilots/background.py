@@ -16,6 +16,7 @@ from collections.abc import Callable
 from twinpilots.plan.rebalance import Option
 
 logger = logging.getLogger(__name__)
+FIRST_GUESS_S = 0.3  # of a solve's time, before there was one
 NICENESS = 10  # beside the pilots a solve gets what they leave, and is still done in a second
 SWITCH_INTERVAL_S = 1e-4  # while it runs, the driver waits at most this long for Python's lock
 CLOSE_TIMEOUT_S = 10.0
@@ -25,7 +26,7 @@ class Background:
     """One solve at a time. Close it: a solve in progress is waited for."""
 
     def __init__(self) -> None:
-        self.last_s = 0.0
+        self.last_s = FIRST_GUESS_S
         self._thread: threading.Thread | None = None
         self._answer: tuple[Option, ...] | None = None
 

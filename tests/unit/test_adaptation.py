@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from tests.planning import DEMO, memory_of, smollm2, workload
-from twinpilots.adaptation import BIG_DRIFT, MOST_PATIENCE, SETTLE_PASSES, Adaptation, Ask, Change, Inline, PassSeen, load_change
+from twinpilots.adaptation import BIG_DRIFT, JUDGED_PASSES, MOST_PATIENCE, SETTLE_PASSES, Adaptation, Ask, Change, Inline, PassSeen, load_change
 from twinpilots.plan.load import PassLoad, decode_load
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.rebalance import Option, options, pilots_of, shares_of
@@ -51,7 +51,8 @@ class Driver:
     def __post_init__(self) -> None:
         self.plan = replace(PLAN, buckets=tuple(BOTH if bucket is BUCKET else bucket for bucket in PLAN.buckets))
         self.tracker = Tracker(DEMO)
-        self.adaptation = Adaptation(self.tracker, self.solve, Inline())
+        self.runner = Inline()
+        self.adaptation = Adaptation(self.tracker, self.solve, self.runner)
         self.rng = random.Random(1)
         self.asked: list[Ask] = []
 
@@ -123,6 +124,26 @@ def test_what_was_left_for_being_slow_is_not_retaken_on_the_same_prediction() ->
     driver.run(250)
     assert pilots_of(driver.bucket) == "both" and len(driver.changes) == 2
     assert driver.changes[1] - driver.changes[0] < 12
+
+
+def test_a_change_that_was_a_loss_is_undone() -> None:
+    """Also where the run has not yet paid for another solve."""
+    driver = Driver(truth_s={"both": 1.2, "cpu": 1.0}, belief_s={"both": 0.8, "cpu": 0.98}, noise=0.01)
+    driver.plan = replace(PLAN, buckets=tuple(CPU_ONLY if bucket is BUCKET else bucket for bucket in PLAN.buckets))
+    driver.run(SETTLE_PASSES)
+    assert pilots_of(driver.bucket) == "both"
+    driver.runner.last_s = 1e9
+    driver.run(100)
+    assert pilots_of(driver.bucket) == "cpu" and driver.changes[1:] == [SETTLE_PASSES + JUDGED_PASSES]
+    assert driver.adaptation.history[1].reason == "the last change was a loss"
+
+
+def test_what_slows_one_pilot_down_is_expected_of_two() -> None:
+    """All passes take 1.3 of what is predicted: sharing the pass, predicted a tenth faster, would be no gain."""
+    driver = Driver(truth_s={"both": 1.3, "cpu": 1.3}, belief_s={"both": 0.96, "cpu": 1.0}, noise=0.01)
+    driver.plan = replace(PLAN, buckets=tuple(CPU_ONLY if bucket is BUCKET else bucket for bucket in PLAN.buckets))
+    driver.run(200)
+    assert driver.changes == []
 
 
 def test_noise_alone_changes_nothing() -> None:
