@@ -46,7 +46,7 @@ def workloads(draw: st.DrawFn) -> list[tuple[int, list[int], SamplingParams, int
         prompt = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=14))
         if requests and draw(st.booleans()):  # begins like an earlier one, often beyond a page or two
             earlier = draw(st.sampled_from(requests))[1]
-            prompt = (earlier[: draw(st.integers(1, 14))] + prompt)[:18]
+            prompt = (earlier[: draw(st.integers(1, 14))] + prompt)[:16]  # with 16 more tokens at most the length limit
         params = SamplingParams(
             n=draw(st.sampled_from([1, 1, 2])),
             temperature=draw(st.sampled_from([0.0, 0.8])),
