@@ -28,7 +28,7 @@ RENEW_DRIFT = 0.04  # of a pass's time: less is left to what passes of the plan 
 DRIVER_DECAY = 0.2  # weight of the newest pass in the mean of the driver's time
 DRIVER_MOST_S = 0.02  # a pause of the process is not the driver's work
 MOST_REMEMBERED = 512  # passes
-NEARBY = 1.06  # factor on every resource's work within which a pass is priced by another's simulation
+NEARBY = 1.15  # factor on every resource's work within which a pass is priced by another's simulation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
