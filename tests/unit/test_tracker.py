@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
 from twinpilots.hardware.presets import PRESETS
-from twinpilots.plan.expected import ATTENTION, UP
+from twinpilots.plan.expected import ATTENTION, DOWN, UP
 from twinpilots.stats.evidence import DECAY, JUMP_RECORDS, Evidence
 from twinpilots.stats.tracker import Tracker, WorkTime
 
@@ -44,6 +45,18 @@ def test_attention_and_the_link_are_corrected_too():
     assert found.cpu.attention_bytes_per_s == pytest.approx(PROFILE.cpu.attention_bytes_per_s / 2, rel=0.05)
     found = tracked(*[2.0] * 30, resource="link", key=UP, size=1).profile()
     assert found.link is not None and found.link.up_bytes_per_s == pytest.approx(PROFILE.link.up_bytes_per_s / 2, rel=0.05)
+
+
+def test_the_fixed_parts_of_attention_and_of_kv_copies_grow_with_the_rest():
+    """Else a correction would reach long contexts and big copies only."""
+    assert PROFILE.link is not None
+    fixed = replace(PROFILE, cpu=replace(PROFILE.cpu, attention_seq_s=1e-5), link=replace(PROFILE.link, load_kv_s=2e-5, store_kv_s=3e-5))
+    tracker = Tracker(fixed)
+    for _ in range(30):
+        tracker.observe([record(2.0, 500, key=ATTENTION), record(2.0, 1, "link", UP), record(3.0, 1, "link", DOWN)], 0.05)
+    found = tracker.profile()
+    assert found.cpu.attention_s(1e6, 1e3, 4) == pytest.approx(2 * fixed.cpu.attention_s(1e6, 1e3, 4), rel=0.05)
+    assert found.link is not None and (found.link.load_kv_s, found.link.store_kv_s) == pytest.approx((4e-5, 9e-5), rel=0.05)
 
 
 def test_a_slow_change_is_followed_as_old_records_fade():

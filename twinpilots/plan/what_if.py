@@ -75,7 +75,7 @@ def _faster(cpu: ComputeProfile, gain: float, read_gain: float) -> ComputeProfil
     return replace(
         cpu, linear=linear, attention_bytes_per_s=cpu.attention_bytes_per_s * read_gain, attention_flops_per_s=cpu.attention_flops_per_s * gain,
         elementwise_bytes_per_s=cpu.elementwise_bytes_per_s * read_gain, read_bytes_per_s=cpu.read_bytes_per_s * read_gain,
-        flops_per_s=cpu.flops_per_s * gain,
+        flops_per_s=cpu.flops_per_s * gain, attention_seq_s=cpu.attention_seq_s / gain,
     )  # fmt: skip
 
 

@@ -118,13 +118,15 @@ class Tracker:
         attention, small = self._latest(resource, ATTENTION), self._latest(resource, SMALL)
         return replace(
             processor, linear=linear, attention_bytes_per_s=processor.attention_bytes_per_s / attention,
-            attention_flops_per_s=processor.attention_flops_per_s / attention, elementwise_bytes_per_s=processor.elementwise_bytes_per_s / small,
+            attention_flops_per_s=processor.attention_flops_per_s / attention, attention_seq_s=processor.attention_seq_s * attention,
+            elementwise_bytes_per_s=processor.elementwise_bytes_per_s / small,
         )  # fmt: skip
 
     def _link(self, link: LinkProfile) -> LinkProfile:
+        up, down = self._latest("link", UP), self._latest("link", DOWN)
         return replace(
-            link, up_bytes_per_s=link.up_bytes_per_s / self._latest("link", UP), down_bytes_per_s=link.down_bytes_per_s / self._latest("link", DOWN),
-            copy_s=link.copy_s * self._latest("link", COPIES),
+            link, up_bytes_per_s=link.up_bytes_per_s / up, down_bytes_per_s=link.down_bytes_per_s / down, load_kv_s=link.load_kv_s * up,
+            store_kv_s=link.store_kv_s * down, copy_s=link.copy_s * self._latest("link", COPIES),
         )  # fmt: skip
 
     def _latest(self, resource: Resource, key: str) -> float:
