@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from twinpilots.model.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
-SMALL_MODEL_BYTES = 64 << 20  # below this a pass takes milliseconds whatever the plan
 TYPICAL_MODEL = "dummy:smollm2-135m"  # the shapes a profile is measured in when no model is named: small enough for any GPU
 
 

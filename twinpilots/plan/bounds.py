@@ -22,7 +22,6 @@ MAX_MICRO_BATCHES = 8  # no plan cuts a pass into more
 BoundKind = Literal["plan", "hardware"]
 Line = Literal["cpu", "gpu", "link", "dram"]
 LinearTime = Callable[[OpSpec, float, ComputeProfile], float]  # (op, tokens) -> seconds of the whole op
-AttentionTime = Callable[[float, float, ComputeProfile], float]  # (KV bytes, FLOPs) -> seconds
 
 
 @dataclass(frozen=True, slots=True)
