@@ -189,6 +189,15 @@ def test_lengths_beyond_the_models_are_refused() -> None:
         build_policy("cpu", llama(), DEMO, workload(1), memory_of(DEMO), PlanOptions(max_model_len=5000))
 
 
+def test_a_ring_that_streams_at_the_links_rate_is_worth_a_sequence() -> None:
+    """One more sequence beside a ring of single units would be dearly bought; where the ring by the rule leaves room for none, single units must do."""
+    packet_bytes, depth = ring_rule(12 << 20)
+    plan = build_policy("stream", smollm2(), DEMO, workload(), Limits(gpu_bytes=12 << 20, host_bytes=8 << 30))
+    assert plan.max_num_seqs == 2 and plan.packet_bytes == packet_bytes and plan.ring_bytes >= packet_bytes * depth
+    small = build_policy("stream", smollm2(), DEMO, workload(), Limits(gpu_bytes=4700 << 10, host_bytes=8 << 30))
+    assert small.max_num_seqs == 1 and small.ring_bytes < plan.ring_bytes
+
+
 def test_rules_of_ring_chunk_and_rounding() -> None:
     assert ring_rule(24 << 30) == (32 << 20, 24)  # packets of tens of MB, a ring of 1/32
     packet, depth = ring_rule(84 << 20)

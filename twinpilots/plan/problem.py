@@ -34,6 +34,7 @@ from twinpilots.plan.memory import Templates, layer_templates, plan_memory
 from twinpilots.plan.plan import Phase, Plan
 from twinpilots.plan.workload import Limits, Workload
 
+SMALL_RING_GAIN = 2  # the smallest ring must hold so many times the sequences
 CPU_CHUNK_SHARE = 16  # without a GPU, activations take at most this fraction of host memory
 
 
@@ -94,19 +95,22 @@ def no_cpu(_phase: Phase, _tokens: int) -> Mapping[str, float]:
     return {}
 
 
-def drafts(problem: Problem, base: Draft) -> Iterator[Draft]:
-    """``base`` with the chunk and packet sizes to try, preferred ones first: by the rules of `draft.py`, then with the smallest ring."""
+def drafts(problem: Problem, base: Draft, *, smallest_ring: bool = False) -> Iterator[Draft]:
+    """``base`` with the chunks to try, preferred ones first, and a ring by the rule of `draft.py` or the smallest one."""
     limits = problem.limits
     device_bytes = limits.gpu_bytes if base.uses_gpu else limits.host_bytes * CHUNK_SHARE // CPU_CHUNK_SHARE
-    rings = [ring_rule(limits.gpu_bytes), tight_ring(problem.spec, problem.options.unit_rows)] if base.uses_gpu and base.streams else [(0, 0)]
+    packet_bytes, depth = (tight_ring(problem.spec, problem.options.unit_rows) if smallest_ring else ring_rule(limits.gpu_bytes)) if has_ring(base) else (0, 0)
     for chunk in chunk_choices(problem.spec, problem.workload, problem.workload.concurrency, device_bytes):
-        for packet_bytes, depth in rings:
-            yield replace(base, pass_tokens=chunk, packet_bytes=packet_bytes, ring_depth=depth)
+        yield replace(base, pass_tokens=chunk, packet_bytes=packet_bytes, ring_depth=depth)
+
+
+def has_ring(draft: Draft) -> bool:
+    return draft.uses_gpu and draft.streams
 
 
 def tight_drafts(problem: Problem, base: Draft) -> Iterator[Draft]:
     """What to try where no draft fits: chunks of a few tokens and the smallest ring, the last one the least that a plan of this kind can do with."""
-    packet_bytes, depth = tight_ring(problem.spec, problem.options.unit_rows) if base.uses_gpu and base.streams else (0, 0)
+    packet_bytes, depth = tight_ring(problem.spec, problem.options.unit_rows) if has_ring(base) else (0, 0)
     for chunk in TIGHT_CHUNK_TOKENS:
         yield replace(base, pass_tokens=chunk, packet_bytes=packet_bytes, ring_depth=depth)
 
@@ -119,11 +123,17 @@ def fill(problem: Problem, draft: Draft, target: Mapping[str, float] | None = No
 
 
 def best_fit(problem: Problem, base: Draft, place: Place) -> Plan | None:
-    """The plan with the most sequences at once over the drafts' chunk and packet sizes (the first of equals), or None when not even one sequence fits.
+    """The plan with the most sequences at once over the drafts' chunks (the first of equals), or None when not even one sequence fits.
 
-    ``place(problem, draft, n)`` is the plan for n sequences, or None. The tight drafts are for want of anything better.
+    ``place(problem, draft, n)`` is the plan for n sequences, or None. A ring of single units streams at about half the link's rate (docs/performance.md), so it
+    must make room for twice the sequences. The tight drafts are for want of anything better.
     """
-    return _most_at_once(problem, drafts(problem, base), place) or _most_at_once(problem, tight_drafts(problem, base), place)
+    plan = _most_at_once(problem, drafts(problem, base), place)
+    if has_ring(base) and (plan is None or SMALL_RING_GAIN * plan.max_num_seqs <= problem.workload.concurrency):
+        crowded = _most_at_once(problem, drafts(problem, base, smallest_ring=True), place)
+        if crowded is not None and (plan is None or crowded.max_num_seqs >= SMALL_RING_GAIN * plan.max_num_seqs):
+            plan = crowded
+    return plan or _most_at_once(problem, tight_drafts(problem, base), place)
 
 
 def _most_at_once(problem: Problem, choices: Iterable[Draft], place: Place) -> Plan | None:
@@ -161,7 +171,7 @@ def runs_one(problem: Problem, base: Draft, place: Place) -> bool:
 
     The smallest ring takes less of the GPU, but more of the host: it has more packets, and so more instructions.
     """
-    smallest = [*list(drafts(problem, base))[-2:], *list(tight_drafts(problem, base))[-1:]]
+    smallest = [list(choices)[-1] for choices in (drafts(problem, base), drafts(problem, base, smallest_ring=True), tight_drafts(problem, base))]
     plans = (place(problem, draft, 1) for draft in smallest)
     return any(plan is not None and problem.fits(plan) for plan in plans)
 
