@@ -286,5 +286,4 @@ class Exhaustive:
 
 def seconds_of(problem: Problem, plan: Plan) -> float:
     """Simulated seconds of the whole workload."""
-    price = price_plan(problem.spec, problem.profile, problem.workload, plan)
-    return price.prefill_s + price.decode_s
+    return price_plan(problem.spec, problem.profile, problem.workload, plan).seconds

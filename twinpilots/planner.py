@@ -116,7 +116,7 @@ class Planner:
         config = self.config
         return solve(
             self.spec, self.profile, workload, self.limits, policy=cast(Policy, config.policy), unit_rows=config.unit_rows,
-            kv_dtype=cast(Any, config.kv_dtype), max_model_len=max_model_len, compare=compare,
+            kv_dtype=cast(Any, config.kv_dtype), max_model_len=max_model_len, compare=compare, proportionate=True,
         )  # fmt: skip
 
     def better_plan(self, current: Plan, workload: Workload, longest: int, load_s: float, gain: float) -> PlanChange | None:
@@ -145,8 +145,7 @@ class Planner:
         return self._known_s[workload]
 
     def _seconds(self, plan: Plan, workload: Workload) -> float:
-        price = price_plan(self.spec, self.profile, workload, plan)
-        return price.prefill_s + price.decode_s
+        return price_plan(self.spec, self.profile, workload, plan).seconds
 
     def bounds(self, workload: Workload) -> tuple[float | None, float | None]:
         """(plan bound, hardware bound) in tokens/s for a workload under these limits; None where it cannot run at all."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.exhaustive import TOLERANCE, Exhaustive, seconds_of
 from benchmarks.optimality import GOOD, outcome, random_problem, report
 from twinpilots.plan.plan import Plan
 from twinpilots.plan.polish import point_of, polish
-from twinpilots.plan.solver import solve
+from twinpilots.plan.solver import SIMULATED_TASKS_PER_S, solve
 
 QUICK = (3, 4)  # problems whose space is searched in about a second; 3 is one that no named policy and no rounding of the program solves
 
@@ -45,6 +47,23 @@ def test_polish_keeps_the_limits_and_is_never_worse() -> None:
     (polished,) = polish(problem, [start])
     polished.check(problem.spec)
     assert problem.fits(polished) and seconds_of(problem, polished) <= seconds_of(problem, start)
+
+
+def test_a_search_in_proportion_takes_about_as_long_as_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, asked = random_problem(0, 4), []
+    monkeypatch.setattr("twinpilots.plan.solver.polish", lambda _problem, _plans, most_tasks: asked.append(most_tasks) or [])
+    for times in (1, 1000):
+        work = replace(problem.workload, num_requests=times * problem.workload.num_requests)
+        found = solve(problem.spec, problem.profile, work, problem.limits, proportionate=True)
+        assert asked[-1] == int(SIMULATED_TASKS_PER_S * found.price.seconds)
+    solve(problem.spec, problem.profile, problem.workload, problem.limits)
+    assert 0 < asked[0] < asked[1] and asked[2] is None
+
+
+def test_a_search_without_tasks_to_spend_makes_nothing() -> None:
+    problem = random_problem(0, 4)
+    start = solve(problem.spec, problem.profile, problem.workload, problem.limits, policy="stream", compare=False).plan
+    assert polish(problem, [start], most_tasks=0) == [] and polish(problem, [start], most_tasks=1) != []
 
 
 def test_the_report_names_the_worst_problem() -> None:

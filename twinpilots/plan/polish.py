@@ -81,14 +81,17 @@ def _shared(residency: Residency) -> Residency:
 class _Prices:
     """Seconds of points, phase by phase; what was priced before costs nothing. ``spent`` counts simulated tasks, about."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, most_tasks: int | None) -> None:
         self.problem, self.spent, self.tried = problem, 0, 0
         self.deep = problem.spec.num_layers > EXACT_LAYERS
+        self.budget = BUDGET if self.deep else SMALL_BUDGET
+        if most_tasks is not None:
+            self.budget = min(self.budget, most_tasks)
         self.known: dict[tuple[object, ...], float] = {}
 
     @property
     def over(self) -> bool:
-        return self.spent >= (BUDGET if self.deep else SMALL_BUDGET) or self.tried >= MOST_TRIED
+        return self.spent >= self.budget or self.tried >= MOST_TRIED
 
     def cost(self, plan: Plan, phase: Phase) -> int:
         """About how many tasks pricing a phase simulates."""
@@ -116,9 +119,14 @@ class _Prices:
         return self.known[key]
 
 
-def polish(problem: Problem, plans: Iterable[Plan]) -> list[Plan]:
-    """The plans that steps from the first of ``plans`` lead to; as many starts as the model's depth allows. Limits are kept."""
-    prices = _Prices(problem)
+def polish(problem: Problem, plans: Iterable[Plan], most_tasks: int | None = None) -> list[Plan]:
+    """The plans that steps from the first of ``plans`` lead to; as many starts as the model's depth allows. Limits are kept.
+
+    ``most_tasks``: how many tasks may be simulated from each start, if less than usual.
+    """
+    prices = _Prices(problem, most_tasks)
+    if prices.over:
+        return []
     starts: list[Point] = []
     for plan in plans:
         point = point_of(problem, plan)

@@ -53,6 +53,10 @@ class Price:
     passes: tuple[PricedPass, ...]
 
     @property
+    def seconds(self) -> float:
+        return self.prefill_s + self.decode_s
+
+    @property
     def busy_frac(self) -> Mapping[str, float]:
         """Share of the whole time that each queue works."""
         total = sum(p.seconds for p in self.passes)

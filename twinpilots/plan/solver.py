@@ -24,6 +24,7 @@ from twinpilots.plan.problem import Problem, best_fit, runs_one
 from twinpilots.plan.terms import decode_pass, prefill_pass
 from twinpilots.plan.workload import Limits, Workload
 
+SIMULATED_TASKS_PER_S = 15_000  # of one core, about: what a second of searching is worth in tasks
 NAMED: tuple[Policy, ...] = tuple(policy for policy in POLICIES if policy != "auto")
 
 
@@ -67,8 +68,11 @@ def solve(
     kv_dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     max_model_len: int | None = None,
     compare: bool = True,
+    proportionate: bool = False,
 ) -> Solution:
     """The plan of ``policy``, with its prediction and all other policies beside it (``compare=False``: a named policy alone, which is quicker).
+
+    ``proportionate``: the local search takes no longer than the workload itself is predicted to take, about.
 
     Raises LimitError with the smallest limit that would do when the policy (for auto: every policy) cannot run one sequence, and
     DeviceUnavailableError when it needs a GPU that the profile does not have.
@@ -81,7 +85,7 @@ def solve(
         raise found[policy]  # type: ignore[misc]
     priced = {name: (plan, price_plan(spec, profile, workload, plan)) for name, plan in found.items() if isinstance(plan, Plan)}
     if compare or policy == "auto":
-        auto = _auto(problem, priced)
+        auto = _auto(problem, priced, proportionate)
         if auto is not None:
             priced["auto"] = auto
         elif policy == "auto":
@@ -125,12 +129,13 @@ def _named(problem: Problem, policy: Policy) -> Plan | UserError:
         return error
 
 
-def _auto(problem: Problem, named: Mapping[Policy, tuple[Plan, Price]]) -> tuple[Plan, Price] | None:
+def _auto(problem: Problem, named: Mapping[Policy, tuple[Plan, Price]], proportionate: bool) -> tuple[Plan, Price] | None:
     """The best of the program's improved roundings and the named plans, and of what the local search makes of the best of these; None when there is none."""
     found = [*named.values(), *((plan, _priced(problem, plan)) for plan in _programmed(problem))]
     if problem.profile.gpu is not None:
         best_first = sorted(found, key=lambda pair: -pair[1].tokens_per_s)
-        polished = [with_small_buckets(problem, plan) for plan in polish(problem, (plan for plan, _ in best_first))]
+        most_tasks = int(SIMULATED_TASKS_PER_S * best_first[0][1].seconds) if proportionate and best_first else None
+        polished = [with_small_buckets(problem, plan) for plan in polish(problem, (plan for plan, _ in best_first), most_tasks)]
         found += [(plan, _priced(problem, plan)) for plan in polished]
     plan, price = max(found, key=lambda pair: pair[1].tokens_per_s, default=(None, None))
     return None if plan is None or price is None else (plan.with_policy("auto"), price)
