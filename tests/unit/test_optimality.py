@@ -9,7 +9,7 @@ import pytest
 from benchmarks.exhaustive import TOLERANCE, Exhaustive, seconds_of
 from benchmarks.optimality import GOOD, outcome, random_problem, report
 from twinpilots.plan.plan import Plan
-from twinpilots.plan.polish import point_of, polish
+from twinpilots.plan.polish import SMALL_STARTS, point_of, polish
 from twinpilots.plan.solver import SIMULATED_TASKS_PER_S, solve
 
 QUICK = (3, 4)  # problems whose space is searched in about a second; 3 is one that no named policy and no rounding of the program solves
@@ -63,7 +63,7 @@ def test_a_search_in_proportion_takes_about_as_long_as_the_work(monkeypatch: pyt
 def test_a_search_without_tasks_to_spend_makes_nothing() -> None:
     problem = random_problem(0, 4)
     start = solve(problem.spec, problem.profile, problem.workload, problem.limits, policy="stream", compare=False).plan
-    assert polish(problem, [start], most_tasks=0) == [] and polish(problem, [start], most_tasks=1) != []
+    assert polish(problem, [start], most_tasks=0) == [] and polish(problem, [start], most_tasks=SMALL_STARTS) != []
 
 
 def test_the_report_names_the_worst_problem() -> None:

@@ -86,7 +86,7 @@ class _Prices:
         self.deep = problem.spec.num_layers > EXACT_LAYERS
         self.budget = BUDGET if self.deep else SMALL_BUDGET
         if most_tasks is not None:
-            self.budget = min(self.budget, most_tasks)
+            self.budget = min(self.budget, most_tasks if self.deep else most_tasks // SMALL_STARTS)
         self.known: dict[tuple[object, ...], float] = {}
 
     @property
@@ -122,7 +122,7 @@ class _Prices:
 def polish(problem: Problem, plans: Iterable[Plan], most_tasks: int | None = None) -> list[Plan]:
     """The plans that steps from the first of ``plans`` lead to; as many starts as the model's depth allows. Limits are kept.
 
-    ``most_tasks``: how many tasks may be simulated from each start, if less than usual.
+    ``most_tasks``: how many tasks may be simulated, if less than usual.
     """
     prices = _Prices(problem, most_tasks)
     if prices.over:
