@@ -26,7 +26,7 @@ from twinpilots.commands.models import model_spec
 from twinpilots.commands.options import positive_int, table
 from twinpilots.device.cpu import choose_cores
 from twinpilots.errors import UserError
-from twinpilots.hardware.peaks import PeakMeter
+from twinpilots.hardware.peaks import PeakMeter, Peaks
 from twinpilots.model.spec import ModelSpec
 from twinpilots.progress import Progress
 
@@ -214,7 +214,7 @@ def run_once(standing: Standing, peer: Peer, metric: Metric, number: int, meter:
         standing.seconds.setdefault(metric.name, []).append(seconds)
 
 
-def limit_rate(spec: ModelSpec, weight_bytes: int, metric: Metric, meter: PeakMeter) -> float:
+def limit_rate(spec: ModelSpec, weight_bytes: int, metric: Metric, meter: PeakMeter | Peaks) -> float:
     """Tokens/s that the machine's best rates allow: a pass reads all weights and the KV so far (16 bit), and does two operations per weight and token."""
     tokens = metric.sequences if metric.output_len > 1 else metric.input_len
     layers = sum(op.rows * op.row_elements for op in spec.ops(64) if op.layer >= 0)

@@ -80,5 +80,7 @@ def balanced_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         return without_gpu(profile) if device == "cpu" else profile
 
     monkeypatch.setattr("twinpilots.api.load_or_measure", fixed)
-    monkeypatch.setattr("twinpilots.plan.solver.SIMULATED_TASKS_PER_S", 100)  # its seconds are made up: searching in proportion to them would take longer than the rest
+    monkeypatch.setattr(
+        "twinpilots.plan.solver.SIMULATED_TASKS_PER_S", 100
+    )  # its seconds are made up: searching in proportion to them would take longer than the rest
     monkeypatch.setattr("twinpilots.history.recall", lambda tracker: False)  # what this machine has taught one test is no other test's business

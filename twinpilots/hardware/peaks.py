@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,13 @@ L3_GUESS_PER_CORE_BYTES = 8 << 20
 CACHE_BYTES = 160 << 20  # weights must come from DRAM, as in a real pass
 CACHE_MULTIPLE = 4  # a cycle through only a little more than the L3 still finds a fifth of it there
 TORCH_SQUARE = 512
+
+
+class Peaks(NamedTuple):
+    """What some samples gave at best."""
+
+    read_bytes_per_s: float
+    flops_per_s: float
 
 
 class PeakMeter:
@@ -40,13 +47,15 @@ class PeakMeter:
         native, pool = self._native, self._pool
         self._sample = lambda: (native.read_rate(data, pool=pool, duration_ms=PEAK_MS), native.fma_rate(pool=pool, duration_ms=PEAK_MS))
 
-    def sample(self) -> None:
-        """Both rates once more, a few milliseconds each."""
+    def sample(self, times: int = 1) -> Peaks:
+        """Both rates some times more, a few milliseconds each; the best of these."""
         with pinned(self._caller):
-            read, flops = self._sample()
-        self.read_bytes_per_s = max(self.read_bytes_per_s, read)
-        self.flops_per_s = max(self.flops_per_s, flops)
-        self.num_samples += 1
+            found = [self._sample() for _ in range(times)]
+        best = Peaks(max(read for read, _ in found), max(flops for _, flops in found))
+        self.read_bytes_per_s = max(self.read_bytes_per_s, best.read_bytes_per_s)
+        self.flops_per_s = max(self.flops_per_s, best.flops_per_s)
+        self.num_samples += times
+        return best
 
     def close(self) -> None:
         if self._native is not None and self._pool:
