@@ -18,6 +18,7 @@ from twinpilots.device.base import OK, REASONS
 from twinpilots.device.memory import HostArena
 from twinpilots.device.topology import CoreInfo, allowed_cpus, cpu_quota, memory_nodes, physical_cores, read_topology
 from twinpilots.errors import DeviceLostError
+from twinpilots.hardware.isa import settle_isa
 from twinpilots.kernels import native as native_module
 
 
@@ -68,6 +69,8 @@ class CpuPilot:
 
     def __init__(self, threads: int | None = None, cores: Sequence[int] | None = None) -> None:
         self.native = native_module.load()
+        if self.native is not None:
+            settle_isa(self.native)
         self._pool = 0
         self._take(tuple(cores) if cores is not None else choose_cores(gpu=False, emulated=False).pilot, threads)
 

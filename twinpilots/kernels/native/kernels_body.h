@@ -1,6 +1,7 @@
 // Everything that is compiled once per instruction set. The including file sets TP_ISA, opens a namespace and names the table.
 #include "vector.h"
 #include "gemm.h"
+#include "epilogue.h"
 #include "linear.h"
 #include "quant.h"
 #include "quant_linear.h"
