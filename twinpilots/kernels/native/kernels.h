@@ -105,6 +105,7 @@ struct Kernels {
   void (*rope_row)(const RopeArgs&, int64_t row, int64_t rope_row, int64_t slot);
   void (*attend_block)(const AttendArgs&, const Sequence&, int64_t kv_head, int64_t query0, int64_t query1);
   double (*read_sum)(const void* data, int64_t bytes);
+  void (*quantize_blocks)(int dtype, const float* weights, int64_t blocks, char* out);  // of 32 weights, to Q8_0 or Q4_1
   double (*fma_burn)(int64_t rounds);  // returns the floating-point operations done
   void (*split_row)(const float* x, int64_t width, uint16_t* split, int64_t row) = nullptr;  // null without tiles: activations of bf16 linears in terms of bf16 (tiles.h)
 };
