@@ -46,7 +46,8 @@ class CudaDevice:
 
 
 def examine() -> tuple[Finding, ...]:
-    """Look at everything. Takes well under a second, changes nothing, and never raises for what it does not find."""
+    """Look at everything. Takes well under a second, changes nothing (on a machine with AMX it notes what any first start measures: hardware/isa.py),
+    and never raises for what it does not find."""
     looks: tuple[Callable[[], Finding], ...] = (
         _python, _processor, _cores, _memory, _native, _compiler, _torch, _gpu, _gguf, _tokenizers, _hub, _plot, _demo_model, _profile,
     )  # fmt: skip

@@ -62,7 +62,7 @@ def random_case(seed, m, k, n, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear_matches_float64(isa, shape, dtype):
+def test_linear_matches_float64(isa_or_tiles, shape, dtype):
     m, k, n, unit = shape
     rng, x, w = random_case(1, m, k, n, dtype)
     bias = rng.standard_normal(n)
@@ -100,7 +100,7 @@ def test_softcap_is_accurate_for_small_and_large_logits(isa):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(m, k, n) for m, k, n, _ in SHAPES], ids=str)
-def test_linear_in_matches_float64(isa, shape, dtype):
+def test_linear_in_matches_float64(isa_or_tiles, shape, dtype):
     rng, x, w = random_case(3, *shape, dtype)
     start = rng.standard_normal((shape[0], shape[2])).astype(np.float32)
     product = x.astype(float) @ decode(w, dtype).T.astype(float)
@@ -108,9 +108,9 @@ def test_linear_in_matches_float64(isa, shape, dtype):
     assert relative_rms(run_linear_in(x, w, dtype, start=start), product + start) < 1e-6
 
 
-def test_an_accumulating_call_continues_the_chain_of_the_call_before(isa):
+def test_an_accumulating_call_continues_the_chain_of_the_call_before(isa_or_tiles):
     _, x, w = random_case(4, 3, 100, 130, Dtype.BF16)
-    cut = 32 if isa in TILED else 36  # tiles add 32 inputs at a time
+    cut = 32 if isa_or_tiles in TILED else 36  # tiles add 32 inputs at a time
     first = run_linear_in(x[:, :cut], np.ascontiguousarray(w[:, :cut]), Dtype.BF16)
     both = run_linear_in(x[:, cut:], np.ascontiguousarray(w[:, cut:]), Dtype.BF16, start=first)
     assert np.array_equal(both, run_linear_in(x, w, Dtype.BF16))
@@ -118,7 +118,7 @@ def test_an_accumulating_call_continues_the_chain_of_the_call_before(isa):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("unit", [20, 64])
-def test_a_rows_bits_depend_neither_on_the_batch_nor_on_the_threads(isa, pool, dtype, unit):
+def test_a_rows_bits_depend_neither_on_the_batch_nor_on_the_threads(isa_or_tiles, pool, dtype, unit):
     _, x, w = random_case(5, 300, 200, 164, dtype)
     wide = run_linear(x, w, dtype, unit, pool=pool), run_linear_in(x, w, dtype, pool=pool)
     for rows in (slice(0, 1), slice(17, 18), slice(3, 10), slice(0, 8), slice(5, 45)):
@@ -128,7 +128,7 @@ def test_a_rows_bits_depend_neither_on_the_batch_nor_on_the_threads(isa, pool, d
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [16, 104, 240, 248])  # with and without pairs of vectors and a single one left over, for every width of vectors
-def test_up_to_four_rows_have_the_bits_that_they_have_among_many(isa, pool, dtype, columns):
+def test_up_to_four_rows_have_the_bits_that_they_have_among_many(isa_or_tiles, pool, dtype, columns):
     _, x, w = random_case(8, 40, 333, columns, dtype)
     many = run_linear(x, w, dtype, columns), run_linear_in(x, w, dtype)
     for few in range(1, 5):
@@ -168,12 +168,12 @@ def test_instruction_sets_agree_but_for_the_fused_rounding():
         assert np.array_equal(other, found[1])
 
 
-def test_every_16_bit_pattern_is_read_exactly(isa):
+def test_every_16_bit_pattern_is_read_exactly(isa_or_tiles):
     for dtype in (Dtype.BF16, Dtype.FP16):
         words = np.arange(1 << 16, dtype=np.uint16)
         values = decode(words, dtype)
         finite = words[np.isfinite(values)]
         found, wanted = run_linear(np.ones((1, 1), np.float32), finite[:, None], dtype, 64), values[np.isfinite(values)]
-        if isa in TILED and dtype == Dtype.BF16:  # tiles take denormals for zeros
+        if isa_or_tiles in TILED and dtype == Dtype.BF16:  # tiles take denormals for zeros
             wanted = np.where(np.abs(wanted) < np.finfo(np.float32).tiny, 0, wanted)
         assert np.array_equal(found[0], wanted)

@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.cpu.native_twin import decode, encode, native
+from tests.cpu.native_twin import activate, decode, encode, native, relative_rms
 from tests.cpu.test_native_linear import TILED, random_case, run_linear, run_linear_in
-from twinpilots.kernels.abi import Dtype
+from twinpilots.kernels.abi import Act, Dtype, Epilogue
 
 
 @pytest.fixture(params=TILED, ids=["amx", "amx-emulated"])
@@ -53,6 +53,16 @@ def test_a_sum_is_the_documented_one_to_the_last_bit(tiles, pool, shape):
     wanted = tile_sums(x, decode(w, Dtype.BF16))
     assert np.array_equal(run_linear(x, w, Dtype.BF16, unit, pool=pool), wanted)
     assert np.array_equal(run_linear_in(x, w, Dtype.BF16, pool=pool), wanted)
+
+
+@pytest.mark.parametrize("unit", [20, 64])
+def test_gate_and_up_halves_biases_and_soft_cap_follow_the_sums(tiles, unit):
+    rng, x, w = random_case(4, 37, 90, 90, Dtype.BF16)
+    up, bias, bias2 = encode(rng.standard_normal((90, 90)), Dtype.BF16), rng.standard_normal(90), rng.standard_normal(90)
+    gate = x.astype(float) @ decode(w, Dtype.BF16).T + bias
+    found = run_linear(x, w, Dtype.BF16, unit, epilogue=Epilogue.ACT_MUL, bias=bias, up=up, bias2=bias2)
+    assert relative_rms(found, activate(Act.SILU, gate) * (x.astype(float) @ decode(up, Dtype.BF16).T + bias2)) < 1e-6
+    assert relative_rms(run_linear(x, w, Dtype.BF16, unit, epilogue=Epilogue.SOFTCAP, bias=bias, cap=2.0), 2 * np.tanh(gate / 2)) < 1e-6
 
 
 def test_nothing_of_an_activation_is_lost(tiles):
