@@ -17,7 +17,10 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from twinpilots.device.topology import CoreInfo
 
 State = Literal["ok", "missing", "limited"]
 CUDA_NAME_BYTES = 256
@@ -43,9 +46,10 @@ class CudaDevice:
 
 
 def examine() -> tuple[Finding, ...]:
-    """Look at everything. Takes well under a second, changes nothing, and never raises for what it does not find."""
+    """Look at everything. Takes well under a second, changes nothing (on a machine with AMX it notes what any first start measures: hardware/isa.py),
+    and never raises for what it does not find."""
     looks: tuple[Callable[[], Finding], ...] = (
-        _python, _processor, _memory, _native, _compiler, _torch, _gpu, _gguf, _tokenizers, _hub, _plot, _demo_model, _profile,
+        _python, _processor, _cores, _memory, _native, _compiler, _torch, _gpu, _gguf, _tokenizers, _hub, _plot, _demo_model, _profile,
     )  # fmt: skip
     return tuple(look() for look in looks)
 
@@ -119,10 +123,28 @@ def _python() -> Finding:
 
 def _processor() -> Finding:
     from twinpilots.device.cpu import choose_cores
+    from twinpilots.device.topology import allowed_cpus, cpu_quota
 
-    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = len(choose_cores(gpu=False, emulated=False).pilot)
-    return Finding(name="processor", state="ok", value=f"{_model_name()}, {cores} physical cores used by the CPU pilot, {logical} logical allowed")
+    cores, quota = len(choose_cores(gpu=False, emulated=False).pilot), cpu_quota()
+    value = f"{_model_name()}, {cores} physical cores used by the CPU pilot, {len(allowed_cpus())} logical allowed"
+    return Finding(name="processor", state="ok", value=value + (f", a cgroup's quota of {quota}" if quota else ""))
+
+
+def _cores() -> Finding:
+    from twinpilots.device.topology import allowed_cpus, core_groups, physical_cores, read_topology
+
+    infos = read_topology(allowed_cpus())
+    groups = core_groups(infos, min(max(1, len(cuda_devices())), len(physical_cores(infos))))
+    return Finding(name="cores", state="ok", value=describe_cores(infos, groups))
+
+
+def describe_cores(infos: Sequence[CoreInfo], groups: Sequence[Sequence[int]]) -> str:
+    """Nodes, where memory lies, and the groups of cores."""
+    node_of = {info.cpu: info.node for info in infos}
+    nodes = len(set(node_of.values()))
+    text = [f"{', '.join(map(str, sorted(group)))} (node {', '.join(map(str, sorted({node_of[cpu] for cpu in group})))})" for group in groups]
+    memory = "1 NUMA node" if nodes == 1 else f"{nodes} NUMA nodes, host memory interleaved over those of a group"
+    return f"{memory}; {len(groups)} group{'s' if len(groups) > 1 else ''} of cores, one for each GPU's worker: {'; '.join(text)}"
 
 
 def _model_name() -> str:

@@ -139,7 +139,11 @@ def _key(device: str, spec: ModelSpec, threads: int | None, *, quick: bool) -> s
 
 def instruction_set() -> str:
     """What the native kernels use here; "torch" where there are none."""
-    from twinpilots.kernels.native import ISA_NAMES, load
+    from twinpilots.hardware.isa import settle_isa
+    from twinpilots.kernels.native import load
 
     native = load()
-    return "torch" if native is None else ISA_NAMES[native.best_isa]
+    if native is None:
+        return "torch"
+    settle_isa(native)
+    return native.isa_name

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from tests.cpu.native_twin import Machine, activate, insn, native, relative_rms, rows_batch
 from tests.programs import random_blocks
 from tests.unit.test_quant_format import QUANTIZED
+from twinpilots.kernels import native as native_module
 from twinpilots.kernels import quant_format
 from twinpilots.kernels.abi import DTYPE_CODES, NULL, Act, Activations, Epilogue, Op
 from twinpilots.kernels.native import BAD_INSTRUCTION
+from twinpilots.model.weight_format import FORMATS
 
 FORMAT = pytest.mark.parametrize("fmt", QUANTIZED, ids=lambda fmt: fmt.name)
 MODE = pytest.mark.parametrize("mode", list(Activations), ids=lambda mode: mode.name)
@@ -116,13 +118,13 @@ def test_activation_gate_and_softcap(isa, fmt, unit):
 @MODE
 def test_every_instruction_set_gives_the_same_bits(fmt, mode):
     rng, x, blocks, _ = random_case(4, 14, 3, 150, fmt)
-    start, found = rng.standard_normal((14, 150)).astype(np.float32), []
+    start, found, before = rng.standard_normal((14, 150)).astype(np.float32), [], native().isa
     try:
         for level in range(native().best_isa + 1):
             native().set_isa(level)
             found.append((run_linear(x, blocks, fmt, 64, mode), run_linear_in(x, blocks, fmt, mode, start=start)))
     finally:
-        native().set_isa(native().best_isa)
+        native().set_isa(before)
     for linear, linear_in in found[1:]:
         assert np.array_equal(linear, found[0][0])
         assert np.array_equal(linear_in, found[0][1])
@@ -220,3 +222,14 @@ def test_the_library_quantises_and_packs_on_a_pool(pool, fmt):
         weights, made = np.ascontiguousarray(wanted), np.zeros((30, 3, fmt.block_bytes), np.uint8)
         native().quantize(weights, DTYPE_CODES[fmt.name], made, pool=pool)
         np.testing.assert_allclose(quant_format.dequantize(made, fmt), weights, atol=0 if fmt.name == "q4_1" else 0.6)
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_1"])
+def test_every_instruction_set_quantises_to_the_twins_bytes(isa, name, monkeypatch):
+    fmt, rng = FORMATS[name], np.random.default_rng(7)
+    weights = rng.standard_normal((90, 256)).astype(np.float32) * np.exp(rng.uniform(-12, 8, (90, 1))).astype(np.float32)
+    weights[:30] = rng.integers(0, np.arange(2, 32)[:, None], (30, 256)) * rng.uniform(0.01, 1, (30, 1))  # grids of 1 to 30 steps
+    weights[30, :64], weights[31, 5], weights[32], weights[33, ::2] = 0, 1e5, -0.0, 3.25
+    found = quant_format.quantize(weights, fmt)
+    monkeypatch.setattr(native_module, "load", lambda: None)
+    assert np.array_equal(found, quant_format.quantize(weights, fmt))

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinpilots.device.cpu import CoreChoice, CoreInfo, assign_cores, parse_cpu_list, read_topology
 from twinpilots.device.memory import GpuArena, HostArena, Ledger, host_memory_available_bytes
 from twinpilots.errors import LimitError
 from twinpilots.kernels.abi import ABI_VERSION, CONTROL, EVENTS_OFFSET
@@ -193,33 +192,3 @@ def test_available_memory_respects_the_kernel_and_every_cgroup(tmp_path: Path, f
 
 def test_available_memory_of_this_machine_is_plausible() -> None:
     assert 2**20 < host_memory_available_bytes() < 2**50
-
-
-def cores(*speeds: float, threads: int = 1) -> list[CoreInfo]:
-    return [CoreInfo(cpu=core + thread * len(speeds), core=core, speed=speed) for core, speed in enumerate(speeds) for thread in range(threads)]
-
-
-@pytest.mark.parametrize(
-    ("infos", "gpu", "emulated", "expected"),
-    [
-        (cores(1, 1), False, False, CoreChoice(pilot=(0, 1))),
-        (cores(1, 1), True, True, CoreChoice(pilot=(0,), device=1)),
-        (cores(1), True, True, CoreChoice(pilot=(0,), device=0)),
-        (cores(1, 1), True, False, CoreChoice(pilot=(0, 1))),
-        (cores(1, 1, 1), True, False, CoreChoice(pilot=(0, 1))),
-        (cores(1, 1, 2, 2), True, False, CoreChoice(pilot=(2, 3, 0))),  # performance cores first; a slow one is the driver's
-        (cores(1, 1, 1, 1, threads=2), False, False, CoreChoice(pilot=(0, 1, 2, 3))),  # one thread per physical core
-        (cores(1, 1, 1, 1, threads=2)[3:], True, True, CoreChoice(pilot=(2, 3), device=5)),  # CPU 1 is not ours, its sibling is
-    ],
-)
-def test_cores_are_physical_fastest_first_and_one_is_left_where_it_is_needed(infos: list[CoreInfo], gpu: bool, emulated: bool, expected: CoreChoice) -> None:
-    assert assign_cores(infos, gpu=gpu, emulated=emulated) == expected
-
-
-def test_topology_is_read_from_the_kernels_files(tmp_path: Path) -> None:
-    write(tmp_path, {"cpu0/topology/core_cpus_list": "0,2", "cpu2/topology/thread_siblings_list": "0,2"})
-    write(tmp_path, {"cpu0/cpufreq/cpuinfo_max_freq": "4000", "cpu1/cpu_capacity": "512"})
-    infos = read_topology([0, 1, 2, 9], tmp_path)
-    assert [(info.cpu, info.core) for info in infos] == [(0, 0), (1, 1), (2, 0), (9, 9)]
-    assert infos[1].speed > infos[0].speed > infos[3].speed == 0
-    assert parse_cpu_list("0-2,8") == [0, 1, 2, 8]

@@ -21,6 +21,7 @@ from twinpilots.hardware.bench import typical_s
 from twinpilots.hardware.kernel_bench import FAST, KERNELS, LINEARS, KernelBench, KernelCase, Work, fits, supported_formats, whole_work
 from twinpilots.hardware.peaks import PeakMeter
 from twinpilots.kernels import native
+from twinpilots.machine import instruction_set as isa_in_use
 from twinpilots.model.weight_format import FORMATS
 from twinpilots.progress import Progress
 
@@ -114,10 +115,11 @@ def instruction_set(name: str | None) -> Iterator[str]:
     """The native kernels on this instruction set for a while, as on a machine that has no better one. None: the best. Gives the name of what is used."""
     library = native.load()
     if name is None:
-        yield native.cpu_features() or "torch"
+        yield isa_in_use()
         return
     if library is None:
         raise UserError(f"--isa {name} needs the native library, which is not here: run python -m twinpilots.kernels.build, or leave it out")
+    before = library.isa
     try:
         library.set_isa(native.ISA_NAMES.index(name))
     except ValueError as error:
@@ -125,7 +127,7 @@ def instruction_set(name: str | None) -> Iterator[str]:
     try:
         yield name
     finally:
-        library.set_isa(library.best_isa)
+        library.set_isa(before)
 
 
 def measure_cases(pilot: CpuPilot, spec: ModelSpec, cases: Sequence[KernelCase], meter: PeakMeter, budget_s: float, bar: Progress) -> list[KernelRow]:

@@ -10,7 +10,7 @@ from twinpilots.commands import options
 DEFAULT_POLICIES = ("auto", "stream", "cpu", "layer-split", "twinpilots")
 # The same words as hardware.kernel_bench.KERNELS and kernels.native.ISA_NAMES (a test compares them): importing those would slow --help.
 KERNELS = ("linear-out", "linear-in", "mlp-block", "decode-attention", "prefill-attention")
-ISAS = ("portable", "avx2", "avx512", "avx512vnni")
+ISAS = ("portable", "avx2", "avx512", "avx512vnni", "amx")
 MOST_TOKENS = 4096
 
 
@@ -71,7 +71,7 @@ def _register_kernels(kinds: Any) -> None:
     group.add_argument("--kernels", type=kernel_list, default=KERNELS, metavar="A,B", help=f"of {', '.join(KERNELS)} (default: all)")
     group.add_argument("--tokens", type=token_list, metavar="N,N", help="rows of activations; linears only then (default: 1 to 512, and attention)")
     group.add_argument("--threads", type=options.positive_int, metavar="N", help="threads of the CPU pilot (default: physical cores)")
-    group.add_argument("--isa", choices=ISAS, help="use this instruction set (default: the best of this machine)")
+    group.add_argument("--isa", choices=ISAS, help="use this instruction set (default: the fastest of this machine)")
     group.add_argument("--seconds", type=options.positive_int, default=75, metavar="N", help="time to spend on measuring, about (default: 75)")
     options.add_output_flags(parser)
     parser.set_defaults(run=run_kernels)

@@ -6,10 +6,9 @@ Owns the choice of cores, the native worker pool and the pinning of the calling 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,10 @@ from numpy.typing import NDArray
 
 from twinpilots.device.base import OK, REASONS
 from twinpilots.device.memory import HostArena
+from twinpilots.device.topology import CoreInfo, allowed_cpus, cpu_quota, memory_nodes, physical_cores, read_topology
 from twinpilots.errors import DeviceLostError
+from twinpilots.hardware.isa import settle_isa
 from twinpilots.kernels import native as native_module
-
-SYSFS_CPUS = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,68 +30,20 @@ class CoreChoice:
     device: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class CoreInfo:
-    """One logical CPU: ``core`` names its physical core (the lowest sibling), ``speed`` orders cores by what they can do (any unit)."""
-
-    cpu: int
-    core: int
-    speed: float
-
-
 def choose_cores(gpu: bool, emulated: bool) -> CoreChoice:
     """The pilot's cores on this machine, among those that this process may use. The choice depends on the devices only, never on the policy."""
-    return assign_cores(read_topology(allowed_cpus()), gpu=gpu, emulated=emulated)
+    return assign_cores(read_topology(allowed_cpus()), gpu=gpu, emulated=emulated, most=cpu_quota())
 
 
-def assign_cores(infos: Sequence[CoreInfo], *, gpu: bool, emulated: bool) -> CoreChoice:
-    """Performance cores first. An emulated GPU takes the last core for itself (a lone core is shared). With a real GPU and three or more cores the
-    last one is left to the driver; on two the driver shares the pilot's."""
-    best: dict[int, CoreInfo] = {}
-    for info in sorted(infos, key=lambda info: info.cpu):
-        best.setdefault(info.core, info)
-    cores = tuple(info.cpu for info in sorted(best.values(), key=lambda info: (-info.speed, info.cpu)))
+def assign_cores(infos: Sequence[CoreInfo], *, gpu: bool, emulated: bool, most: int | None = None) -> CoreChoice:
+    """Performance cores first, at most ``most`` (a cgroup's quota). An emulated GPU takes the last core for itself (a lone core is shared). With a
+    real GPU and three or more cores the last one is left to the driver; on two the driver shares the pilot's."""
+    cores = tuple(info.cpu for info in physical_cores(infos))[:most]
     if emulated:
         return CoreChoice(pilot=cores[:-1] or cores, device=cores[-1])
     if gpu and len(cores) >= 3:
         return CoreChoice(pilot=cores[:-1])
     return CoreChoice(pilot=cores)
-
-
-def allowed_cpus() -> set[int]:
-    """Logical CPUs that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
-
-
-def read_topology(cpus: Iterable[int], sysfs: Path = SYSFS_CPUS) -> list[CoreInfo]:
-    """What the kernel says about ``cpus``. Where it says nothing, each is a core of its own and all are equally fast."""
-    infos = []
-    for cpu in sorted(cpus):
-        directory = sysfs / f"cpu{cpu}"
-        siblings = _text(directory / "topology/core_cpus_list") or _text(directory / "topology/thread_siblings_list") or str(cpu)
-        capacity, frequency = _text(directory / "cpu_capacity"), _text(directory / "cpufreq/cpuinfo_max_freq")
-        # Capacity first: it weighs instructions per clock, too. Frequencies of equal cores differ by a few per cent (favoured cores); both only order.
-        speed = float(capacity or 0) * 1e9 + float(frequency or 0)
-        infos.append(CoreInfo(cpu=cpu, core=min(parse_cpu_list(siblings)), speed=speed))
-    return infos
-
-
-def parse_cpu_list(text: str) -> list[int]:
-    """The kernel's list format: "0-2,8" is [0, 1, 2, 8]."""
-    cpus: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        cpus.extend(range(int(first), int(last or first) + 1))
-    return cpus
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
 
 
 @contextmanager
@@ -117,12 +68,28 @@ class CpuPilot:
     """
 
     def __init__(self, threads: int | None = None, cores: Sequence[int] | None = None) -> None:
-        self.cores: tuple[int, ...] = tuple(cores) if cores is not None else choose_cores(gpu=False, emulated=False).pilot
-        self.threads = threads if threads is not None else len(self.cores)
+        self.native = native_module.load()
+        if self.native is not None:
+            settle_isa(self.native)
+        self._pool = 0
+        self._take(tuple(cores) if cores is not None else choose_cores(gpu=False, emulated=False).pilot, threads)
+
+    def resize(self, cores: Sequence[int]) -> None:
+        """Fly with ``cores`` from the next pass on, one thread on each: a group of its own for each GPU's worker (`topology.core_groups`).
+        What lies in memory stays where it lies."""
+        self.close()
+        self._take(tuple(cores), None)
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """The NUMA nodes on which what this pilot reads should lie; none where there is nothing to choose."""
+        return memory_nodes(self.cores[: self.threads])
+
+    def _take(self, cores: tuple[int, ...], threads: int | None) -> None:
+        self.cores = cores
+        self.threads = threads if threads is not None else len(cores)
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
-        self.native = native_module.load()
-        self._pool = 0
         pin = self.threads <= len(self.cores)
         # The native pool pins its own workers; torch's threads inherit the caller's set.
         self._caller_cpus = None if not pin else frozenset(self.cores[:1] if self.native is not None else self.cores)

@@ -10,7 +10,7 @@ import contextlib
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from twinpilots.device.numa import interleave
 from twinpilots.errors import LimitError
 from twinpilots.kernels.abi import ABI_VERSION, CONTROL, EVENTS_OFFSET
 from twinpilots.units import format_bytes
@@ -173,10 +174,13 @@ class HostArena:
     """One mapping of host memory that all pilots of one engine see: control block, event slots, then whatever is allocated, in that order.
 
     Pages are touched lazily: the mapping costs address space only until written. ``shared`` backs it with an unlinked file in memory, whose ``fd`` a
-    device's process maps too (`attach`); otherwise the memory is this process's own and ``fd`` is -1. Fresh bytes are zero.
+    device's process maps too (`attach`); otherwise the memory is this process's own and ``fd`` is -1. Fresh bytes are zero. ``nodes``: the NUMA nodes
+    over which its pages are interleaved (none: the kernel's choice).
     """
 
-    def __init__(self, num_bytes: int, shared: bool = True, *, num_events: int = 1024, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self, num_bytes: int, shared: bool = True, *, num_events: int = 1024, ledger: Ledger | None = None, nodes: Sequence[int] = ()
+    ) -> None:  # fmt: skip
         reserved = EVENTS_OFFSET + EVENT_BYTES * num_events
         if num_bytes < reserved:
             raise LimitError(
@@ -187,6 +191,7 @@ class HostArena:
         self._bump = _Bump(tier="host", num_bytes=num_bytes, ledger=ledger)
         try:
             self._map(num_bytes)
+            interleave(self.base, num_bytes, nodes)
             self._bump.alloc(reserved, "programs", 64)
         except BaseException:
             self.close()
@@ -317,7 +322,7 @@ def host_memory_available_bytes(root: Path = Path("/")) -> int:
 
     ``root`` replaces "/" in tests. Page cache that the kernel can drop (inactive_file) counts as available in a cgroup, as it does in MemAvailable.
     """
-    rooms = [_cgroup_room(*group) for group in _cgroups(root)]
+    rooms = [_cgroup_room(group) for group in cgroup_directories("memory", root)]
     return max(0, min([_mem_available(root), *(room for room in rooms if room is not None)]))
 
 
@@ -328,31 +333,30 @@ def _mem_available(root: Path) -> int:
     raise ValueError("no MemAvailable in /proc/meminfo")
 
 
-def _cgroups(root: Path) -> Iterator[tuple[Path, str, str]]:
-    """(directory, limit file, usage file) of each memory cgroup of this process and all above it. In a container the path of /proc/self/cgroup may
-    not exist below the mount point; then the mount's root is the container's own group, and the walk ends there."""
+def cgroup_directories(controller: str, root: Path = Path("/")) -> Iterator[Path]:
+    """The cgroup (v1: of ``controller``) of this process and all above it. In a container the path of /proc/self/cgroup may not exist below the mount
+    point; then the mount's root is the container's own group, and the walk ends there."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            mount, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
+        mount = root / "sys/fs/cgroup" / (controller if controllers else "")
         group = mount / path.lstrip("/")
         while True:
-            yield group, limit, usage
+            yield group
             if group == mount or mount not in group.parents:
                 break
             group = group.parent
 
 
-def _cgroup_room(group: Path, limit: str, usage: str) -> int | None:
+def _cgroup_room(group: Path) -> int | None:
     """Bytes left below one cgroup's limit; None when it has none."""
+    unified = (group / "memory.max").exists()
+    limit, usage = ("memory.max", "memory.current") if unified else ("memory.limit_in_bytes", "memory.usage_in_bytes")
     try:
         text = (group / limit).read_text().strip()
         used = int((group / usage).read_text())

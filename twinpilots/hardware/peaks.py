@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from twinpilots.device.cpu import SYSFS_CPUS, allowed_cpus, pinned
+from twinpilots.device.cpu import pinned
+from twinpilots.device.numa import interleave
+from twinpilots.device.topology import SYSFS_CPUS, allowed_cpus, memory_nodes
 from twinpilots.kernels.native import load as load_native
 
 PEAK_MS = 8  # short, so that some of the runs are not interrupted by a neighbour
@@ -40,7 +42,9 @@ class PeakMeter:
         if self._native is None:
             self._sample = _torch_sampler(threads)
             return
-        data = np.ones(host_region_bytes(), np.uint8)
+        data = np.empty(host_region_bytes(), np.uint8)
+        interleave(data.ctypes.data, data.nbytes, memory_nodes(tuple(cores or allowed_cpus())))  # as weights are
+        data.fill(1)
         own = cores[:threads] if cores is not None and threads <= len(cores) else None
         self._caller = frozenset(own[:1]) if own else None
         self._pool = self._native.pool_create(threads, own)

@@ -38,7 +38,7 @@ class Rig:
     def __init__(self, pilot: CpuPilot, gpu: GpuDevice | None, *, host_bytes: int, gpu_bytes: int) -> None:
         self.pilot, self.gpu = pilot, gpu
         num_bytes = EVENTS_OFFSET + 4 * NUM_EVENTS + host_bytes + PROGRAM_BYTES + (1 << 20)
-        self.host = HostArena(num_bytes, shared=gpu is not None and gpu.emulated, num_events=NUM_EVENTS)
+        self.host = HostArena(num_bytes, shared=gpu is not None and gpu.emulated, num_events=NUM_EVENTS, nodes=pilot.nodes)
         self._meta = self.host.view(self.host.alloc(1 << 18, "programs"), np.dtype(np.int32), (1 << 16,))
         self._programs = self.host.alloc(PROGRAM_BYTES, "programs")
         self._pass_id = 0

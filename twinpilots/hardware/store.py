@@ -1,6 +1,6 @@
 """Keeps measured profiles in the user's cache directory, keyed by hardware, versions and what they were measured for.
 
-Owns the file names and their key. Knows nothing of how a profile is measured or used.
+Owns the file names and their key, also of what hardware/isa.py notes. Knows nothing of how a profile is measured or used.
 """
 
 from __future__ import annotations
@@ -67,6 +67,11 @@ def latest_profile(device: str) -> HardwareProfile:
             f"this machine has no stored profile for device {device}: run `twinpilots profile --device {device}`, or name a preset with --hardware"
         )
     return found
+
+
+def isa_path() -> Path:
+    """Where the instruction set of this processor's kernels is noted (hardware/isa.py)."""
+    return cache_dir() / "isa" / f"{_digest((STORE_VERSION, _processor_name(), os.cpu_count()))}.json"
 
 
 def _latest_path(device: str) -> Path:

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from twinpilots.kernels.abi import ABI_VERSION
 
-ISA_NAMES = ("portable", "avx2", "avx512", "avx512vnni")
+ISA_NAMES = ("portable", "avx2", "avx512", "avx512vnni", "amx")
+AVX512_VNNI, AMX = 3, 4
+EMULATED_TILES = 5  # AMX in plain C++: what tests the tiled kernels where there are no tiles
 NO_MAILBOX = -1
 CANCELLED, ABORTED, TIMED_OUT, BAD_INSTRUCTION, QUEUE_FULL = 1, -1, -2, -3, -4
 
@@ -49,6 +51,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tp_abi_version": (c_int, []),
     "tp_abi_layout": (c_int, [c_void_p, c_int]),
     "tp_best_isa": (c_int, []),
+    "tp_isa": (c_int, []),
+    "tp_has_isa": (c_int, [c_int]),
     "tp_set_isa": (c_int, [c_int]),
     "tp_set_timeout": (None, [c_double]),
     "tp_pin_thread": (c_int, [c_int]),
@@ -64,6 +68,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tp_pack_columns": (None, [c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p]),
     "tp_read_rate": (c_double, [c_void_p, c_int64, c_void_p, c_int]),
     "tp_fma_rate": (c_double, [c_void_p, c_int]),
+    "tp_linear_seconds": (c_double, [c_int, c_void_p, c_int64, c_int64]),
     "tp_copy_rate": (c_double, [c_void_p, c_void_p, c_int64, c_int]),
 }
 
@@ -84,14 +89,30 @@ class Native:
         found = self._lib.tp_abi_version()
         if found != ABI_VERSION:
             raise OSError(f"{path} speaks ABI {found}, this version needs {ABI_VERSION}")
+        self.isa_was_set = False
 
     @property
     def best_isa(self) -> int:
         """The best instruction set of this machine, an index of ISA_NAMES."""
         return int(self._lib.tp_best_isa())
 
+    @property
+    def isas(self) -> tuple[int, ...]:
+        """All levels that `set_isa` takes here."""
+        return tuple(level for level in range(EMULATED_TILES + 1) if self._lib.tp_has_isa(level))
+
+    @property
+    def isa(self) -> int:
+        """The level in use. Before `set_isa` the best one without tiles: whether those are faster is measured (hardware/isa.py)."""
+        return int(self._lib.tp_isa())
+
+    @property
+    def isa_name(self) -> str:
+        return (*ISA_NAMES, "amx-emulated")[self.isa]
+
     def set_isa(self, level: int) -> None:
-        """Use instruction set ``level`` for everything that starts from now on, in this process (tests, comparisons)."""
+        """Use instruction set ``level`` for everything that starts from now on, in this process."""
+        self.isa_was_set = True
         if self._lib.tp_set_isa(level) != level:
             raise ValueError(f"instruction set {level} is not available here; the best is {self.best_isa} ({ISA_NAMES[self.best_isa]})")
 
@@ -168,6 +189,10 @@ class Native:
         """FLOP/s (fp32) of all threads of ``pool`` on registers alone."""
         return float(self._lib.tp_fma_rate(pool or None, duration_ms))
 
+    def linear_seconds(self, isa: int, weights: NDArray[np.uint16], rows: int) -> float:
+        """Of one linear of ``rows`` rows over all of ``weights`` (bf16; whole MiB of them count), on the calling thread, with instruction set ``isa``."""
+        return float(self._lib.tp_linear_seconds(isa, weights.ctypes.data, weights.nbytes, rows))
+
     def copy_rate(self, dst: NDArray[Any], src: NDArray[Any], *, duration_ms: int = 100) -> float:
         """Bytes per second at which one thread copies ``src`` to ``dst`` (equal sizes), counted once."""
         if dst.nbytes != src.nbytes:
@@ -185,9 +210,3 @@ def load() -> Native | None:
     except (OSError, AttributeError) as error:
         _LOG.warning("the native library cannot be used (%s); run python -m twinpilots.kernels.build", error)
         return None
-
-
-def cpu_features() -> str | None:
-    """The instruction set that the kernels use on this machine, one of ISA_NAMES; None without the library."""
-    native = load()
-    return None if native is None else ISA_NAMES[native.best_isa]

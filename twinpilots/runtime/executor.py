@@ -67,7 +67,8 @@ class Executor:
         self.spec, self.plan, self.pilot, self.gpu, self.poison, self.runner = spec, plan, pilot, gpu if plan.uses_gpu else None, poison, runner
         self.ledger = Ledger(dict(limits or {}))
         meta_words = metadata_words(plan)
-        self.host = HostArena(host_layout_bytes(spec, plan), shared=self.gpu is not None and self.gpu.emulated, num_events=NUM_EVENTS, ledger=self.ledger)
+        shared = self.gpu is not None and self.gpu.emulated
+        self.host = HostArena(host_layout_bytes(spec, plan), shared=shared, num_events=NUM_EVENTS, ledger=self.ledger, nodes=pilot.nodes)
         self.host.populate()
         self.host_layout = lay_out(spec, plan, Space.HOST, self.host.alloc)
         self.meta_offset = self.host.alloc(4 * meta_words, "programs")

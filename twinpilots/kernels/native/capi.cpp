@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstring>
 #include <new>
+#include <vector>
 
 #include "interp.h"
 #include "sync.h"
@@ -19,6 +20,8 @@ extern "C" {
 
 int tp_abi_version() { return ABI_VERSION; }
 int tp_best_isa() { return best_isa(); }
+int tp_isa() { return isa(); }
+int tp_has_isa(int level) { return kernels_of(level) != nullptr; }
 int tp_set_isa(int level) { return set_isa(level); }
 void tp_set_timeout(double seconds) { set_timeout_s(seconds); }
 
@@ -116,6 +119,22 @@ double tp_fma_rate(void* pool_, int duration_ms) {
     parallel(pool, chunks, [&](int64_t) { done += (int64_t)kernels().fma_burn(20000); });
   } while (now_ns() < end);
   return (double)done.load() / (double)(now_ns() - began) * 1e9;
+}
+
+// A bf16 linear on the calling thread: `rows` rows of 2048 inputs over all panels of 64 outputs in `bytes`, in the steps in which a queue takes them.
+double tp_linear_seconds(int level, const void* weights, int64_t bytes, int64_t rows) {
+  constexpr int64_t WIDTH = 2048, COLUMNS = 64, BLOCK = 192, PANELS = 4;
+  const Kernels* table = kernels_of(level);
+  const int64_t outputs = bytes / (2 * WIDTH) / COLUMNS * COLUMNS, panels = outputs / COLUMNS;
+  if (!table || panels < 1 || rows < 1) return 0;
+  std::vector<float> x((size_t)(rows * WIDTH), 1.5f), y((size_t)(rows * outputs));
+  std::vector<uint16_t> split(table->split_row ? (size_t)split_bytes(rows, WIDTH) / 2 : 0);
+  const int64_t began = now_ns();
+  for (int64_t row = 0; table->split_row && row < rows; row++) table->split_row(x.data() + row * WIDTH, WIDTH, split.data(), row);
+  const LinearArgs args = {y.data(), outputs, x.data(), WIDTH, weights, BF16, outputs, WIDTH, COLUMNS, NONE, SILU, nullptr, nullptr, 0, split.empty() ? nullptr : split.data(), 0};
+  for (int64_t row = 0; row < rows; row += BLOCK)
+    for (int64_t panel = 0; panel < panels; panel += PANELS) table->linear_panels(args, panel, std::min(panel + PANELS, panels), row, std::min(row + BLOCK, rows));
+  return (double)(now_ns() - began) * 1e-9;
 }
 
 // One thread, in the pieces in which a packet is copied.

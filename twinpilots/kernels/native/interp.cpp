@@ -11,41 +11,7 @@
 
 namespace tp {
 
-// ---- instruction sets, scratch
-
-static const Kernels* table(int level) {
-#if defined(__x86_64__)
-  if (level == 3) return &kAvx512Vnni;
-  if (level == 2) return &kAvx512;
-  if (level == 1) return &kAvx2;
-#endif
-  return level == 0 ? &kPortable : nullptr;
-}
-
-int best_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return !wide ? 1 : __builtin_cpu_supports("avx512vnni") ? 3 : 2;
-#else
-  return 0;
-#endif
-}
-
-static std::atomic<const Kernels*> g_kernels{nullptr};
-
-const Kernels& kernels() {
-  const Kernels* chosen = g_kernels.load(std::memory_order_relaxed);
-  if (!chosen) g_kernels = chosen = table(best_isa());
-  return *chosen;
-}
-
-int set_isa(int level) {
-  if (level < 0 || level > best_isa()) return -1;
-  g_kernels = table(level);
-  return level;
-}
+// ---- scratch
 
 struct Scratch {
   char* data = nullptr;
@@ -277,7 +243,7 @@ int Queue::rope_append(const Insn& insn) {
 
 // ---- linears
 
-constexpr int64_t BLOCK_ROWS = 192;         // token rows whose sums stay in cache while a panel's weights pass by
+constexpr int64_t BLOCK_ROWS = 192;         // a multiple of a tile's 16: token rows whose sums stay in cache while a panel's weights pass by
 constexpr int64_t CHUNK_COLUMNS = 256;      // outputs of a chunk: rows are packed once for all of them
 constexpr int64_t CHUNKS = 4;               // per thread, at least
 constexpr int64_t CHUNK_WORK = 128 * 1024;  // multiply-adds below which handing a chunk to another thread costs more than it saves
@@ -302,13 +268,32 @@ Rounded Queue::round(const float* src, int64_t src_ld, Rows r, int64_t width, in
   return x;
 }
 
+// Rows r of a bf16 linear's input in terms of bf16, split once as they are rounded; null without tiles.
+const uint16_t* Queue::split(const float* src, int64_t src_ld, Rows r, int64_t width, int dtype) {
+  constexpr int BITS = 24;
+  const auto split_row = kernels().split_row;
+  if (dtype != BF16 || !split_row || r.first >= r.last) return nullptr;
+  const RoundedOf of = {src, src_ld, r.first, r.last, width, BITS, 2};
+  if (!(of == rounded_of_)) {
+    rounded_of_ = of;
+    rounded_ = {queue_scratch((size_t)split_bytes(r.last - r.first, width)), r.first, r.last - r.first, 2};
+    const int64_t step = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)), rows = r.last - r.first;
+    parallel(pool_, (rows + step - 1) / step, [&](int64_t chunk) {
+      for (int64_t row = chunk * step; row < std::min((chunk + 1) * step, rows); row++) split_row(src + (r.first + row) * src_ld, width, (uint16_t*)rounded_.data, row);
+    });
+  }
+  return (const uint16_t*)rounded_.data;
+}
+
 int Queue::linear(const Insn& insn) {
   const int64_t* a = insn.a;
-  const LinearArgs args = {ptr<float>(a[0]), a[1], ptr<float>(a[2]), a[3], at(a[4]), (int)a[5], a[6], a[7], a[8], (int)a[9], (int)a[10], ptr<float>(a[11]), ptr<float>(a[12]),
-                           (float)insn.f[0]};
+  LinearArgs args = {ptr<float>(a[0]), a[1], ptr<float>(a[2]), a[3], at(a[4]), (int)a[5], a[6], a[7], a[8], (int)a[9], (int)a[10], ptr<float>(a[11]), ptr<float>(a[12]),
+                     (float)insn.f[0], nullptr, 0};
   if (!known_weights(a[5], args.width) || !known_activations(a[13]) || a[8] <= 0 || a[9] < NONE || a[9] > SOFTCAP || a[10] < SILU || a[10] > RELU) return BAD_INSTRUCTION;
   const Rows r = rows(insn);
   const Rounded x = round(args.src, args.src_ld, r, args.width, args.dtype, a[13]);
+  args.split = split(args.src, args.src_ld, r, args.width, args.dtype);
+  args.split_row0 = r.first;
   const int64_t rows = r.last - r.first, panels = (args.rows + args.unit_rows - 1) / args.unit_rows, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
   const int64_t columns = args.unit_rows * (args.epilogue == ACT_MUL ? 2 : 1), threads = pool_ ? pool_->threads() : 1;
   const int64_t least = CHUNK_WORK / std::max<int64_t>(1, columns * args.width * std::min(BLOCK_ROWS, rows));
@@ -324,10 +309,12 @@ int Queue::linear(const Insn& insn) {
 
 int Queue::linear_in(const Insn& insn) {
   const int64_t* a = insn.a;
-  const LinearInArgs args = {ptr<float>(a[0]), a[1], ptr<float>(a[2]), a[3], at(a[4]), (int)a[5], a[6], a[7], a[8] != 0};
+  LinearInArgs args = {ptr<float>(a[0]), a[1], ptr<float>(a[2]), a[3], at(a[4]), (int)a[5], a[6], a[7], a[8] != 0, nullptr, 0};
   if (!known_weights(a[5], args.rows) || !known_activations(a[9])) return BAD_INSTRUCTION;
   const Rows r = rows(insn);
   const Rounded x = round(args.src, args.src_ld, r, args.rows, args.dtype, a[9]);
+  args.split = split(args.src, args.src_ld, r, args.rows, args.dtype);
+  args.split_row0 = r.first;
   const int64_t rows = r.last - r.first, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, threads = pool_ ? pool_->threads() : 1;
   // wide blocks read long pieces of each weight row; many rows' sums stay in the caches
   const bool packed = x.data && rows > FEW_ROWS, many = packed && rows > 32;

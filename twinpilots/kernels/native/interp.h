@@ -10,8 +10,12 @@
 
 namespace tp {
 
-const Kernels& kernels();  // of the chosen instruction set
+constexpr int ISA_AVX512_VNNI = 3, ISA_AMX = 4, ISA_AMX_EMULATED = 5;  // the last one for tests: best_isa never names it
+
+const Kernels& kernels();            // of the chosen instruction set; before a choice the best one without tiles
+const Kernels* kernels_of(int level);  // null when this machine cannot
 int best_isa();
+int isa();  // the level in use
 int set_isa(int level);  // the level now in use, or -1 when this machine cannot
 
 // quantize.cpp: row blocks of `blocks` blocks of 32 weights (Q8_0 or Q4_1), and row blocks to columns of a panel
@@ -61,6 +65,7 @@ class Queue {
   int linear_in(const Insn& insn);
   void forget_rounded(const Insn& insn);
   Rounded round(const float* src, int64_t src_ld, Rows r, int64_t width, int dtype, int64_t activations);
+  const uint16_t* split(const float* src, int64_t src_ld, Rows r, int64_t width, int dtype);
   int rope_append(const Insn& insn);
   int attend(const Insn& insn);
   int add(const Insn& insn);

@@ -21,6 +21,8 @@ struct LinearArgs {
   int epilogue, activation;
   const float *bias, *bias2;  // may be null
   float softcap;
+  const uint16_t* split;  // the rows from split_row0 on, split by Kernels::split_row; null where that is null or the weights are not bf16
+  int64_t split_row0;
 };
 
 struct LinearInArgs {
@@ -32,6 +34,8 @@ struct LinearInArgs {
   int dtype;
   int64_t rows, width;  // K, outputs
   bool accumulate;
+  const uint16_t* split;  // as LinearArgs
+  int64_t split_row0;
 };
 
 struct EmbedArgs {
@@ -101,7 +105,9 @@ struct Kernels {
   void (*rope_row)(const RopeArgs&, int64_t row, int64_t rope_row, int64_t slot);
   void (*attend_block)(const AttendArgs&, const Sequence&, int64_t kv_head, int64_t query0, int64_t query1);
   double (*read_sum)(const void* data, int64_t bytes);
+  void (*quantize_blocks)(int dtype, const float* weights, int64_t blocks, char* out);  // of 32 weights, to Q8_0 or Q4_1
   double (*fma_burn)(int64_t rounds);  // returns the floating-point operations done
+  void (*split_row)(const float* x, int64_t width, uint16_t* split, int64_t row) = nullptr;  // null without tiles: activations of bf16 linears in terms of bf16 (tiles.h)
 };
 
 extern const Kernels kPortable;
@@ -109,6 +115,13 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Vnni;
+
+struct TileKernels {  // what tiles replace in another table
+  void (*linear_panels)(const LinearArgs&, int64_t panel0, int64_t panel1, int64_t row0, int64_t row1);
+  void (*linear_in_block)(const LinearInArgs&, int64_t column0, int64_t column1, int64_t row0, int64_t row1);
+  void (*split_row)(const float* x, int64_t width, uint16_t* split, int64_t row);
+};
+extern const TileKernels kAmx, kAmxEmulated;  // beside kAvx512Vnni and kAvx2
 #endif
 
 // Memory of the calling thread, at least `bytes` large, 64-byte aligned; grows, never shrinks. A later call invalidates an earlier one's contents.
@@ -135,6 +148,12 @@ inline QuantFormat quant_format(int dtype) {
 inline int64_t weight_bytes(int dtype, int64_t elements) {
   return is_quantized(dtype) ? elements / quant_format(dtype).block * quant_format(dtype).block_bytes : elements * dtype_bytes(dtype);
 }
+
+// Activations split for tiles (tiles.h): blocks of 16 rows, of each the 32 inputs of a tile after another, of each the three terms, of each the rows.
+constexpr int64_t TILE_ROWS = 16, TILE_INPUTS = 32, TILE_ELEMENTS = TILE_ROWS * TILE_INPUTS, SPLIT_TERMS = 3;
+inline int64_t split_block(int64_t width) { return (width + TILE_INPUTS - 1) / TILE_INPUTS * SPLIT_TERMS * TILE_ELEMENTS; }  // elements of 16 rows
+inline int64_t split_bytes(int64_t rows, int64_t width) { return (rows + TILE_ROWS - 1) / TILE_ROWS * split_block(width) * 2; }
+
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 constexpr int64_t ATTEND_ROWS = 64;  // query rows (tokens x heads of one KV head) that share a converted block of K and V
 

@@ -1,11 +1,13 @@
 // Everything that is compiled once per instruction set. The including file sets TP_ISA, opens a namespace and names the table.
 #include "vector.h"
 #include "gemm.h"
+#include "epilogue.h"
 #include "linear.h"
 #include "quant.h"
 #include "quant_linear.h"
 #include "rowwise.h"
 #include "attend.h"
+#include "quantize_block.h"
 
 // Four streams at once, each prefetched a page ahead: one stream alone leaves memory channels idle.
 static double read_sum(const void* data, int64_t bytes) {

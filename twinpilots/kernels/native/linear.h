@@ -1,31 +1,5 @@
 // LINEAR and LINEAR_IN, one panel or column block at a time. Included inside each instruction set's namespace.
 
-TP_INLINE vf bias_vector(const float* bias, int64_t c, int64_t left) {
-  if (!bias) return zero();
-  return left >= W ? load(bias + c) : load_n(bias + c, left);
-}
-
-// One row of sums y (of a panel of `columns` outputs; ACT_MUL: gate columns, then up columns) to dst.
-static void epilogue_row(const LinearArgs& a, const float* y, int64_t first, int64_t columns, float* dst) {
-  for (int64_t c = 0; c < columns; c += W) {
-    const int64_t left = columns - c;
-    vf v = left >= W ? load(y + c) : load_n(y + c, left);
-    if (a.bias) v = v + bias_vector(a.bias + first, c, left);
-    if (a.epilogue == ACT || a.epilogue == ACT_MUL) v = activate(a.activation, v);
-    if (a.epilogue == ACT_MUL) {
-      vf up = left >= W ? load(y + columns + c) : load_n(y + columns + c, left);
-      if (a.bias2) up = up + bias_vector(a.bias2 + first, c, left);
-      v = v * up;
-    }
-    if (a.epilogue == SOFTCAP) v = splat(a.softcap) * vtanh(v / splat(a.softcap));
-    if (left >= W) {
-      store(dst + c, v);
-    } else {
-      store_n(dst + c, v, left);
-    }
-  }
-}
-
 // y[rows][count * padded(columns)] = src @ panels, started from 0 or (accumulate) from dst; y is of the thread's scratch.
 static float* panel_sums(int dtype, const float* src, int64_t src_ld, int64_t rows, const Panels& p, int64_t k, const float* start, int64_t start_ld) {
   const int64_t ldy = p.count * padded(p.columns), sums = round_up(rows * ldy, 16);

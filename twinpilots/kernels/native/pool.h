@@ -22,7 +22,7 @@ class Pool {
 
   bool pinned() const { return pinned_.load() == (int)workers_.size(); }  // every worker reached its core
   int threads() const { return (int)workers_.size() + 1; }
-  void run(int64_t chunks, Fn fn, void* context);  // chunks < 2^20 per call; larger counts are cut into calls
+  void run(int64_t chunks, Fn fn, void* context);  // 2^20 chunks or more: the caller alone
 
  private:
   void work();
