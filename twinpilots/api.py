@@ -150,13 +150,14 @@ class LLM:
         check_writable(target)
         if self._trace is not None:
             raise RuntimeError("this LLM is being traced already; end that trace first")
-        recorder = self._trace = self._open_session.trace = Recorder(num_passes=num_passes)
+        recorder = self._trace = Recorder(num_passes=num_passes)
+        self._open_session.record_into(recorder)
         try:
             yield
         finally:
             self._trace = None
             if self._session is not None:
-                self._session.trace = None
+                self._session.record_into(None)
             emulated, notes = self._profile.emulated, {"model": self.spec.name, "passes": recorder.num_seen, "passes_kept": len(recorder.passes)}
             write_trace(target, trace_events(self.spec, recorder, label=label, emulated=emulated, contender=contender), notes)
 
@@ -386,7 +387,7 @@ class LLM:
             self._session.close()
             self._session = None
         self._session = Session(self.config, self.spec, self._profile, plan, self._checkpoint, self.tokenizer, self._planner, stats=stats)
-        self._session.trace = self._trace
+        self._session.record_into(self._trace)
 
     @property
     def _open_session(self) -> Session:

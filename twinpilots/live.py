@@ -61,12 +61,12 @@ class LiveEngine:
     @property
     def num_prompt_tokens(self) -> int:
         """Prompt tokens computed so far, since the LLM was made."""
-        return self._session().stats.prompt_tokens
+        return self._session().num_tokens[0]
 
     @property
     def num_generated(self) -> int:
         """Tokens generated so far, since the LLM was made."""
-        return self._session().stats.generated_tokens
+        return self._session().num_tokens[1]
 
     def fits(self, num_prompt_tokens: int, max_tokens: int | None) -> bool:
         """Whether the plan in force can hold such a sequence to its end; without ``max_tokens``, the prompt and one more token."""

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from twinpilots.progress import Progress
 from twinpilots.request import RequestOutput
 from twinpilots.runtime.batch import StepBatch
 from twinpilots.runtime.engine import Engine
-from twinpilots.runtime.executor import Executor, weight_shares
+from twinpilots.runtime.executor import Executor, PassRecord, weight_shares
 from twinpilots.runtime.kv_cache import KvCache
 from twinpilots.runtime.scheduler import Scheduler
 from twinpilots.runtime.stats import EngineStats, PassReport, WeightShares
@@ -38,7 +38,18 @@ from twinpilots.trace import Recorder, TracedPass
 
 logger = logging.getLogger(__name__)
 STORE_PASSES = 5000  # between two times that what was learned is stored: a run that is killed has not learned in vain
+ACCOUNT_EVERY_NS = 50_000_000  # of passes: slower passes are accounted for one by one
 PREPARE_S = 0.6  # what loading may spend on compiling programs ahead
+
+
+@dataclass(frozen=True, slots=True)
+class _PassRun:
+    """A pass that is not accounted for yet."""
+
+    batch: StepBatch
+    record: PassRecord
+    began_ns: int
+    ended_ns: int
 
 
 class CheckpointWeights:
@@ -73,20 +84,21 @@ class Session:
             self.executor.prepare(PREPARE_S)
             self._stack = stack.pop_all()
         self.load_s = time.perf_counter() - began
-        self.stats = stats or EngineStats(
+        self._stats = stats or EngineStats(
             policy=config.policy, device=machine.device, emulated=profile.emulated, weights=WeightShares(resident=0, streamed=0, cpu=0)
         )
         switch = longrope_switch(spec)  # such a model's pages depend on more than the tokens before them
-        kv = KvCache(plan, share_prefixes=config.enable_prefix_caching and switch is None, counts=self.stats.prefix)
+        kv = KvCache(plan, share_prefixes=config.enable_prefix_caching and switch is None, counts=self._stats.prefix)
         self.scheduler = Scheduler(plan, kv, recompute_beyond=switch)
         eos = checkpoint.generation_config["eos_token_ids"]
         self.engine = Engine(self, self.scheduler, kv, vocab_size=spec.vocab_size, eos_token_ids=eos, tokenizer=tokenizer, seed=config.seed)
         shares = weight_shares(spec, plan, plan.bucket_for("decode", plan.max_num_seqs))
-        self.stats.weights = shares
+        self._stats.weights = shares
         self._batch: StepBatch | None = None
-        self._accounted_ns = 0
+        self._unaccounted: list[_PassRun] = []
+        self._unaccounted_ns = self._charge_ns = 0
         self.last_pass: tuple[StepBatch, np.ndarray] | None = None  # its logits are a view, valid until the next pass
-        self.trace: Recorder | None = None  # takes in every pass while there is one
+        self._trace: Recorder | None = None  # takes in every pass while there is one
 
     def execute(self, batch: StepBatch, *, more: bool) -> np.ndarray:
         """The engine's executor: remembers the batch for the report."""
@@ -103,30 +115,65 @@ class Session:
 
     def step(self, *, partial: bool | Container[str] = True) -> list[RequestOutput]:
         """One pass, timed as the user feels it: scheduling and sampling included. ``partial`` as in `Engine.step`."""
-        began_ns = time.perf_counter_ns() - self._accounted_ns  # a pass is charged with the accounting of the one before
+        began_ns = time.perf_counter_ns() - self._charge_ns
         outputs = self.engine.step(partial=partial)
         ended_ns = time.perf_counter_ns()
-        self._accounted_ns = 0
-        if self._batch is not None and self.executor.last_report is not None:
-            tracing_ns = self._account(self._batch, self.executor.last_report, began_ns, ended_ns)
-            self._accounted_ns = time.perf_counter_ns() - ended_ns - tracing_ns
+        record = self.executor.last_record
+        if self._batch is not None and record is not None:
+            self._unaccounted.append(_PassRun(self._batch, record, began_ns, ended_ns))
+            self._unaccounted_ns += ended_ns - began_ns
             self._batch = None
+        if self._trace is not None or self._unaccounted_ns >= ACCOUNT_EVERY_NS or not self.engine.has_unfinished():
+            self.account()
         return outputs
 
-    def _account(self, batch: StepBatch, report: PassReport, began_ns: int, ended_ns: int) -> int:
-        """What a pass took goes to the stats, to the trace and to the planner, who may answer with another plan. Returns what the trace's part took (ns)."""
-        seconds = (ended_ns - began_ns) * 1e-9
+    @property
+    def stats(self) -> EngineStats:
+        """Sums over all passes so far."""
+        self.account()
+        return self._stats
+
+    @property
+    def num_tokens(self) -> tuple[int, int]:
+        """(prompt tokens computed, tokens generated) so far, as `stats` will have it: for those who ask after every pass."""
+        records = [run.record for run in self._unaccounted]
+        prompt, generated = sum(record.num_prompt_tokens for record in records), sum(record.num_generated for record in records)
+        return self._stats.prompt_tokens + prompt, self._stats.generated_tokens + generated
+
+    def record_into(self, trace: Recorder | None) -> None:
+        """Every pass from now on goes into ``trace``; None: no longer."""
+        self.account()
+        self._trace = trace
+
+    def account(self) -> None:
+        """What the passes since the last time took goes to the stats, to the trace and to the planner, who may answer with another plan.
+
+        Some at a time, because the first is the dearest (`Executor.report`); what it takes is charged to as many passes that follow.
+        """
+        began_ns, tracing_ns = time.perf_counter_ns(), 0
+        runs, self._unaccounted, self._unaccounted_ns = self._unaccounted, [], 0
+        plan = self.plan
+        for run in runs:
+            tracing_ns += self._account(run, plan)
+        if runs:
+            self._charge_ns = (time.perf_counter_ns() - began_ns - tracing_ns) // len(runs)
+
+    def _account(self, run: _PassRun, plan: Plan) -> int:
+        """One pass under ``plan``. Returns what the trace's part took (ns)."""
+        batch, seconds = run.batch, (run.ended_ns - run.began_ns) * 1e-9
+        report, work_s = self.executor.report(run.record)
+        if plan is not self.plan:  # a pass before it has changed the plan: what it was predicted to take is forgotten
+            self._stats.add(replace(report, seconds=seconds))
+            return 0
         online, load = self._planner.online, pass_load_of(batch)
-        predicted = online.predict(self.plan, batch.bucket, load)  # before this pass's own times become known to the planner
+        predicted = online.predict(plan, batch.bucket, load)  # before this pass's own times become known to the planner
         tracing_ns = time.perf_counter_ns()
-        if self.trace is not None:
-            self.trace.add(functools.partial(self._traced, batch, load, report, predicted.seconds, began_ns, ended_ns))
+        if self._trace is not None:
+            self._trace.add(functools.partial(self._traced, batch, load, report, predicted.seconds, run.began_ns, run.ended_ns))
         tracing_ns = time.perf_counter_ns() - tracing_ns
-        self.stats.add(replace(report, seconds=seconds, predicted_s=predicted.seconds, predicted_busy_s=predicted.busy_s))
-        schedule = self.executor.last_schedule
-        assert schedule is not None
+        self._stats.add(replace(report, seconds=seconds, predicted_s=predicted.seconds, predicted_busy_s=predicted.busy_s))
         done = PassDone(
-            plan=self.plan, bucket=batch.bucket, load=load, schedule=schedule, work_s=self.executor.work_seconds(), seconds=seconds,
+            plan=plan, bucket=batch.bucket, load=load, schedule=run.record.placed.program.schedule, work_s=work_s, seconds=seconds,
             driver_s=seconds - report.seconds, remaining=self.scheduler.passes_left(batch.bucket.phase),
         )  # fmt: skip
         change = online.after_pass(done, predicted)
@@ -157,7 +204,7 @@ class Session:
             if id(bucket) not in before:
                 self.executor.compile_bucket(bucket)
         self.plan = plan
-        self.stats.plan_changes += 1
+        self._stats.plan_changes += 1
         self._planner.online.switched(time.perf_counter() - began)
 
     def close(self) -> None:

@@ -6,8 +6,9 @@ Owns the choice of cores, the native worker pool and the pinning of the calling 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,7 @@ class CpuPilot:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
         pin = self.threads <= len(self.cores)
         # The native pool pins its own workers; torch's threads inherit the caller's set.
+        self._pinned_thread: int | None = None  # a thread that is on its place, and stays there for now
         self._caller_cpus = None if not pin else frozenset(self.cores[:1] if self.native is not None else self.cores)
         if self.native is not None:
             self._pool = self.native.pool_create(self.threads, self.cores[: self.threads] if pin else None)
@@ -101,16 +103,22 @@ class CpuPilot:
 
         DeviceLostError when it cannot end: another pilot is gone, an event never comes, or the program is bad. ``host`` is then aborted.
         """
-        with self.caller_pinned():
+        with nullcontext() if self._pinned_thread == threading.get_ident() else self.caller_pinned():
             status = self._run(entry, host)
         if status != OK:
             host.set_abort()  # the other queues must not wait for events that this one will never record
             reason = REASONS.get(status, f"status {status}")
             raise DeviceLostError(f"the CPU pilot stopped in pass {int(entry['pass_id'])}: {reason}; the engine cannot go on, start a new one")
 
-    def caller_pinned(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def caller_pinned(self) -> Iterator[None]:
         """The calling thread on its place in the pool. `run` sees to it by itself; around many runs it need not be done, and undone, in each."""
-        return pinned(self._caller_cpus)
+        with pinned(self._caller_cpus):
+            before, self._pinned_thread = self._pinned_thread, threading.get_ident()
+            try:
+                yield
+            finally:
+                self._pinned_thread = before
 
     def _run(self, entry: np.void | NDArray[Any], host: HostArena) -> int:
         if self.native is not None:

@@ -5,7 +5,7 @@ Owns the meaning of "busy" and of the byte counts in `EngineStats`. Knows nothin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -115,6 +115,16 @@ def busy_seconds(by_class: dict[Queue, np.ndarray]) -> BusySeconds:
         cpu=float(by_class["cpu"][SMALL:].sum()) if "cpu" in by_class else 0.0, gpu=float(by_class["gpu"][SMALL:].sum()) if "gpu" in by_class else 0.0,
         link=float(sum(seconds[LINK] for seconds in by_class.values())),
     )  # fmt: skip
+
+
+def work_seconds(accounts: Sequence[QueueAccount], by_class: Mapping[Queue, np.ndarray]) -> dict[WorkKind, float]:
+    """What each kind of work took, from each queue's seconds per class."""
+    found: dict[WorkKind, float] = {}
+    for account in accounts:
+        for kind, seconds in zip(account.kinds, by_class[account.queue].tolist(), strict=True):
+            if kind is not None:
+                found[kind] = found.get(kind, 0.0) + seconds
+    return found
 
 
 def bytes_moved(accounts: tuple[QueueAccount, ...], meta: np.ndarray, page_bytes: int, page_size: int) -> BytesMoved:

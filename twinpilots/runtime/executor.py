@@ -17,14 +17,14 @@ from twinpilots.device.base import GpuDevice
 from twinpilots.device.cpu import CpuPilot
 from twinpilots.device.memory import GpuArena, HostArena, Ledger, Tier
 from twinpilots.errors import DeviceLostError
-from twinpilots.kernels.abi import ENTRY, EVENT_START, Op, Space, address
+from twinpilots.kernels.abi import ENTRY, EVENT_START, Meta, Op, Space, address
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.expected import WorkKind, kinds_on, rate_keys_of
 from twinpilots.plan.memory import gpu_layout_bytes, host_layout_bytes
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.schedule import expand
-from twinpilots.plan.tasks import PassShape, Queue, Schedule
-from twinpilots.runtime.accounts import QueueAccount, busy_seconds, bytes_moved, instruction_bytes, instruction_rows
+from twinpilots.plan.tasks import PassShape, Queue
+from twinpilots.runtime.accounts import QueueAccount, busy_seconds, bytes_moved, instruction_bytes, instruction_rows, work_seconds
 from twinpilots.runtime.batch import MetadataWriter, StepBatch, metadata_words
 from twinpilots.runtime.compile import Compiler, Program
 from twinpilots.runtime.interrupts import Interrupts
@@ -48,6 +48,18 @@ class Placed:
     times: dict[Queue, tuple[np.ndarray, np.ndarray]]
     shares: WeightShares
     accounts: tuple[QueueAccount, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """What a pass leaves behind to be summed up later: `Executor.report`. ``times`` and ``meta`` are copies, for the next passes overwrite them."""
+
+    placed: Placed
+    times: dict[Queue, np.ndarray]
+    meta: np.ndarray
+    seconds: float
+    num_prompt_tokens: int
+    num_generated: int
 
 
 class PassRunner(Protocol):
@@ -89,8 +101,7 @@ class Executor:
         self._link_in: Placed | None = None  # whose weight stream the last pass had: another program's with the same stream, when link_in ran ahead
         self.interrupts = Interrupts(self.host.set_abort)
         self._last: Placed | None = None
-        self._by_class: dict[Queue, np.ndarray] = {}  # of the last pass: seconds of work per class of instructions (runtime.accounts)
-        self.last_report: PassReport | None = None
+        self.last_record: PassRecord | None = None
         self.plan_changes = 0
 
     def _open_gpu(self) -> Layout:
@@ -113,7 +124,7 @@ class Executor:
             self._run(placed, more)
         seconds = time.perf_counter() - began
         self._last = placed
-        self.last_report = self._report(placed, batch, seconds)
+        self.last_record = self._record(placed, batch, seconds)
         return self._logits[: batch.num_logits]
 
     def _run(self, placed: Placed, more: bool) -> None:
@@ -241,20 +252,6 @@ class Executor:
         )  # fmt: skip
         return Placed(program, insns, traces, times, weight_shares(self.spec, self.plan, program.bucket), accounts)
 
-    @property
-    def last_schedule(self) -> Schedule | None:
-        """The task list of the last pass."""
-        return None if self._last is None else self._last.program.schedule
-
-    def work_seconds(self) -> dict[WorkKind, float]:
-        """What the last pass's work took by kind, waits excluded."""
-        found: dict[WorkKind, float] = {}
-        for account in self._last.accounts if self._last is not None else ():
-            for kind, seconds in zip(account.kinds, self._by_class[account.queue].tolist(), strict=True):
-                if kind is not None:
-                    found[kind] = found.get(kind, 0.0) + seconds
-        return found
-
     def _times(self, placed: Placed, queue: Queue) -> np.ndarray:
         """int64 [count][3] of the last pass: wait began, work began, work ended (ns)."""
         placed = self._link_in if queue == "link_in" and self._link_in is not None else placed
@@ -268,14 +265,26 @@ class Executor:
 
     # -- what a pass took ----------------------------------------------------------------------------------------------------------------
 
-    def _report(self, placed: Placed, batch: StepBatch, seconds: float) -> PassReport:
-        self._by_class = {account.queue: account.seconds(self._times(placed, account.queue)) for account in placed.accounts}
-        return PassReport(
-            seconds=seconds, predicted_s=None, busy_s=busy_seconds(self._by_class),
-            bytes=bytes_moved(placed.accounts, self._meta, page_bytes(self.spec, self.plan), self.plan.page_size), weights=placed.shares,
-            num_prompt_tokens=batch.num_prompt_tokens, num_generated=batch.num_generated,
-            weight_wait_s=sum(account.weight_wait_s(self._times(placed, account.queue)) for account in placed.accounts if len(account.streamed)),
+    def _record(self, placed: Placed, batch: StepBatch, seconds: float) -> PassRecord:
+        return PassRecord(
+            placed, {account.queue: self._times(placed, account.queue).copy() for account in placed.accounts}, self._meta[: self._meta[Meta.NUM_WORDS]].copy(),
+            seconds, batch.num_prompt_tokens, batch.num_generated,
         )  # fmt: skip
+
+    def report(self, record: PassRecord) -> tuple[PassReport, dict[WorkKind, float]]:
+        """What a pass did, and what its work took by kind, waits excluded.
+
+        Passes are best summed up some at a time: after a pass this code lies in no cache, and costs a small model's pass a tenth of its time.
+        """
+        accounts, times = record.placed.accounts, record.times
+        by_class = {account.queue: account.seconds(times[account.queue]) for account in accounts}
+        report = PassReport(
+            seconds=record.seconds, predicted_s=None, busy_s=busy_seconds(by_class),
+            bytes=bytes_moved(accounts, record.meta, page_bytes(self.spec, self.plan), self.plan.page_size), weights=record.placed.shares,
+            num_prompt_tokens=record.num_prompt_tokens, num_generated=record.num_generated,
+            weight_wait_s=sum(account.weight_wait_s(times[account.queue]) for account in accounts if len(account.streamed)),
+        )  # fmt: skip
+        return report, work_seconds(accounts, by_class)
 
     def pass_times(self) -> PassTimes | None:
         """A copy of the last pass's times and what its tasks worked on, for a trace; None before the first pass."""
