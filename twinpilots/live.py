@@ -75,9 +75,12 @@ class LiveEngine:
         needed = num_prompt_tokens + (1 if max_tokens is None else max_tokens)
         return needed <= self.plan.max_model_len and needed - 1 <= capacity  # the last token is never computed
 
-    def add(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None) -> None:
-        """Queue a request. Raises ValueError for bad input and LimitError for one that the plan in force can never run, both before any work."""
-        self._session().engine.add_request(request_id, prompt_token_ids, params, prompt)
+    def add(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None, *, client: str = "", priority: int = 0
+    ) -> None:
+        """Queue a request. Clients share the engine fairly; among one client's requests, a lower priority goes first. Raises ValueError for bad input and
+        LimitError for one that the plan in force can never run, both before any work."""
+        self._session().engine.add_request(request_id, prompt_token_ids, params, prompt, client=client, priority=priority)
         self._live.add(request_id)
 
     def step(self, *, partial: bool | Container[str] = True) -> list[RequestOutput]:

@@ -81,14 +81,19 @@ class Engine:
 
     # -- requests in -------------------------------------------------------------------------------------------------------------------------
 
-    def add_request(self, request_id: str, prompt_token_ids: SequenceABC[int], params: SamplingParams, prompt: str | None = None) -> None:
-        """Queue a request. Raises ValueError for bad input and LimitError for one that can never run, both before any work."""
+    def add_request(
+        self, request_id: str, prompt_token_ids: SequenceABC[int], params: SamplingParams, prompt: str | None = None, *, client: str = "", priority: int = 0
+    ) -> None:
+        """Queue a request. Clients share fairly; among one client's requests, a lower priority goes first. Raises ValueError for bad input and
+        LimitError for one that can never run, both before any work."""
         tokens = [int(token) for token in prompt_token_ids]
         self._check(request_id, tokens, params)
         self.scheduler.length_limit(len(tokens), params.max_tokens)
         outputs = []
         for index in range(params.n):
-            sequence = Sequence(request_id=request_id, index=index, params=params, tokens=list(tokens), arrival=self._num_arrived)
+            sequence = Sequence(
+                request_id=request_id, index=index, params=params, tokens=list(tokens), arrival=self._num_arrived, client=client, priority=priority
+            )
             self._num_arrived += 1
             if params.prompt_logprobs is not None and index == 0:
                 sequence.logits_from = 0
