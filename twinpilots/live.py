@@ -52,11 +52,12 @@ class LiveEngine:
         return len(self._session().scheduler.waiting)
 
     def stats(self) -> dict[str, Any]:
-        """Counters of the scheduler: preemptions and KV pages, by tier (total and free)."""
+        """Counters of the scheduler: preemptions, sequences whose KV changed tiers by where it went, and KV pages, by tier (total and free)."""
         session = self._session()
         pools = session.engine.kv.pools
         pages = {tier: {"total": pool.num_pages, "free": pool.num_free} for tier, pool in pools.items()}
-        return {"preemptions": session.scheduler.num_preemptions, "pages": pages}
+        moves = {tier: session.scheduler.num_moves[tier] for tier in pools}
+        return {"preemptions": session.scheduler.num_preemptions, "kv_moves": moves, "pages": pages}
 
     @property
     def num_prompt_tokens(self) -> int:

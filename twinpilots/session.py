@@ -17,6 +17,7 @@ import numpy as np
 from twinpilots.config import EngineConfig
 from twinpilots.device.memory import Tier
 from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.kv_pricing import KvPricing
 from twinpilots.machine import open_machine
 from twinpilots.model.checkpoint import Checkpoint
 from twinpilots.model.spec import ModelSpec
@@ -78,7 +79,9 @@ class Session:
         )
         switch = longrope_switch(spec)  # such a model's pages depend on more than the tokens before them
         kv = KvCache(plan, share_prefixes=config.enable_prefix_caching and switch is None, counts=self.stats.prefix)
-        self.scheduler = Scheduler(plan, kv, recompute_beyond=switch)
+        moves = plan.gpu_pages > 0 and plan.host_pages > 0 and profile.link is not None
+        pricing = KvPricing(spec, lambda: self.plan, lambda: planner.online.profile) if moves else None
+        self.scheduler = Scheduler(plan, kv, recompute_beyond=switch, pricing=pricing)
         eos = checkpoint.generation_config["eos_token_ids"]
         self.engine = Engine(self, self.scheduler, kv, vocab_size=spec.vocab_size, eos_token_ids=eos, tokenizer=tokenizer, seed=config.seed)
         shares = weight_shares(spec, plan, plan.bucket_for("decode", plan.max_num_seqs))
@@ -129,7 +132,7 @@ class Session:
             plan=self.plan, bucket=batch.bucket, load=load, schedule=schedule, work_s=self.executor.work_seconds(), seconds=seconds,
             driver_s=seconds - report.seconds, remaining=self.scheduler.passes_left(batch.bucket.phase),
         )  # fmt: skip
-        change = online.after_pass(done, predicted)
+        change = None if batch.moves else online.after_pass(done, predicted)  # a copy beside it is no part of what the pass was predicted to take
         if online.tracker.num_passes % STORE_PASSES == 0:
             self._planner.store_history()
         if change is not None:

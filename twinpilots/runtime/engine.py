@@ -31,7 +31,8 @@ class Executor(Protocol):
     def execute(self, batch: StepBatch, *, more: bool) -> Logits:
         """Logits [batch.num_logits, vocab], float32: a view, valid until the next call.
 
-        ``more``: a pass that takes the same weights from the same places will likely follow, so that prefetching for it pays.
+        KV that `StepBatch.moves` names is on its new tier when this returns. ``more``: a pass that takes the same weights from the same places will likely
+        follow, so that prefetching for it pays.
         """
         ...
 
@@ -139,6 +140,10 @@ class Engine:
         also of the requests that it names.
         An error leaves the sequences as before the pass."""
         batch = self.scheduler.schedule()
+        while batch is not None and not batch.items:  # nobody can run before KV has changed tiers
+            self.executor.execute(batch, more=False)
+            self.scheduler.commit(batch)
+            batch = self.scheduler.schedule()
         if batch is None:
             return []
         following = self.scheduler.predict_next(batch)

@@ -5,13 +5,15 @@ a sequence's computed tokens catch up with its tokens. Dealing the chosen items 
 or time.
 
 Decoding sequences come first, then prompt chunks; clients that compete share fairly (`fairness.py`), a single one is served first come, first served. A
-sequence that needs a page when none is left takes it from the newest on its tier, so the oldest always gets on.
+sequence that needs a page when none is left takes it from the newest on its tier, so the oldest always gets on: the newest moves to the host where that pays
+(`migration.py`), else it is computed anew later.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from twinpilots.runtime.batch import BatchItem, StepBatch
 from twinpilots.runtime.deal import bucket_of, deal
 from twinpilots.runtime.fairness import PROMPT_TOKEN, FairQueue
 from twinpilots.runtime.kv_cache import TIERS, KvCache
+from twinpilots.runtime.migration import Migration, Pricing
 
 # Tokens that a running sequence is expected to grow beyond what is known; admission keeps pages for them. Longer outputs may end in a preemption.
 GROWTH_TOKENS = 256
@@ -32,9 +35,12 @@ _FIXED_BY_LIVE_SEQUENCES = (
 
 
 class Scheduler:
-    """Queues and budgets. ``recompute_beyond``: a sequence that grows past this many tokens is computed anew (longrope changes its rotary table there)."""
+    """Queues and budgets. ``recompute_beyond``: a sequence that grows past this many tokens is computed anew (longrope changes its rotary table there).
+    ``pricing``: whether a sequence should change tiers; None: never."""
 
-    def __init__(self, plan: Plan, kv: KvCache, *, growth_tokens: int = GROWTH_TOKENS, recompute_beyond: int | None = None) -> None:
+    def __init__(
+        self, plan: Plan, kv: KvCache, *, growth_tokens: int = GROWTH_TOKENS, recompute_beyond: int | None = None, pricing: Pricing | None = None
+    ) -> None:
         assert recompute_beyond is None or not kv.share_prefixes, "what is computed anew in place must not be shared"
         self.plan = plan
         self.kv = kv
@@ -42,7 +48,9 @@ class Scheduler:
         self.recompute_beyond = recompute_beyond
         self.waiting = FairQueue()
         self.running: list[Sequence] = []  # by arrival
+        self.migration = Migration(plan, kv, pricing)
         self.num_preemptions = 0
+        self.num_moves: Counter[Tier] = Counter()  # sequences whose KV has changed tiers, by where it went
         self.prompt_budget: int | None = None  # prompt tokens of a pass in which others decode; None: as many as it holds
 
     def set_plan(self, plan: Plan) -> None:
@@ -108,6 +116,8 @@ class Scheduler:
         """The next pass; None when there is nothing to do. Pages are reserved here; `commit` counts the tokens as computed."""
         draft = _Draft(self.plan.max_pass_tokens, self.plan.max_num_seqs)
         newcomers = _Newcomers(self, draft)
+        num_preemptions = self.num_preemptions
+        self.migration.begin()
         for sequence in tuple(self.running):
             if not sequence.is_catching_up and sequence.status is Status.RUNNING:
                 self._bring(sequence, draft)
@@ -118,8 +128,36 @@ class Scheduler:
             if sequence.status is Status.RUNNING:
                 self._bring(sequence, draft)
         newcomers.admit()
-        assert draft.items or not self.has_unfinished(), f"nothing can run, yet {len(self.running)} sequences are running, {len(self.waiting)} waiting"
-        return deal(self.plan, list(draft.items.values())) if draft.items else None
+        if self.migration.pricing is not None and not self.migration.moves and self.num_preemptions == num_preemptions:
+            self._bring_home(draft)
+        moves = tuple(self.migration.moves.values())
+        assert draft.items or moves or not self.has_unfinished(), f"nothing can run, yet {len(self.running)} sequences run, {len(self.waiting)} wait"
+        if not draft.items:
+            return StepBatch(bucket=bucket_of(self.plan, ()), micro_batches=(), moves=moves) if moves else None
+        return replace(deal(self.plan, list(draft.items.values())), moves=moves)
+
+    def _bring_home(self, draft: _Draft) -> None:
+        """GPU pages that nobody else will want go to the decoding host sequence that has most left to do, if that pays."""
+        if self.waiting and len(self.running) < self.plan.max_num_seqs:
+            return  # they are the next one's
+        expected = self._expected_by_tier(self.running)
+        room, capacity = self.kv.pools["gpu"].num_pages - expected["gpu"], self.capacity_tokens("gpu")
+        able = [
+            sequence for sequence in self.running
+            if sequence.tier == "host" and not sequence.is_catching_up and sequence.max_len - 1 <= capacity and self._expected_pages(sequence) <= room
+        ]  # fmt: skip
+        if able:
+            sequence = max(able, key=lambda sequence: min(sequence.max_len - len(sequence.tokens), self.growth_tokens))
+            if self.migration.start(sequence, self.running):
+                draft.drop(sequence)
+
+    def _send_off(self, sequence: Sequence) -> bool:
+        """Whether the sequence leaves GPU memory for the host, instead of being computed anew."""
+        if sequence.tier != "gpu" or self.migration.pricing is None or self.capacity_tokens("host") < sequence.max_len - 1:
+            return False
+        coming = sum(self._expected_pages(other) for other in self.migration.moves)
+        has_room = self._expected_by_tier(self.running)["host"] + coming + self._expected_pages(sequence) <= self.kv.pools["host"].num_pages
+        return has_room and self.migration.start(sequence, self.running)
 
     def _start(self, sequence: Sequence, tier: Tier) -> None:
         self.waiting.take(sequence)
@@ -130,13 +168,16 @@ class Scheduler:
     def _bring(self, sequence: Sequence, draft: _Draft) -> bool:
         """Put as many of its pending tokens into the pass as the budgets allow; False when none."""
         num_tokens, num_logits = draft.room_for(sequence)
-        if num_tokens == 0:
+        if num_tokens == 0 or sequence in self.migration.moves:
             return False
         end = sequence.num_computed + num_tokens
         while not self.kv.extend(sequence, end):
-            victim = next(other for other in reversed(self.running) if other.tier == sequence.tier)
+            if self.migration.covers(sequence, end):
+                return False
+            victim = next(other for other in reversed(self.running) if other.tier == sequence.tier and other not in self.migration.moves)
             draft.drop(victim)
-            self._preempt(victim)
+            if not self._send_off(victim):
+                self._preempt(victim)
             if victim is sequence:
                 return False
         draft.add(BatchItem(sequence, sequence.num_computed, num_tokens, num_logits, sequence.is_catching_up, self.kv.pages(sequence, end)))
@@ -154,7 +195,11 @@ class Scheduler:
     # -- after a pass ------------------------------------------------------------------------------------------------------------------------
 
     def commit(self, batch: StepBatch) -> None:
-        """The pass has run: its tokens are computed."""
+        """The pass has run: its tokens are computed, and what moved has arrived."""
+        for move in batch.moves:
+            self.kv.end_move(move)
+            move.sequence.tier = move.to
+            self.num_moves[move.to] += 1
         for item in batch.items:
             sequence, end = item.sequence, item.start + item.num_tokens
             sequence.num_computed = end
@@ -255,7 +300,7 @@ class _Newcomers:
     def admit(self, before: Sequence | None = None) -> None:
         """Let in who may come; with ``before``, only those whose turn is before that running sequence's."""
         scheduler, waiting = self._scheduler, self._scheduler.waiting
-        while not self._closed and waiting and self._has_place() and scheduler.num_preemptions == self._num_preemptions:  # a victim would come back at once
+        while not self._closed and waiting and self._has_place() and not self._is_short():
             sequence = waiting.first(self._promised)
             if before is not None and not waiting.overtakes(sequence, before):
                 return
@@ -267,6 +312,10 @@ class _Newcomers:
             self._expected[tier] += scheduler._expected_pages(sequence)
             self._promised[sequence.client] += _prompt_charge(sequence)
             self._closed = not scheduler._bring(sequence, self._draft)
+
+    def _is_short(self) -> bool:
+        """Whether somebody has lost their place in this pass: they would come back at once."""
+        return self._scheduler.num_preemptions != self._num_preemptions or bool(self._scheduler.migration.moves)
 
     def _has_place(self) -> bool:
         draft = self._draft

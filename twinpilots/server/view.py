@@ -62,6 +62,7 @@ class Snapshot:
     running: int
     waiting: int
     preemptions: int
+    kv_moves: Mapping[str, int]
     kv: Mapping[str, tuple[int, int]]
     plan: Mapping[str, str]
     limits: Mapping[str, int]
@@ -79,7 +80,8 @@ class Snapshot:
     def document(self, since_s: float) -> dict[str, Any]:
         """What the page polls: everything but samples that it has already."""
         return {
-            "stats": self.stats, "totals": self.totals, "running": self.running, "waiting": self.waiting, "preemptions": self.preemptions, "plan": self.plan,
+            "stats": self.stats, "totals": self.totals, "running": self.running, "waiting": self.waiting, "preemptions": self.preemptions,
+            "kv_moves": self.kv_moves, "plan": self.plan,
             "kv": {tier: {"used": used, "pages": pages} for tier, (used, pages) in self.kv.items()}, "limits": self.limits, "shares": self.shares,
             "now": self.now, "busy": self.busy, "changes": self.changes, "samples": [sample.as_dict() for sample in self.samples if sample.time_s > since_s],
         }  # fmt: skip
@@ -95,6 +97,7 @@ class Snapshot:
         tiers = [({"tier": tier}, part[0] / part[1] if part[1] else None) for tier, part in self.kv.items()]
         page.values(gauge, f"{prefix}kv_cache_tier_usage_perc", "KV pages in use by tier; 1 means all.", tiers)
         page.value(counter, f"{prefix}num_preemptions_total", "Sequences that lost their pages and were computed anew.", self.preemptions)
+        _labelled(page, counter, f"{prefix}kv_moves_total", "Sequences whose KV was moved between the tiers, by where it went.", "to", self.kv_moves)
         found = stats["prefix_cache"]
         page.value(counter, f"{prefix}prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.", found["queried_tokens"])
         page.value(counter, f"{prefix}prefix_cache_hits_total", "Prompt tokens found there.", found["hit_tokens"])
@@ -185,7 +188,8 @@ class View:
         kv = {tier: (pages["total"] - pages["free"], pages["total"]) for tier, pages in counts["pages"].items()}
         return Snapshot(
             taken_s=time.monotonic(), stats=self._llm.stats(), totals=self._totals(), running=live.num_running, waiting=live.num_waiting,
-            preemptions=counts["preemptions"], kv=kv, plan=self._plan_text, limits=limits, shares=dict(self._shares), now=self._now,
+            preemptions=counts["preemptions"], kv_moves=counts["kv_moves"],
+            kv=kv, plan=self._plan_text, limits=limits, shares=dict(self._shares), now=self._now,
             samples=tuple(self._samples), changes=tuple(self._changes),
         )  # fmt: skip
 
