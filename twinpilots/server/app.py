@@ -105,7 +105,7 @@ async def generate(service: Service, request: Request, endpoint: str) -> Respons
             raise
         ticket.close()
         name = prepared.request.model or service.settings.model_names[0]
-        body = response_body(prepared.request, outputs, response_id=prepared.response_id, created=prepared.created, model=name)
+        body = response_body(prepared.request, outputs, response_id=prepared.response_id, created=prepared.created, model=name, details=True)
         return json_reply(body, headers=headers)
     except ReaderGoneError:
         return Response(status_code=499)  # nobody reads it

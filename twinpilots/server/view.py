@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +135,7 @@ class View:
         self._shares: dict[str, Shares] = {}
         self._samples: deque[Sample] = deque(maxlen=KEPT_SAMPLES)
         self._changes: deque[Mapping[str, Any]] = deque(maxlen=KEPT_CHANGES)
+        self._num_reasons = 0
         self._now: dict[str, Any] | None = None
         self._host_kv_bytes = 0.0
         self._bucket: BucketPlan | None = None
@@ -182,22 +183,25 @@ class View:
         )  # fmt: skip
 
     def _snapshot(self) -> Snapshot:
-        self._note_plan()
+        stats = self._llm.stats()
+        self._note_plan(stats["plan_history"])
         live, counts = self._live, self._live.stats()
         limits = {"max_model_len": live.plan.max_model_len, "max_num_seqs": live.plan.max_num_seqs, "max_pass_tokens": live.plan.max_pass_tokens}
         kv = {tier: (pages["total"] - pages["free"], pages["total"]) for tier, pages in counts["pages"].items()}
         return Snapshot(
-            taken_s=time.monotonic(), stats=self._llm.stats(), totals=self._totals(), running=live.num_running, waiting=live.num_waiting,
+            taken_s=time.monotonic(), stats=stats, totals=self._totals(), running=live.num_running, waiting=live.num_waiting,
             preemptions=counts["preemptions"], kv_moves=counts["kv_moves"],
             kv=kv, plan=self._plan_text, limits=limits, shares=dict(self._shares), now=self._now,
             samples=tuple(self._samples), changes=tuple(self._changes),
         )  # fmt: skip
 
-    def _note_plan(self) -> None:
+    def _note_plan(self, history: Sequence[Mapping[str, Any]]) -> None:
         plan = self._llm.plan
         if plan is not self._plan:
             if self._plan is not None:
-                self._changes.append({"t": round(time.time(), 3), "text": difference(self._plan, plan)})
+                reason = history[-1]["reason"] if len(history) > self._num_reasons else None
+                self._changes.append({"t": round(time.time(), 3), "text": difference(self._plan, plan), "reason": reason})
+            self._num_reasons = len(history)
             self._plan, self._shares = plan, {}
             self._plan_text = {
                 "id": hashlib.sha256(plan.to_json().encode()).hexdigest()[:12], "model": plan.model, "policy": plan.policy,
