@@ -153,7 +153,7 @@ def llm(target: Target, directory: Path) -> Outcome:
     )  # fmt: skip
     (directory / "keys.json").write_text(json.dumps({"twin": target.key}))
     line = [str(target.bin / "llm"), "-m", "twin", "-o", "max_tokens", "8", "-o", "temperature", "0", "Say hello."]
-    results = [command(target, [*line, *more], directory, LLM_USER_PATH=str(directory)) for more in ([], ["--no-stream"])]
+    results = [command(target, [*line, *more], directory, LLM_USER_PATH=str(directory), LLM_LOAD_PLUGINS="") for more in ([], ["--no-stream"])]
     same = all(good for good, _ in results) and results[0][1] == results[1][1]
     return same, f"llm: streamed and whole: {results[0][1]}" if same else f"{results}"
 
@@ -194,13 +194,17 @@ def tokenizer_directory(directory: Path, model: str) -> Path:
 
 
 def guidellm(target: Target, directory: Path) -> Outcome:
-    """A short run of the load generator."""
-    line = [str(target.bin / "guidellm"), "benchmark", "run", "--target", target.url, "--backend-kwargs", json.dumps({"api_key": target.key}),
-            "--model", target.model, "--processor", str(tokenizer_directory(directory, target.model)), "--profile", "concurrent",
-            "--rate", "4", "--max-requests", "12",
-            "--data", "prompt_tokens=32,output_tokens=16", "--output-dir", str(directory)]  # fmt: skip
+    """A short run of the load generator (its command line since 0.8)."""
+    report = directory / "report.json"
+    line = [str(target.bin / "guidellm"), "run", "--backend", f"kind=openai_http,target={target.url},model={target.model},api_key={target.key}",
+            "--tokenizer", f"kind=hf_auto,model={tokenizer_directory(directory, target.model)}", "--profile", "kind=concurrent,streams=4",
+            "--constraint", "kind=max_requests,count=12", "--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=16",
+            "--output", f"kind=json,path={report}", "--disable-console"]  # fmt: skip
     good, last = command(target, line, directory, GUIDELLM__LOGGING__DISABLED="true")
-    return good, "guidellm: 12 requests, 4 at a time" if good else last
+    if not good or not report.exists():
+        return False, last
+    totals = json.loads(report.read_text())["benchmarks"][0]["metrics"]["request_totals"]
+    return totals["successful"] >= 12 and not totals["errored"], f"guidellm: 4 at a time, {totals}"
 
 
 def schemathesis(target: Target, directory: Path) -> Outcome:

@@ -69,7 +69,7 @@ class Rig:
 
     def __init__(
         self, path: Path | Checkpoint, plan: Plan, *, adversarial_seed: int = 0, poison: bool = True, runner: Any = None, device: GpuDevice | None = None,
-        growth_tokens: int = GROWTH_TOKENS,
+        growth_tokens: int = GROWTH_TOKENS, pricing: Any = None,
     ) -> None:  # fmt: skip
         with ExitStack() as stack:
             self.checkpoint = open_checkpoint(path) if isinstance(path, str | Path) else path
@@ -82,7 +82,7 @@ class Rig:
             self.executor = stack.enter_context(Executor(spec, plan, pilot, gpu, CheckpointWeights(self.checkpoint), poison=poison, runner=runner))
             switch = longrope_switch(spec)
             self.kv = KvCache(plan, share_prefixes=switch is None)
-            self.scheduler = Scheduler(plan, self.kv, growth_tokens=growth_tokens, recompute_beyond=switch)
+            self.scheduler = Scheduler(plan, self.kv, growth_tokens=growth_tokens, recompute_beyond=switch, pricing=pricing)
             self.engine = Engine(self, self.scheduler, self.kv, vocab_size=spec.vocab_size)
             self.logits: dict[str, list[np.ndarray]] = {}
             self._stack = stack.pop_all()

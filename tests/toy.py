@@ -83,6 +83,9 @@ class ToyExecutor:
     def execute(self, batch: StepBatch, *, more: bool) -> np.ndarray:
         self.batches.append(batch)
         self.more.append(more)
+        if not batch.items:
+            self._move(batch)
+            return np.zeros((0, VOCAB), np.float32)
         self.meta[:] = 7  # nothing of the last pass may survive
         write_metadata(batch, self.meta, self.spec, self.plan)
         self._check_writer(batch)
@@ -94,7 +97,16 @@ class ToyExecutor:
                 for seq in range(bounds[group], bounds[group + 1]):
                     self._run_sequence(seq, group, staging, seen)
         rows = self._array(Meta.OFF_LOGIT_ROW, self.meta[Meta.NUM_LOGITS])
+        self._move(batch)  # as late as may be
         return np.stack([logits_of(seen[row]) for row in rows.tolist()]) if len(rows) else np.zeros((0, VOCAB), np.float32)
+
+    def _move(self, batch: StepBatch) -> None:
+        """What leaves a page leaves nothing behind, unless others share it."""
+        for move in batch.moves:
+            to, fro = self.tiers[:: 1 if move.to == "gpu" else -1]
+            for source, target in zip(move.source, move.target, strict=True):
+                rows = [slice(page * self.plan.page_size, (page + 1) * self.plan.page_size) for page in (source, target)]
+                to[rows[1]] = fro[rows[0]]
 
     def _check_writer(self, batch: StepBatch) -> None:
         """What grows from pass to pass is what is written from scratch."""
@@ -138,11 +150,11 @@ class LetterTokenizer:
 
 def toy_engine(
     plan: Plan | None = None, *, growth_tokens: int = 0, long_after: int | None = None, tokenizer: Any = None, eos: Sequence[int] = (), seed: int = 0,
-    share: bool = True,
+    share: bool = True, pricing: Any = None,
 ) -> Engine:  # fmt: skip
     plan = plan or toy_plan()
     kv = KvCache(plan, share_prefixes=share and long_after is None)
-    scheduler = Scheduler(plan, kv, growth_tokens=growth_tokens, recompute_beyond=long_after)
+    scheduler = Scheduler(plan, kv, growth_tokens=growth_tokens, recompute_beyond=long_after, pricing=pricing)
     executor = ToyExecutor(toy_spec(long_after=long_after), plan)
     return Engine(executor, scheduler, kv, vocab_size=VOCAB, eos_token_ids=eos, tokenizer=tokenizer, seed=seed)
 

@@ -52,11 +52,12 @@ class LiveEngine:
         return len(self._session().scheduler.waiting)
 
     def stats(self) -> dict[str, Any]:
-        """Counters of the scheduler: preemptions and KV pages, by tier (total and free)."""
+        """Counters of the scheduler: preemptions, sequences whose KV changed tiers by where it went, and KV pages, by tier (total and free)."""
         session = self._session()
         pools = session.engine.kv.pools
         pages = {tier: {"total": pool.num_pages, "free": pool.num_free} for tier, pool in pools.items()}
-        return {"preemptions": session.scheduler.num_preemptions, "pages": pages}
+        moves = {tier: session.scheduler.num_moves[tier] for tier in pools}
+        return {"preemptions": session.scheduler.num_preemptions, "kv_moves": moves, "pages": pages}
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -75,9 +76,12 @@ class LiveEngine:
         needed = num_prompt_tokens + (1 if max_tokens is None else max_tokens)
         return needed <= self.plan.max_model_len and needed - 1 <= capacity  # the last token is never computed
 
-    def add(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None) -> None:
-        """Queue a request. Raises ValueError for bad input and LimitError for one that the plan in force can never run, both before any work."""
-        self._session().engine.add_request(request_id, prompt_token_ids, params, prompt)
+    def add(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None, *, client: str = "", priority: int = 0
+    ) -> None:
+        """Queue a request. Clients share the engine fairly; among one client's requests, a lower priority goes first. Raises ValueError for bad input and
+        LimitError for one that the plan in force can never run, both before any work."""
+        self._session().engine.add_request(request_id, prompt_token_ids, params, prompt, client=client, priority=priority)
         self._live.add(request_id)
 
     def step(self, *, partial: bool | Container[str] = True) -> list[RequestOutput]:

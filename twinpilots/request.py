@@ -209,7 +209,9 @@ class Sequence:
     index: int
     params: SamplingParams
     tokens: list[int]
-    arrival: int  # first come, first served: the order among all sequences
+    arrival: int  # first come, first served: the order among all sequences of one client
+    client: str = ""  # clients share the engine fairly (runtime.fairness)
+    priority: int = 0  # lower goes first, among one client's
     num_prompt_tokens: int = field(init=False)
     num_computed: int = 0
     num_cached: int = 0  # tokens that it found in the prefix cache when it was last admitted

@@ -17,6 +17,7 @@ import numpy as np
 from twinpilots.config import EngineConfig
 from twinpilots.device.memory import Tier
 from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.kv_pricing import KvPricing
 from twinpilots.machine import open_machine
 from twinpilots.model.checkpoint import Checkpoint
 from twinpilots.model.spec import ModelSpec
@@ -89,7 +90,9 @@ class Session:
         )
         switch = longrope_switch(spec)  # such a model's pages depend on more than the tokens before them
         kv = KvCache(plan, share_prefixes=config.enable_prefix_caching and switch is None, counts=self._stats.prefix)
-        self.scheduler = Scheduler(plan, kv, recompute_beyond=switch)
+        moves = plan.gpu_pages > 0 and plan.host_pages > 0 and profile.link is not None
+        pricing = KvPricing(spec, lambda: self.plan, lambda: planner.online.profile) if moves else None
+        self.scheduler = Scheduler(plan, kv, recompute_beyond=switch, pricing=pricing)
         eos = checkpoint.generation_config["eos_token_ids"]
         self.engine = Engine(self, self.scheduler, kv, vocab_size=spec.vocab_size, eos_token_ids=eos, tokenizer=tokenizer, seed=config.seed)
         shares = weight_shares(spec, plan, plan.bucket_for("decode", plan.max_num_seqs))
@@ -97,12 +100,13 @@ class Session:
         self._batch: StepBatch | None = None
         self._unaccounted: list[_PassRun] = []
         self._unaccounted_ns = self._charge_ns = 0
+        self._moving_ns = 0  # of steps in which nothing but KV moved: the next pass is charged with them
         self.last_pass: tuple[StepBatch, np.ndarray] | None = None  # its logits are a view, valid until the next pass
         self._trace: Recorder | None = None  # takes in every pass while there is one
 
     def execute(self, batch: StepBatch, *, more: bool) -> np.ndarray:
-        """The engine's executor: remembers the batch for the report."""
-        self._batch = batch
+        """The engine's executor: remembers the batch for the report. One without items only moves KV."""
+        self._batch = batch if batch.items else None
         logits = self.executor.execute(batch, more=more)
         self.last_pass = batch, logits
         return logits
@@ -120,9 +124,11 @@ class Session:
         ended_ns = time.perf_counter_ns()
         record = self.executor.last_record
         if self._batch is not None and record is not None:
-            self._unaccounted.append(_PassRun(self._batch, record, began_ns, ended_ns))
+            self._unaccounted.append(_PassRun(self._batch, record, began_ns - self._moving_ns, ended_ns))
             self._unaccounted_ns += ended_ns - began_ns
-            self._batch = None
+            self._batch, self._moving_ns = None, 0
+        else:
+            self._moving_ns += ended_ns - began_ns
         if self._trace is not None or self._unaccounted_ns >= ACCOUNT_EVERY_NS or not self.engine.has_unfinished():
             self.account()
         return outputs
@@ -176,7 +182,7 @@ class Session:
             plan=plan, bucket=batch.bucket, load=load, schedule=run.record.placed.program.schedule, work_s=work_s, seconds=seconds,
             driver_s=seconds - report.seconds, remaining=self.scheduler.passes_left(batch.bucket.phase),
         )  # fmt: skip
-        change = online.after_pass(done, predicted)
+        change = None if batch.moves else online.after_pass(done, predicted)  # a copy beside it is no part of what the pass was predicted to take
         if online.tracker.num_passes % STORE_PASSES == 0:
             self._planner.store_history()
         if change is not None:

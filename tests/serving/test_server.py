@@ -31,6 +31,7 @@ def test_a_completion_is_the_models(server: ServerProcess) -> None:
     assert (reply.status, answer["object"], answer["model"]) == (200, "text_completion", "other")
     assert answer["choices"][0]["text"].startswith(CONTINUATION[:20])
     assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"].pop("prompt_tokens_details").keys() == {"cached_tokens"}
     assert answer["usage"] == {"prompt_tokens": 14, "completion_tokens": 21, "total_tokens": 35}
 
 
@@ -50,6 +51,8 @@ def test_a_streams_pieces_make_the_whole_answer(server: ServerProcess, path: str
         assert "".join(choice["delta"].get("content", "") for choice in choices) == whole["choices"][0]["message"]["content"]
         assert [entry for choice in choices for entry in choice["logprobs"]["content"]] == whole["choices"][0]["logprobs"]["content"]
     assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + [whole["choices"][0]["finish_reason"]]
+    for answer in (usage, whole):
+        assert answer["usage"].pop("prompt_tokens_details")["cached_tokens"] % 16 == 0
     assert (usage["usage"], usage["choices"], done) == (whole["usage"], [], "[DONE]")
     assert all(chunk["usage"] is None for chunk in chunks) and len(chunks) > 3
 

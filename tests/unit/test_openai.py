@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -168,6 +169,8 @@ def test_a_completion_with_echo_and_logprobs() -> None:
     assert choice["logprobs"]["token_logprobs"] == [None, -0.5, -0.5, -0.5]
     assert choice["logprobs"]["top_logprobs"] == [None, {"a": -0.5}, {"a": -1.0, "b": -0.5}, {"a": -1.0, "c": -0.5}]
     assert "token_ids" not in choice
+    detailed = response_body(completion(), [replace(whole, num_cached_tokens=16)], response_id="cmpl-1", created=5, model="m", details=True)
+    assert detailed["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
     with_ids = response_body(completion(return_token_ids=True), [whole], response_id="c", created=5, model="m")["choices"][0]
     assert (with_ids["prompt_token_ids"], with_ids["token_ids"]) == ([9, 1], [2, 3])
     assert response_body(completion(prompt=["a", "b"]), [whole, whole], response_id="c", created=5, model="m")["choices"][1]["index"] == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -112,6 +114,17 @@ def test_penalties_by_hand() -> None:
     penalise(row, SamplingParams(repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25), seen, counts)
     # prompt token: 2/2; output once: -2*2 - 0.5 - 0.25; output twice: 4/2 - 2*0.5 - 0.25; never seen: untouched
     assert row.tolist() == [1.0, -4.75, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e-40, 1e40, 1e300])
+def test_a_repetition_penalty_beyond_all_measure_leaves_numbers(penalty: float) -> None:
+    row, seen = np.array([3.0, -2.0, 0.0, -np.inf, 1.0], np.float32), np.array([True, True, True, True, False])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        penalise(row, SamplingParams(repetition_penalty=penalty), seen, np.zeros(5, np.int32))
+        _, probs = kept_distribution(row, SamplingParams(temperature=0.5))
+    assert row[3] == -np.inf and np.isfinite(np.delete(row, 3)).all() and np.isfinite(probs).all()
+    assert probs.argmax() == (0 if penalty < 1 else 4)
 
 
 def test_penalty_counts_follow_the_growing_sequence() -> None:

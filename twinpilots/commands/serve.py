@@ -25,7 +25,8 @@ def register(subparsers: Any) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default: 127.0.0.1, this machine only)")
     group.add_argument("--port", type=port, default=8000, metavar="N", help="port to listen on, 0 for any free one (default: 8000)")
-    group.add_argument("--api-key", metavar="KEY", help=f"what clients must send as a bearer token (default: ${KEY_VARIABLE}, else none is needed)")
+    text = f"what clients must send as a bearer token (repeatable: each key is a client; default: ${KEY_VARIABLE}, else none is needed)"
+    group.add_argument("--api-key", action="append", metavar="KEY", help=text)
     group.add_argument("--served-model-name", action="append", default=[], metavar="NAME", help="what clients call the model (repeatable; default: MODEL)")
     group = parser.add_argument_group("limits of the server")
     group.add_argument("--max-waiting", type=options.positive_int, default=256, metavar="N", help="sequences accepted beyond those that run (default: 256)")
@@ -53,10 +54,10 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         from twinpilots.server.settings import ServerSettings
     except ImportError as error:
         raise UserError(f"serving needs {error.name}: pip install 'twinpilots[serve]'") from error
-    key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)
+    keys = args.api_key if args.api_key is not None else [os.environ[KEY_VARIABLE]] if KEY_VARIABLE in os.environ else []
     with options.arguments_are_the_users():
         settings = ServerSettings(
-            host=args.host, port=args.port, api_key=key, model_names=tuple(args.served_model_name) or (args.model,), max_waiting=args.max_waiting,
+            host=args.host, port=args.port, api_keys=tuple(keys), model_names=tuple(args.served_model_name) or (args.model,), max_waiting=args.max_waiting,
             max_body_bytes=args.max_body_size, request_timeout_s=args.request_timeout, drain_timeout_s=args.drain_timeout,
         )  # fmt: skip
 

@@ -21,10 +21,11 @@ Prompt = str | tuple[int, ...]
 MAX_CHOICES, MAX_PROMPTS, MAX_STOPS = 128, 2048, 64
 MAX_LOGPROBS = {"/v1/completions": 5, "/v1/chat/completions": 20}
 _SEEDS = (-(2**63), 2**63 - 1)
+_PRIORITIES = (-(2**31), 2**31 - 1)
 
 # They say who asks, how it is kept or billed, or how fast it should come: the tokens stay the same.
 HARMLESS = frozenset({
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prediction", "priority", "request_id",
+    "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "prediction", "request_id",
 })  # fmt: skip
 # Fields that would change the output and that we do not serve, with the values that mean "as it is anyway".
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -43,7 +44,8 @@ class ApiRequest:
     """One body. ``prompts`` are a completion's, ``messages`` (and ``tools``) a chat's. ``warnings`` names the fields that nobody knows.
 
     ``echo``: the prompt, and its logprobs when asked for, come before the output. ``template_options``: variables for the chat template.
-    ``return_token_ids``: choices also give their token ids, and their prompt's.
+    ``return_token_ids``: choices also give their token ids, and their prompt's. ``user``: who asks, and ``priority``: which of a client's requests goes first
+    (lower), are a server's concern; a batch file is answered in its own order.
     """
 
     endpoint: Endpoint
@@ -57,6 +59,8 @@ class ApiRequest:
     stream: bool = False
     include_usage: bool = False
     return_token_ids: bool = False
+    user: str | None = None
+    priority: int = 0
     warnings: tuple[str, ...] = ()
 
     @property
@@ -92,8 +96,15 @@ def read_request(endpoint: str, body: Any, defaults: SamplingParams) -> ApiReque
     return ApiRequest(
         endpoint=endpoint, model=fields.text("model"), params=params, prompts=() if chat else read_prompts(fields.take("prompt")),
         messages=read_messages(fields.take("messages")) if chat else (), tools=() if choice == "none" else tools, template_options=options, echo=echo,
-        stream=stream, include_usage=include_usage, return_token_ids=bool(fields.flag("return_token_ids")), warnings=fields.unknown(),
+        stream=stream, include_usage=include_usage, return_token_ids=bool(fields.flag("return_token_ids")),
+        user=_user(fields), priority=fields.whole("priority", *_PRIORITIES) or 0, warnings=fields.unknown(),
     )  # fmt: skip
+
+
+def _user(fields: Fields) -> str | None:
+    """OpenAI's older name for it, or the newer one."""
+    older, newer = fields.text("user"), fields.text("safety_identifier")
+    return older or newer
 
 
 def read_prompts(value: Any) -> tuple[Prompt, ...]:

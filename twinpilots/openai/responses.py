@@ -15,22 +15,26 @@ from twinpilots.request import CompletionOutput, Logprob, RequestOutput, TokenLo
 LEAST_LOGPROB = -9999.0  # what stands for "impossible" where JSON has no infinity
 
 
-def response_body(request: ApiRequest, outputs: Sequence[RequestOutput], *, response_id: str, created: int, model: str) -> dict[str, Any]:
-    """The whole answer: ``outputs`` are those of the request's prompts, in order. ``created``: seconds since 1970."""
+def response_body(
+    request: ApiRequest, outputs: Sequence[RequestOutput], *, response_id: str, created: int, model: str, details: bool = False
+) -> dict[str, Any]:  # fmt: skip
+    """The whole answer: ``outputs`` are those of the request's prompts, in order. ``created``: seconds since 1970. ``details``: as in `usage`."""
     choices = [
         (_chat_choice(request, output, index) if request.is_chat else _completion_choice(request, whole, output, index))
         | ({"prompt_token_ids": list(whole.prompt_token_ids), "token_ids": list(output.token_ids)} if request.return_token_ids else {})
         for index, (whole, output) in enumerate((whole, output) for whole in outputs for output in whole.outputs)
     ]
     kind = "chat.completion" if request.is_chat else "text_completion"
-    return {"id": response_id, "object": kind, "created": created, "model": model, "choices": choices, "usage": usage(outputs)}
+    return {"id": response_id, "object": kind, "created": created, "model": model, "choices": choices, "usage": usage(outputs, details=details)}
 
 
-def usage(outputs: Sequence[RequestOutput]) -> dict[str, int]:
-    """Tokens read and written."""
+def usage(outputs: Sequence[RequestOutput], *, details: bool) -> dict[str, Any]:
+    """Tokens read and written. ``details``: also how many of the prompts' were found in the prefix cache, which depends on what ran before."""
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     completion = sum(len(one.token_ids) for output in outputs for one in output.outputs)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    found = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    cached = sum(output.num_cached_tokens for output in outputs)
+    return {**found, "prompt_tokens_details": {"cached_tokens": cached}} if details else found
 
 
 def error_body(message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None) -> dict[str, Any]:

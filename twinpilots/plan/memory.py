@@ -22,6 +22,8 @@ KV_STAGING_SLOTS = 2  # streamed host KV is double-buffered
 # Control block, mailboxes and event slots; and per program instruction: 272 bytes of record, 24 of trace, 24 of load segment, rounded up.
 CONTROL_BYTES = 1 << 20
 INSTRUCTION_BYTES = 320
+SEGMENT_BYTES = 24  # destination, source, bytes of one piece of a load
+KV_MOVES_PER_PASS = 8
 PROGRAMS_PER_BUCKET = 4  # compiled shapes kept per bucket (the least recently used is dropped)
 TASKS_PER_LAYER = 40  # and micro-batch: an upper estimate over all splits and groups
 META_BUFFERS = 2  # this pass and the next
@@ -119,7 +121,18 @@ def control_bytes(spec: ModelSpec, plan: Plan) -> int:
     programs = sum(tasks_allowance(spec, plan, bucket, templates) for bucket in plan.buckets) * PROGRAMS_PER_BUCKET * INSTRUCTION_BYTES
     words = META_HEADER_WORDS + META_WORDS_PER_TOKEN * plan.max_pass_tokens + META_WORDS_PER_SEQ * plan.max_num_seqs
     words += 2 * (plan.gpu_pages + plan.host_pages) + plan.kv_staging_pages
-    return CONTROL_BYTES + align(programs) + align(META_BUFFERS * FP32_BYTES * words)
+    return CONTROL_BYTES + align(programs) + align(META_BUFFERS * FP32_BYTES * words) + kv_move_bytes(spec, plan)
+
+
+def kv_move_pages(plan: Plan) -> int:
+    """KV pages that may change tiers during one pass: those of the longest sequence that both tiers hold."""
+    return min(-(-plan.max_model_len // plan.page_size), plan.gpu_pages, plan.host_pages)
+
+
+def kv_move_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """Host bytes of the list of such a copy: a load segment per page and layer, and the copies' instructions."""
+    pages = kv_move_pages(plan)
+    return align(SEGMENT_BYTES * spec.num_layers * pages) + align(KV_MOVES_PER_PASS * INSTRUCTION_BYTES) if pages else 0
 
 
 # -- weights -------------------------------------------------------------------------------------------------------------------------------

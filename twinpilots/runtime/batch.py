@@ -20,6 +20,7 @@ from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.tasks import NUM_GROUPS, STREAMED_KV, PassShape
 from twinpilots.request import Sequence
+from twinpilots.runtime.kv_cache import KvMove
 
 Int32 = NDArray[np.int32]
 
@@ -52,10 +53,12 @@ MicroBatch = tuple[tuple[BatchItem, ...], tuple[BatchItem, ...], tuple[BatchItem
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """One pass. Logit rows follow the row order: ``items[i]`` has ``items[i].num_logits`` of them."""
+    """One pass. Logit rows follow the row order: ``items[i]`` has ``items[i].num_logits`` of them. ``moves``: KV that changes tiers meanwhile, of sequences
+    that sit this pass out; a pass of nothing else has no items."""
 
     bucket: BucketPlan
     micro_batches: tuple[MicroBatch, ...]
+    moves: tuple[KvMove, ...] = ()
 
     @cached_property
     def items(self) -> tuple[BatchItem, ...]:

@@ -31,7 +31,8 @@ class Executor(Protocol):
     def execute(self, batch: StepBatch, *, more: bool) -> Logits:
         """Logits [batch.num_logits, vocab], float32: a view, valid until the next call.
 
-        ``more``: a pass that takes the same weights from the same places will likely follow, so that prefetching for it pays.
+        KV that `StepBatch.moves` names is on its new tier when this returns. ``more``: a pass that takes the same weights from the same places will likely
+        follow, so that prefetching for it pays.
         """
         ...
 
@@ -81,14 +82,19 @@ class Engine:
 
     # -- requests in -------------------------------------------------------------------------------------------------------------------------
 
-    def add_request(self, request_id: str, prompt_token_ids: SequenceABC[int], params: SamplingParams, prompt: str | None = None) -> None:
-        """Queue a request. Raises ValueError for bad input and LimitError for one that can never run, both before any work."""
+    def add_request(
+        self, request_id: str, prompt_token_ids: SequenceABC[int], params: SamplingParams, prompt: str | None = None, *, client: str = "", priority: int = 0
+    ) -> None:
+        """Queue a request. Clients share fairly; among one client's requests, a lower priority goes first. Raises ValueError for bad input and
+        LimitError for one that can never run, both before any work."""
         tokens = [int(token) for token in prompt_token_ids]
         self._check(request_id, tokens, params)
         self.scheduler.length_limit(len(tokens), params.max_tokens)
         outputs = []
         for index in range(params.n):
-            sequence = Sequence(request_id=request_id, index=index, params=params, tokens=list(tokens), arrival=self._num_arrived)
+            sequence = Sequence(
+                request_id=request_id, index=index, params=params, tokens=list(tokens), arrival=self._num_arrived, client=client, priority=priority
+            )
             self._num_arrived += 1
             if params.prompt_logprobs is not None and index == 0:
                 sequence.logits_from = 0
@@ -134,6 +140,10 @@ class Engine:
         also of the requests that it names.
         An error leaves the sequences as before the pass."""
         batch = self.scheduler.schedule()
+        while batch is not None and not batch.items:  # nobody can run before KV has changed tiers
+            self.executor.execute(batch, more=False)
+            self.scheduler.commit(batch)
+            batch = self.scheduler.schedule()
         if batch is None:
             return []
         following = self.scheduler.predict_next(batch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ from twinpilots.errors import DeviceLostError
 from twinpilots.kernels.abi import ENTRY, EVENT_START, Meta, Op, Space, address
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.expected import WorkKind, kinds_on, rate_keys_of
-from twinpilots.plan.memory import gpu_layout_bytes, host_layout_bytes
+from twinpilots.plan.memory import gpu_layout_bytes, host_layout_bytes, kv_move_bytes
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.schedule import expand
 from twinpilots.plan.tasks import PassShape, Queue
@@ -28,6 +28,7 @@ from twinpilots.runtime.accounts import QueueAccount, busy_seconds, bytes_moved,
 from twinpilots.runtime.batch import MetadataWriter, StepBatch, metadata_words
 from twinpilots.runtime.compile import Compiler, Program
 from twinpilots.runtime.interrupts import Interrupts
+from twinpilots.runtime.kv_moves import KvMoves
 from twinpilots.runtime.layout import Layout, lay_out, page_bytes
 from twinpilots.runtime.stats import PassReport, PassTimes, QueueTimes, WeightShares
 from twinpilots.runtime.weights import OFFSET_MASK, TensorSource, load_weights
@@ -60,12 +61,18 @@ class PassRecord:
     seconds: float
     num_prompt_tokens: int
     num_generated: int
+    moved_bytes: int  # KV that changed tiers in this pass, or alone since the pass before,
+    moved_s: float  # and the link's time for it
 
 
 class PassRunner(Protocol):
     """Another way to run a placed pass, for the serial reference: gets every queue's instructions in the schedule's serial order."""
 
     def run_pass(self, executor: Executor, placed: Placed, pass_id: int) -> None: ...
+
+    def run_insns(self, executor: Executor, insns: np.ndarray) -> None:
+        """These instructions, one after another."""
+        ...
 
 
 class Executor:
@@ -88,6 +95,7 @@ class Executor:
         self._metadata = MetadataWriter(self._meta, spec, plan)
         logits, vocab = self.host_layout.buffers["logits"]
         self._logits = self.host.view(logits & OFFSET_MASK, np.float32, (plan.max_num_seqs, vocab))
+        moves_at = self.host.alloc(kv_move_bytes(spec, plan), "programs")
         self._program_bytes = (self.host.num_bytes - self.host.used) // 64 * 64 - SPARE_BYTES
         self._program_area = self.host.alloc(self._program_bytes, "programs")
         self._program_pos = 0
@@ -95,8 +103,12 @@ class Executor:
         write = self.gpu.write if self.gpu else None
         load_weights(spec, plan, source, self.host_layout, self.host, self.gpu_layout, write, progress)
         self._compiler = Compiler(spec, plan, self.host_layout, self.gpu_layout)
+        self._moves: KvMoves | None = None
+        if self.gpu_layout is not None and plan.gpu_pages and plan.host_pages:
+            self._moves = KvMoves(spec, plan, self.host, moves_at, self.host_layout, self.gpu_layout)
         self._placed: dict[tuple[int, PassShape], Placed] = {}
         self._pass_id = self._stream_began = 0
+        self._alone_bytes, self._alone_s = 0, 0.0  # KV moved since the last pass
         self._ahead: tuple[Placed, int] | None = None  # what link_in is already doing for the next pass: (its program, pass id)
         self._link_in: Placed | None = None  # whose weight stream the last pass had: another program's with the same stream, when link_in ran ahead
         self.interrupts = Interrupts(self.host.set_abort)
@@ -117,15 +129,40 @@ class Executor:
 
         Raises DeviceLostError when a device stops answering; the executor is then unusable and only ``close`` is allowed.
         """
+        if not batch.items:
+            self._move_alone(batch)
+            return self._logits[:0]
         placed = self._program(batch.bucket, self._shape(batch))
         self._metadata.write(batch)
         began = time.perf_counter()
         with self.interrupts.held():
+            self._start_moves(batch)
             self._run(placed, more)
         seconds = time.perf_counter() - began
         self._last = placed
         self.last_record = self._record(placed, batch, seconds)
         return self._logits[: batch.num_logits]
+
+    def _start_moves(self, batch: StepBatch) -> None:
+        """KV that changes tiers is copied while the pass runs, before link_out's part of it."""
+        if self._moves is None:
+            assert not batch.moves
+            return
+        insns = self._moves.write(batch.moves)
+        if len(insns):
+            if self.runner:
+                self.runner.run_insns(self, insns)
+            elif self.gpu:
+                self.gpu.submit("link_out", self._moves.entry(self._pass_id, address(Space.HOST, self.meta_offset)))
+
+    def _move_alone(self, batch: StepBatch) -> None:
+        """Nothing can run until KV has changed tiers."""
+        with self.interrupts.held():
+            self._start_moves(batch)
+            if self.gpu and not self.runner:
+                self.gpu.wait("link_out", PASS_TIMEOUT_S)
+        if self._moves is not None:
+            self._alone_bytes, self._alone_s = self._alone_bytes + self._moves.num_bytes, self._alone_s + self._moves.seconds
 
     def _run(self, placed: Placed, more: bool) -> None:
         first_pass, started = self._take_stream(placed)
@@ -266,9 +303,13 @@ class Executor:
     # -- what a pass took ----------------------------------------------------------------------------------------------------------------
 
     def _record(self, placed: Placed, batch: StepBatch, seconds: float) -> PassRecord:
+        moved_bytes, moved_s = self._alone_bytes, self._alone_s
+        if self._moves is not None:
+            moved_bytes, moved_s = moved_bytes + self._moves.num_bytes, moved_s + self._moves.seconds
+            self._alone_bytes, self._alone_s = 0, 0.0
         return PassRecord(
             placed, {account.queue: self._times(placed, account.queue).copy() for account in placed.accounts}, self._meta[: self._meta[Meta.NUM_WORDS]].copy(),
-            seconds, batch.num_prompt_tokens, batch.num_generated,
+            seconds, batch.num_prompt_tokens, batch.num_generated, moved_bytes, moved_s,
         )  # fmt: skip
 
     def report(self, record: PassRecord) -> tuple[PassReport, dict[WorkKind, float]]:
@@ -278,9 +319,11 @@ class Executor:
         """
         accounts, times = record.placed.accounts, record.times
         by_class = {account.queue: account.seconds(times[account.queue]) for account in accounts}
+        moved, busy = bytes_moved(accounts, record.meta, page_bytes(self.spec, self.plan), self.plan.page_size), busy_seconds(by_class)
+        if record.moved_bytes:
+            moved, busy = replace(moved, link_kv=moved.link_kv + record.moved_bytes), replace(busy, link=busy.link + record.moved_s)
         report = PassReport(
-            seconds=record.seconds, predicted_s=None, busy_s=busy_seconds(by_class),
-            bytes=bytes_moved(accounts, record.meta, page_bytes(self.spec, self.plan), self.plan.page_size), weights=record.placed.shares,
+            seconds=record.seconds, predicted_s=None, busy_s=busy, bytes=moved, weights=record.placed.shares,
             num_prompt_tokens=record.num_prompt_tokens, num_generated=record.num_generated,
             weight_wait_s=sum(account.weight_wait_s(times[account.queue]) for account in accounts if len(account.streamed)),
         )  # fmt: skip
@@ -306,6 +349,8 @@ class Executor:
             self.gpu.close()
         self._meta = self._metadata.out = np.empty(0, np.int32)  # a view that is still held would keep the arena's file open
         self._logits = np.empty((0, 0), np.float32)
+        if self._moves is not None:
+            self._moves.release()
         self._placed.clear()
         self._last = self._link_in = self._ahead = None
         self.host.close()

@@ -131,6 +131,18 @@ class _Table:
         self.count = end
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KvMove:
+    """A sequence's KV on its way to another tier: what page ``source[i]`` holds is copied to page ``target[i]`` of tier ``to``. ``pages``: all that it will
+    have there; those that are not copied hold the same tokens already."""
+
+    sequence: Sequence
+    to: Tier
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    pages: tuple[int, ...]
+
+
 class KvCache:
     """Page tables of all sequences that hold pages, over one pool per tier. ``share_prefixes``: sequences that begin alike share pages."""
 
@@ -140,6 +152,7 @@ class KvCache:
         self.counts = counts or PrefixCounts()
         self.pools: dict[Tier, PagePool] = {"gpu": PagePool(plan.gpu_pages, plan.page_size), "host": PagePool(plan.host_pages, plan.page_size)}
         self._tables: dict[Sequence, _Table] = {}
+        self._moves: dict[Sequence, KvMove] = {}
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold ``num_tokens`` tokens."""
@@ -206,9 +219,53 @@ class KvCache:
 
     def free(self, sequence: Sequence) -> None:
         """Give back all pages of the sequence; nothing to do when it has none."""
+        if sequence in self._moves:
+            self.cancel_move(self._moves[sequence])
         table = self._tables.pop(sequence, None)
         if table is not None:
             self.pools[table.tier].give(table.pages[: table.count].tolist())
+
+    # -- from tier to tier ---------------------------------------------------------------------------------------------------------------
+
+    def start_move(self, sequence: Sequence) -> KvMove | None:
+        """Pages on the other tier for all that the sequence has computed; None, changing nothing, when that tier lacks them. Until `end_move` the sequence
+        keeps its pages here and must not run. A page that others share is copied, too, and stays theirs; what the other tier knows already is shared there."""
+        table = self._tables[sequence]
+        to: Tier = "host" if table.tier == "gpu" else "gpu"
+        pool, needed = self.pools[to], self.pages_for(sequence.num_computed)
+        shared: list[int] = []
+        for digest in table.digests[:needed]:
+            page = pool.share(digest)
+            if page is None:
+                break
+            shared.append(page)
+        if needed - len(shared) > pool.num_free:
+            pool.give(shared)
+            return None
+        taken = pool.take(needed - len(shared)) if needed > len(shared) else []
+        source = tuple(table.pages[len(shared) : needed].tolist())
+        move = self._moves[sequence] = KvMove(sequence=sequence, to=to, source=source, target=tuple(taken), pages=(*shared, *taken))
+        return move
+
+    def end_move(self, move: KvMove) -> None:
+        """The copy has been made: the sequence's pages are those on the other tier."""
+        del self._moves[move.sequence]
+        table = self._tables[move.sequence]
+        self.pools[table.tier].give(table.pages[: table.count].tolist())
+        table.tier, table.pages, table.count = move.to, np.empty(8, np.int32), 0
+        table.append(list(move.pages))
+        for page, digest in zip(move.pages, table.digests, strict=False):
+            self.pools[move.to].learn(page, digest)
+
+    def cancel_move(self, move: KvMove) -> None:
+        """The sequence stays where it is."""
+        if self._moves.pop(move.sequence, None) is not None:
+            self.pools[move.to].give(list(move.pages))
+
+    def num_exclusive(self, sequence: Sequence) -> int:
+        """Pages that are free when the sequence leaves its tier."""
+        table = self._tables[sequence]
+        return sum(self.pools[table.tier].users(page) == 1 for page in table.pages[: table.count].tolist())
 
     def holders(self) -> tuple[Sequence, ...]:
         return tuple(self._tables)
@@ -219,7 +276,8 @@ class KvCache:
         AssertionError states both sides.
         """
         for tier, pool in self.pools.items():
-            pool.check_integrity(tier, [page for table in self._tables.values() if table.tier == tier for page in table.pages[: table.count].tolist()])
+            held = [page for table in self._tables.values() if table.tier == tier for page in table.pages[: table.count].tolist()]
+            pool.check_integrity(tier, held + [page for move in self._moves.values() if move.to == tier for page in move.pages])
         for sequence, table in self._tables.items():
             needed = self.pages_for(sequence.num_computed)
             if table.count < needed or sequence.tier != table.tier:

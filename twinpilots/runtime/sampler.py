@@ -18,6 +18,7 @@ from twinpilots.errors import NotFiniteError
 from twinpilots.request import SamplingParams, Sequence
 from twinpilots.runtime.structured import Grammar, Grammars
 
+MOST_PENALTY = 1e20  # of a repetition, either way: beyond, logits would leave the range of their type
 NUCLEUS_GUESS = 1024
 Row = NDArray[np.float32]
 Logits = NDArray[np.float32]  # [sequences, vocab]
@@ -145,8 +146,8 @@ def generator_for(sequence: Sequence, engine_seed: int) -> np.random.Generator:
 def penalise(row: Row, params: SamplingParams, seen: NDArray[np.bool_], counts: NDArray[np.int32]) -> None:
     """In place: repetition over prompt and output (divide positive logits, multiply negative ones), then frequency and presence over the output."""
     if params.repetition_penalty != 1.0:
-        touched = row[seen]
-        row[seen] = np.where(touched > 0, touched / params.repetition_penalty, touched * params.repetition_penalty)
+        touched, penalty = row[seen], min(max(params.repetition_penalty, 1 / MOST_PENALTY), MOST_PENALTY)
+        row[seen] = np.where(touched > 0, touched / penalty, touched * penalty)
     if params.frequency_penalty != 0.0:
         row -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
     if params.presence_penalty != 0.0:

@@ -1,17 +1,19 @@
 """Which tokens of which sequences go into the next pass.
 
-Owns the waiting and running queues, admission (length and memory limits, tier), the token and logit budgets of a pass, and preemption. The one rule:
+Owns the running queue, admission (length and memory limits, tier), the token and logit budgets of a pass, and preemption. The one rule:
 a sequence's computed tokens catch up with its tokens. Dealing the chosen items into micro-batches is `deal.py`'s. Knows nothing of logits, text
 or time.
 
-First come, first served: decoding sequences first, then prompt chunks, each oldest first; a sequence that needs a page when none is left takes it
-from the newest on its tier, so the oldest always gets on.
+Decoding sequences come first, then prompt chunks; clients that compete share fairly (`fairness.py`), a single one is served first come, first served. A
+sequence that needs a page when none is left takes it from the newest on its tier, so the oldest always gets on: the newest moves to the host where that pays
+(`migration.py`), else it is computed anew later.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,7 +22,9 @@ from twinpilots.plan.plan import BucketPlan, Phase, Plan
 from twinpilots.request import Sequence, Status, Tier
 from twinpilots.runtime.batch import BatchItem, StepBatch
 from twinpilots.runtime.deal import bucket_of, deal
+from twinpilots.runtime.fairness import PROMPT_TOKEN, FairQueue
 from twinpilots.runtime.kv_cache import TIERS, KvCache
+from twinpilots.runtime.migration import Migration, Pricing
 
 # Tokens that a running sequence is expected to grow beyond what is known; admission keeps pages for them. Longer outputs may end in a preemption.
 GROWTH_TOKENS = 256
@@ -31,17 +35,22 @@ _FIXED_BY_LIVE_SEQUENCES = (
 
 
 class Scheduler:
-    """Queues and budgets. ``recompute_beyond``: a sequence that grows past this many tokens is computed anew (longrope changes its rotary table there)."""
+    """Queues and budgets. ``recompute_beyond``: a sequence that grows past this many tokens is computed anew (longrope changes its rotary table there).
+    ``pricing``: whether a sequence should change tiers; None: never."""
 
-    def __init__(self, plan: Plan, kv: KvCache, *, growth_tokens: int = GROWTH_TOKENS, recompute_beyond: int | None = None) -> None:
+    def __init__(
+        self, plan: Plan, kv: KvCache, *, growth_tokens: int = GROWTH_TOKENS, recompute_beyond: int | None = None, pricing: Pricing | None = None
+    ) -> None:
         assert recompute_beyond is None or not kv.share_prefixes, "what is computed anew in place must not be shared"
         self.plan = plan
         self.kv = kv
         self.growth_tokens = growth_tokens
         self.recompute_beyond = recompute_beyond
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []  # by arrival
+        self.migration = Migration(plan, kv, pricing)
         self.num_preemptions = 0
+        self.num_moves: Counter[Tier] = Counter()  # sequences whose KV has changed tiers, by where it went
         self.prompt_budget: int | None = None  # prompt tokens of a pass in which others decode; None: as many as it holds
 
     def set_plan(self, plan: Plan) -> None:
@@ -56,7 +65,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises LimitError, before any work, when it can never run within the length and memory limits."""
         sequence.max_len = self.length_limit(len(sequence.tokens), sequence.params.max_tokens)
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def length_limit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """Tokens, prompt included, at which such a sequence ends. Raises LimitError when it can never run."""
@@ -106,66 +115,95 @@ class Scheduler:
     def schedule(self) -> StepBatch | None:
         """The next pass; None when there is nothing to do. Pages are reserved here; `commit` counts the tokens as computed."""
         draft = _Draft(self.plan.max_pass_tokens, self.plan.max_num_seqs)
-        preemptions = self.num_preemptions
-        for catching_up in (False, True):
-            for sequence in tuple(self.running):
-                if sequence.is_catching_up == catching_up and sequence.status is Status.RUNNING:
-                    self._bring(sequence, draft)
-            if draft.items and not catching_up and self.prompt_budget is not None:
-                draft.prompt_left = self.prompt_budget
-        if self.num_preemptions == preemptions:  # who was just preempted would come back at once
-            self._admit(draft)
-        assert draft.items or not self.has_unfinished(), f"nothing can run, yet {len(self.running)} sequences are running, {len(self.waiting)} waiting"
-        return deal(self.plan, list(draft.items.values())) if draft.items else None
+        newcomers = _Newcomers(self, draft)
+        num_preemptions = self.num_preemptions
+        self.migration.begin()
+        for sequence in tuple(self.running):
+            if not sequence.is_catching_up and sequence.status is Status.RUNNING:
+                self._bring(sequence, draft)
+        if draft.items and self.prompt_budget is not None:
+            draft.prompt_left = self.prompt_budget
+        for sequence in self.waiting.by_turn([sequence for sequence in self.running if sequence.is_catching_up]):
+            newcomers.admit(before=sequence)
+            if sequence.status is Status.RUNNING:
+                self._bring(sequence, draft)
+        newcomers.admit()
+        if self.migration.pricing is not None and not self.migration.moves and self.num_preemptions == num_preemptions:
+            self._bring_home(draft)
+        moves = tuple(self.migration.moves.values())
+        assert draft.items or moves or not self.has_unfinished(), f"nothing can run, yet {len(self.running)} sequences run, {len(self.waiting)} wait"
+        if not draft.items:
+            return StepBatch(bucket=bucket_of(self.plan, ()), micro_batches=(), moves=moves) if moves else None
+        return replace(deal(self.plan, list(draft.items.values())), moves=moves)
 
-    def _admit(self, draft: _Draft) -> None:
-        expected = self._expected_by_tier(self.running) if self.waiting else {}
-        while self.waiting and len(self.running) < self.plan.max_num_seqs and draft.prompt_left and draft.tokens_left and draft.logits_left:
-            sequence = self.waiting[0]
-            tier = self._tier_for(sequence, expected)
-            if tier is None:
-                return
-            self.waiting.popleft()
-            expected[tier] += self._expected_pages(sequence)
-            sequence.tier, sequence.status = tier, Status.RUNNING
-            sequence.num_computed = sequence.num_cached = self.kv.open(sequence, tier)
-            insort(self.running, sequence, key=lambda s: s.arrival)
-            if not self._bring(sequence, draft):
-                return
+    def _bring_home(self, draft: _Draft) -> None:
+        """GPU pages that nobody else will want go to the decoding host sequence that has most left to do, if that pays."""
+        if self.waiting and len(self.running) < self.plan.max_num_seqs:
+            return  # they are the next one's
+        expected = self._expected_by_tier(self.running)
+        room, capacity = self.kv.pools["gpu"].num_pages - expected["gpu"], self.capacity_tokens("gpu")
+        able = [
+            sequence for sequence in self.running
+            if sequence.tier == "host" and not sequence.is_catching_up and sequence.max_len - 1 <= capacity and self._expected_pages(sequence) <= room
+        ]  # fmt: skip
+        if able:
+            sequence = max(able, key=lambda sequence: min(sequence.max_len - len(sequence.tokens), self.growth_tokens))
+            if self.migration.start(sequence, self.running):
+                draft.drop(sequence)
+
+    def _send_off(self, sequence: Sequence) -> bool:
+        """Whether the sequence leaves GPU memory for the host, instead of being computed anew."""
+        if sequence.tier != "gpu" or self.migration.pricing is None or self.capacity_tokens("host") < sequence.max_len - 1:
+            return False
+        coming = sum(self._expected_pages(other) for other in self.migration.moves)
+        has_room = self._expected_by_tier(self.running)["host"] + coming + self._expected_pages(sequence) <= self.kv.pools["host"].num_pages
+        return has_room and self.migration.start(sequence, self.running)
+
+    def _start(self, sequence: Sequence, tier: Tier) -> None:
+        self.waiting.take(sequence)
+        sequence.tier, sequence.status = tier, Status.RUNNING
+        sequence.num_computed = sequence.num_cached = self.kv.open(sequence, tier)
+        insort(self.running, sequence, key=lambda s: s.arrival)
 
     def _bring(self, sequence: Sequence, draft: _Draft) -> bool:
         """Put as many of its pending tokens into the pass as the budgets allow; False when none."""
         num_tokens, num_logits = draft.room_for(sequence)
-        if num_tokens == 0:
+        if num_tokens == 0 or sequence in self.migration.moves:
             return False
         end = sequence.num_computed + num_tokens
         while not self.kv.extend(sequence, end):
-            victim = next(other for other in reversed(self.running) if other.tier == sequence.tier)
+            if self.migration.covers(sequence, end):
+                return False
+            victim = next(other for other in reversed(self.running) if other.tier == sequence.tier and other not in self.migration.moves)
             draft.drop(victim)
-            self._preempt(victim)
+            if not self._send_off(victim):
+                self._preempt(victim)
             if victim is sequence:
                 return False
         draft.add(BatchItem(sequence, sequence.num_computed, num_tokens, num_logits, sequence.is_catching_up, self.kv.pages(sequence, end)))
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take the newest sequence's pages; it comes back first in line and is computed anew."""
+        """Take the newest sequence's pages; it comes back before all that never ran and is computed anew."""
         self.num_preemptions += 1
         self.running.remove(sequence)
         self.kv.free(sequence)
         sequence.restart()
         sequence.tier, sequence.status = None, Status.WAITING
-        # Preempted sequences are older than anything that was never admitted; among each other they keep their order.
-        position = next((i for i, other in enumerate(self.waiting) if other.arrival > sequence.arrival), len(self.waiting))
-        self.waiting.insert(position, sequence)
+        self.waiting.put_back(sequence)
 
     # -- after a pass ------------------------------------------------------------------------------------------------------------------------
 
     def commit(self, batch: StepBatch) -> None:
-        """The pass has run: its tokens are computed."""
+        """The pass has run: its tokens are computed, and what moved has arrived."""
+        for move in batch.moves:
+            self.kv.end_move(move)
+            move.sequence.tier = move.to
+            self.num_moves[move.to] += 1
         for item in batch.items:
             sequence, end = item.sequence, item.start + item.num_tokens
             sequence.num_computed = end
+            self.waiting.charge(sequence.client, max(0, end - max(item.start, sequence.num_seen)), int(item.is_last))
             if end > sequence.num_seen:
                 sequence.num_seen = end
             self.kv.computed(sequence, end)
@@ -180,8 +218,7 @@ class Scheduler:
         """The sequence has ended or was aborted, at any point: its pages are free again."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
-        elif sequence.status is Status.WAITING:
-            self.waiting.remove(sequence)
+        self.waiting.leave(sequence, waits=sequence.status is Status.WAITING)
         self.kv.free(sequence)
         sequence.status, sequence.tier = Status.FINISHED, None
 
@@ -234,16 +271,60 @@ class Scheduler:
             raise AssertionError(f"{len(holders)} sequences hold pages, {len(running)} are running; {len(holders ^ running)} are only one of the two")
         if len(self.running) > self.plan.max_num_seqs:
             raise AssertionError(f"{len(self.running)} sequences are running, max_num_seqs is {self.plan.max_num_seqs}")
+        self.waiting.check_integrity(len(self.running))
+        arrivals = [sequence.arrival for sequence in self.running]
+        if arrivals != sorted(arrivals):
+            raise AssertionError(f"running sequences stand in the order {arrivals}, not {sorted(arrivals)}")
         for queue, status in ((self.running, Status.RUNNING), (self.waiting, Status.WAITING)):
-            arrivals = [sequence.arrival for sequence in queue]
-            if arrivals != sorted(arrivals):
-                raise AssertionError(f"{status.value} sequences stand in the order {arrivals}, not {sorted(arrivals)}")
             for sequence in queue:
                 if sequence.status is not status:
                     raise AssertionError(f"sequence {sequence.request_id}/{sequence.index} is {sequence.status.value} in the {status.value} queue")
                 if not 0 <= sequence.num_computed < len(sequence.tokens):
                     name = f"{sequence.request_id}/{sequence.index}"
                     raise AssertionError(f"sequence {name} has computed {sequence.num_computed} of its {len(sequence.tokens)} tokens; one must be pending")
+
+
+class _Newcomers:
+    """The waiting sequences as one pass lets them in: in turn, while there are places, pages and budget. The first that finds no room keeps out the others."""
+
+    def __init__(self, scheduler: Scheduler, draft: _Draft) -> None:
+        self._scheduler, self._draft = scheduler, draft
+        self._num_preemptions = scheduler.num_preemptions
+        self._closed = not scheduler.waiting
+        if not self._closed:
+            self._expected = scheduler._expected_by_tier(scheduler.running)
+            self._promised = Counter({sequence.client: 0 for sequence in scheduler.running})
+            for sequence in scheduler.running:
+                self._promised[sequence.client] += _prompt_charge(sequence)
+
+    def admit(self, before: Sequence | None = None) -> None:
+        """Let in who may come; with ``before``, only those whose turn is before that running sequence's."""
+        scheduler, waiting = self._scheduler, self._scheduler.waiting
+        while not self._closed and waiting and self._has_place() and not self._is_short():
+            sequence = waiting.first(self._promised)
+            if before is not None and not waiting.overtakes(sequence, before):
+                return
+            tier = scheduler._tier_for(sequence, self._expected)
+            if tier is None:
+                self._closed = True
+                return
+            scheduler._start(sequence, tier)
+            self._expected[tier] += scheduler._expected_pages(sequence)
+            self._promised[sequence.client] += _prompt_charge(sequence)
+            self._closed = not scheduler._bring(sequence, self._draft)
+
+    def _is_short(self) -> bool:
+        """Whether somebody has lost their place in this pass: they would come back at once."""
+        return self._scheduler.num_preemptions != self._num_preemptions or bool(self._scheduler.migration.moves)
+
+    def _has_place(self) -> bool:
+        draft = self._draft
+        return len(self._scheduler.running) < self._scheduler.plan.max_num_seqs and min(draft.prompt_left, draft.tokens_left, draft.logits_left) > 0
+
+
+def _prompt_charge(sequence: Sequence) -> int:
+    """What its client will be charged for tokens that are known and have never been computed."""
+    return PROMPT_TOKEN * (len(sequence.tokens) - max(sequence.num_seen, sequence.num_computed)) if sequence.is_catching_up else 0
 
 
 class _Draft:

@@ -53,6 +53,10 @@ class SerialGpu:
         insns = np.array([next(queues[task.queue]) for task in placed.program.schedule.tasks], INSN)
         self._runner.run(insns, address(Space.HOST, executor.meta_offset))
 
+    def run_insns(self, executor: Executor, insns: NDArray[Any]) -> None:
+        """Instructions beside those of a pass."""
+        self._runner.run(insns, address(Space.HOST, executor.meta_offset))
+
     def submit(self, queue: QueueName, entry: np.void | NDArray[Any]) -> None:  # noqa: ARG002  the seam's signature
         raise AssertionError("a serial device has no queues: give it to the executor as its runner, too")
 

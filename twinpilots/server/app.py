@@ -27,6 +27,7 @@ from twinpilots.openai.messages import read_messages
 from twinpilots.openai.responses import response_body
 from twinpilots.server import prometheus
 from twinpilots.server.chunks import DONE, Chunks, event
+from twinpilots.server.clients import Sender
 from twinpilots.server.openapi import describe
 from twinpilots.server.replies import EventStream, HttpError, ReaderGoneError, error_reply, json_reply, while_connected
 from twinpilots.server.service import Prepared, Service
@@ -34,6 +35,7 @@ from twinpilots.server.tickets import Ticket
 
 logger = logging.getLogger(__name__)
 GUARDED = ("/v1/", "/tokenize", "/detokenize")  # what needs the key, when there is one
+KEY_NUMBER = "twinpilots.key"  # in a request's scope: which of the keys it came with
 DISCARDED = 4  # a body too large by less than this factor is read to its end, unkept: a client that is still sending sees no answer
 OFFLINE = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -90,7 +92,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 async def generate(service: Service, request: Request, endpoint: str) -> Response:
     """An answer, whole or as a stream."""
     try:
-        prepared = await service.prepare(endpoint, await read_body(service, request))
+        prepared = await service.prepare(endpoint, await read_body(service, request), _sender(request))
         headers = _headers(prepared)
         ticket = service.submit(prepared)
         try:
@@ -103,7 +105,7 @@ async def generate(service: Service, request: Request, endpoint: str) -> Respons
             raise
         ticket.close()
         name = prepared.request.model or service.settings.model_names[0]
-        body = response_body(prepared.request, outputs, response_id=prepared.response_id, created=prepared.created, model=name)
+        body = response_body(prepared.request, outputs, response_id=prepared.response_id, created=prepared.created, model=name, details=True)
         return json_reply(body, headers=headers)
     except ReaderGoneError:
         return Response(status_code=499)  # nobody reads it
@@ -112,6 +114,10 @@ async def generate(service: Service, request: Request, endpoint: str) -> Respons
         return error_reply(error)
     except Exception as error:  # noqa: BLE001  every end of a request has a body
         return error_reply(error)
+
+
+def _sender(request: Request) -> Sender:
+    return Sender(key=request.scope.get(KEY_NUMBER), address=request.client.host if request.client else "")
 
 
 async def _events(service: Service, prepared: Prepared, ticket: Ticket) -> Any:
@@ -241,7 +247,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         snapshot = service.snapshot
         about = {
             "state": service.engine.state, "time": round(time.time(), 3), "model": service.settings.model_names[0], "version": __version__,
-            "needs_key": service.settings.api_key is not None, "accepted": service.engine.num_accepted,
+            "needs_key": bool(service.settings.api_keys), "accepted": service.engine.num_accepted,
         }  # fmt: skip
         return json_reply({**about, **(snapshot.document(since_s) if snapshot is not None else {})})
 
@@ -266,8 +272,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
-        key = service.settings.api_key
-        self._key = None if key is None else hashlib.sha256(key.encode()).digest()
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in service.settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" else None
@@ -281,10 +286,13 @@ class Guard:
         headers = dict(scope["headers"])
         if headers.get(b"sec-fetch-site") == b"cross-site" and scope["method"] != "GET":
             return HttpError(403, "requests of other sites' pages are not served", kind="invalid_request_error", code="cross_site")
-        if self._key is None or not scope["path"].startswith(GUARDED):
+        if not self._keys or not scope["path"].startswith(GUARDED):
             return None
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer" and hmac.compare_digest(hashlib.sha256(given.strip()).digest(), self._key):  # hashed: no lengths to tell apart
+        digest = hashlib.sha256(given.strip()).digest()  # hashed: no lengths to tell apart
+        known = [hmac.compare_digest(digest, key) for key in self._keys]  # all of them, whichever it is
+        if scheme.lower() == b"bearer" and any(known):
+            scope[KEY_NUMBER] = known.index(True)
             return None
         return HttpError(
             401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}

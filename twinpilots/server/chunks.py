@@ -60,7 +60,7 @@ class Chunks:
         """What follows the last choice: the usage, when it was asked for."""
         if not self._request.include_usage:
             return []
-        return [{**self._head, "choices": [], "usage": usage(list(self._newest.values()))}]
+        return [{**self._head, "choices": [], "usage": usage(list(self._newest.values()), details=True)}]
 
     @staticmethod
     def _is_news(one: CompletionOutput, sent: _Sent) -> bool:

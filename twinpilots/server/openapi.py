@@ -38,7 +38,8 @@ def _sampling(settings: ServerSettings) -> Schema:
         "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": MAX_STOPS}, {"type": "null"}]},
         "stop_token_ids": {"type": ["array", "null"], "items": {"type": "integer", "minimum": 0}}, "ignore_eos": _FLAG, "min_tokens": _whole(0),
         "logit_bias": {"type": ["object", "null"], "propertyNames": {"pattern": "^[0-9]{1,9}$"}, "additionalProperties": _BIAS},
-        "stream": _FLAG, "stream_options": {"type": ["object", "null"], "properties": {"include_usage": _FLAG}}, "structured_outputs": _STRUCTURED,
+        "stream": _FLAG, "stream_options": {"type": ["object", "null"], "properties": {"include_usage": _FLAG}},
+        "structured_outputs": _STRUCTURED, "user": _NULLABLE_TEXT, "priority": _whole(-(2**31), 2**31 - 1),
     }  # fmt: skip
 
 

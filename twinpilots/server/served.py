@@ -30,7 +30,7 @@ class ServedLLM:
         self._pacer = Pacer()
 
     def add(self, job: Job) -> None:
-        self._live.add(job.request_id, job.prompt_token_ids, job.params, job.prompt)
+        self._live.add(job.request_id, job.prompt_token_ids, job.params, job.prompt, client=job.client, priority=job.priority)
 
     def abort(self, request_id: str) -> None:
         self._live.abort(request_id)

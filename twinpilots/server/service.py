@@ -20,6 +20,7 @@ from twinpilots.openai.fields import from_json
 from twinpilots.openai.prompts import encode_request
 from twinpilots.openai.requests import ApiRequest, read_request
 from twinpilots.request import SamplingParams
+from twinpilots.server.clients import Sender
 from twinpilots.server.engine_thread import EngineStoppedError, EngineThread, QueueFullError, Served
 from twinpilots.server.replies import HttpError
 from twinpilots.server.served import ServedLLM
@@ -122,12 +123,12 @@ class Service:
         """``function``'s result, from a thread that may take its time."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
-    async def prepare(self, endpoint: str, body: bytes) -> Prepared:
+    async def prepare(self, endpoint: str, body: bytes, sender: Sender) -> Prepared:
         """Parse, check and tokenise. RequestError names the field at fault."""
         self._check_room(1)
-        return await self.in_pool(self._prepare, self.loaded, endpoint, body)
+        return await self.in_pool(self._prepare, self.loaded, endpoint, body, sender)
 
-    def _prepare(self, model: LoadedModel, endpoint: str, body: bytes) -> Prepared:
+    def _prepare(self, model: LoadedModel, endpoint: str, body: bytes, sender: Sender) -> Prepared:
         request = read_request(endpoint, from_json(body), model.defaults)
         self.check_model(request.model)
         if request.num_choices > self.settings.max_choices:
@@ -137,10 +138,15 @@ class Service:
         for prompt in request.prompts:
             self.check_chars(prompt if isinstance(prompt, str) else "", model)
         name = ("chatcmpl-" if request.is_chat else "cmpl-") + uuid.uuid4().hex
+        client = sender.client(len(self.settings.api_keys), request.user)
         jobs = []
         for number, encoded in enumerate(encode_request(request, model.tokenizer)):
             self._check_length(len(encoded.ids), request, model)
-            jobs.append(Job(request_id=f"{name}-{number}", prompt_token_ids=encoded.ids, params=request.params, prompt=encoded.text, stream=request.stream))
+            job = Job(
+                request_id=f"{name}-{number}", prompt_token_ids=encoded.ids, params=request.params, prompt=encoded.text, stream=request.stream,
+                client=client, priority=request.priority,
+            )  # fmt: skip
+            jobs.append(job)
         return Prepared(request=request, jobs=tuple(jobs), response_id=name, created=int(time.time()))
 
     def check_model(self, name: str | None) -> None:

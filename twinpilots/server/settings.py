@@ -10,12 +10,12 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """``model_names``: the names a request may give, the first is what replies carry. ``max_waiting``: sequences accepted beyond those that run at once;
-    more get 429. Times in seconds."""
+    """``model_names``: the names a request may give, the first is what replies carry. ``api_keys``: any of them opens; none: no key is needed.
+    ``max_waiting``: sequences accepted beyond those that run at once; more get 429. Times in seconds."""
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()
     model_names: tuple[str, ...] = ()
     max_waiting: int = 256
     max_body_bytes: int = 8 << 20
@@ -28,8 +28,8 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):
             raise ValueError("model_names must name the model at least once")
-        if self.api_key is not None and not self.api_key:
-            raise ValueError("api_key must not be empty; leave it out to serve without a key")
+        if not all(self.api_keys):
+            raise ValueError("an API key must not be empty; leave it out to serve without a key")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be at least 0 and at most 65535, got {self.port}")
         for field in fields(self):

@@ -16,13 +16,16 @@ from twinpilots.request import RequestOutput, SamplingParams
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """One prompt for the engine. ``stream``: somebody reads along; else only the finished output is wanted."""
+    """One prompt for the engine. ``stream``: somebody reads along; else only the finished output is wanted. ``client``: among whom the engine shares fairly;
+    ``priority``: lower goes first, among this client's."""
 
     request_id: str
     prompt_token_ids: Sequence[int]
     params: SamplingParams
     prompt: str | None = None
     stream: bool = False
+    client: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

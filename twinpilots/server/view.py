@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ class Snapshot:
     running: int
     waiting: int
     preemptions: int
+    kv_moves: Mapping[str, int]
     kv: Mapping[str, tuple[int, int]]
     plan: Mapping[str, str]
     limits: Mapping[str, int]
@@ -79,7 +80,8 @@ class Snapshot:
     def document(self, since_s: float) -> dict[str, Any]:
         """What the page polls: everything but samples that it has already."""
         return {
-            "stats": self.stats, "totals": self.totals, "running": self.running, "waiting": self.waiting, "preemptions": self.preemptions, "plan": self.plan,
+            "stats": self.stats, "totals": self.totals, "running": self.running, "waiting": self.waiting, "preemptions": self.preemptions,
+            "kv_moves": self.kv_moves, "plan": self.plan,
             "kv": {tier: {"used": used, "pages": pages} for tier, (used, pages) in self.kv.items()}, "limits": self.limits, "shares": self.shares,
             "now": self.now, "busy": self.busy, "changes": self.changes, "samples": [sample.as_dict() for sample in self.samples if sample.time_s > since_s],
         }  # fmt: skip
@@ -95,6 +97,7 @@ class Snapshot:
         tiers = [({"tier": tier}, part[0] / part[1] if part[1] else None) for tier, part in self.kv.items()]
         page.values(gauge, f"{prefix}kv_cache_tier_usage_perc", "KV pages in use by tier; 1 means all.", tiers)
         page.value(counter, f"{prefix}num_preemptions_total", "Sequences that lost their pages and were computed anew.", self.preemptions)
+        _labelled(page, counter, f"{prefix}kv_moves_total", "Sequences whose KV was moved between the tiers, by where it went.", "to", self.kv_moves)
         found = stats["prefix_cache"]
         page.value(counter, f"{prefix}prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.", found["queried_tokens"])
         page.value(counter, f"{prefix}prefix_cache_hits_total", "Prompt tokens found there.", found["hit_tokens"])
@@ -132,6 +135,7 @@ class View:
         self._shares: dict[str, Shares] = {}
         self._samples: deque[Sample] = deque(maxlen=KEPT_SAMPLES)
         self._changes: deque[Mapping[str, Any]] = deque(maxlen=KEPT_CHANGES)
+        self._num_reasons = 0
         self._now: dict[str, Any] | None = None
         self._host_kv_bytes = 0.0
         self._bucket: BucketPlan | None = None
@@ -179,21 +183,25 @@ class View:
         )  # fmt: skip
 
     def _snapshot(self) -> Snapshot:
-        self._note_plan()
+        stats = self._llm.stats()
+        self._note_plan(stats["plan_history"])
         live, counts = self._live, self._live.stats()
         limits = {"max_model_len": live.plan.max_model_len, "max_num_seqs": live.plan.max_num_seqs, "max_pass_tokens": live.plan.max_pass_tokens}
         kv = {tier: (pages["total"] - pages["free"], pages["total"]) for tier, pages in counts["pages"].items()}
         return Snapshot(
-            taken_s=time.monotonic(), stats=self._llm.stats(), totals=self._totals(), running=live.num_running, waiting=live.num_waiting,
-            preemptions=counts["preemptions"], kv=kv, plan=self._plan_text, limits=limits, shares=dict(self._shares), now=self._now,
+            taken_s=time.monotonic(), stats=stats, totals=self._totals(), running=live.num_running, waiting=live.num_waiting,
+            preemptions=counts["preemptions"], kv_moves=counts["kv_moves"],
+            kv=kv, plan=self._plan_text, limits=limits, shares=dict(self._shares), now=self._now,
             samples=tuple(self._samples), changes=tuple(self._changes),
         )  # fmt: skip
 
-    def _note_plan(self) -> None:
+    def _note_plan(self, history: Sequence[Mapping[str, Any]]) -> None:
         plan = self._llm.plan
         if plan is not self._plan:
             if self._plan is not None:
-                self._changes.append({"t": round(time.time(), 3), "text": difference(self._plan, plan)})
+                reason = history[-1]["reason"] if len(history) > self._num_reasons else None
+                self._changes.append({"t": round(time.time(), 3), "text": difference(self._plan, plan), "reason": reason})
+            self._num_reasons = len(history)
             self._plan, self._shares = plan, {}
             self._plan_text = {
                 "id": hashlib.sha256(plan.to_json().encode()).hexdigest()[:12], "model": plan.model, "policy": plan.policy,
