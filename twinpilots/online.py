@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from twinpilots.adaptation import Adaptation, Ask, Change, PassSeen, Runner
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
-from twinpilots.plan.expected import ExpectedTime, PassWork, WorkKind
+from twinpilots.plan.expected import DOWN, UP, ExpectedTime, PassWork, WorkKind
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.rebalance import Option, option_of, options
@@ -28,6 +28,7 @@ RENEW_DRIFT = 0.04  # of a pass's time: less is left to what passes of the plan 
 DRIVER_DECAY = 0.2  # weight of the newest pass in the mean of the driver's time
 DRIVER_MOST_S = 0.02  # a pause of the process is not the driver's work
 MOST_REMEMBERED = 512  # passes
+LINK_QUEUES = {UP: "link_in", DOWN: "link_out"}
 NEARBY = 1.15  # factor on every resource's work within which a pass is priced by another's simulation
 
 
@@ -154,7 +155,7 @@ class OnlinePlanner:
         for expected in self._expected_of(done):
             kind = expected.kind
             seconds = done.work_s.get(kind, 0.0)
-            expected_s = expected.seconds * slowed.get(kind.resource, 1.0)
+            expected_s = expected.seconds * slowed.get(LINK_QUEUES.get(kind.key, kind.resource), 1.0)
             yield WorkTime(resource=kind.resource, key=kind.key, size=expected.scale, expected_s=expected_s, seconds=seconds)
 
     def _expected_of(self, done: PassDone) -> tuple[ExpectedTime, ...]:
