@@ -294,7 +294,8 @@ class PassEstimator:
         alone_s: dict[str, float] = {name: by_queue[name].at(longer.alone_s[name], shorter.alone_s[name], by_count) for name in QUEUES}
         layers_s = lines[-1].at(self._layers_s(longer, 0), self._layers_s(shorter, 1), by_count)
         layers_s -= max(busy_s[name] - alone_s[name] for name in COMPUTE) * max(0.0, 1.0 - busy_s["link"] / layers_s)
-        least_s = max(*busy_s.values(), layers_s + self._head_s(longer))
+        head_s, head_loads_s = self._head_s(longer), self._head_loads_s()
+        least_s = max(*busy_s.values(), layers_s + max(head_s, head_loads_s - self._ring_s), self._least_s(work, head_s, head_loads_s))
         return PassTiming(
             seconds=max(least_s, lines[-1].at(longer.seconds, shorter.seconds, by_count)),
             fill_s=max(least_s, lines[-1].at(longer.fill_s, shorter.fill_s, by_count)),
@@ -309,15 +310,35 @@ class PassEstimator:
         return max(entry.end_s for entry in timing.timeline if tasks[entry.task].layer >= 0 and entry.queue != "link_in")
 
     def _head_s(self, timing: PassTiming) -> float:
-        """What the head takes after the layers at least: its work, and the packets for which the ring had no room before."""
+        """The head's work after the layers."""
         tasks, layers_s = self.schedules[0].tasks, self._layers_s(timing, 0)
         work_s: dict[Queue, float] = dict.fromkeys(COMPUTE, 0.0)
         for entry in timing.timeline:
             if tasks[entry.task].layer < 0 and entry.start_s >= layers_s and entry.queue in work_s:
                 work_s[entry.queue] += entry.end_s - entry.start_s
-        streamed_bytes = sum(segment.num_bytes for packet in self.schedules[0].packets for segment in packet.segments if segment.layer < 0)
-        waits_s = (streamed_bytes - self.plan.ring_bytes) / self.profile.link.up_bytes_per_s if self.profile.link else 0.0
-        return max(*work_s.values(), waits_s)
+        return max(work_s.values())
+
+    def _head_loads_s(self) -> float:
+        """On the link."""
+        num_bytes = sum(segment.num_bytes for packet in self.schedules[0].packets for segment in packet.segments if segment.layer < 0)
+        return num_bytes / self.profile.link.up_bytes_per_s if self.profile.link else 0.0
+
+    @property
+    def _ring_s(self) -> float:
+        """How far the link can be ahead of who computes."""
+        return self.plan.ring_bytes / self.profile.link.up_bytes_per_s if self.profile.link else 0.0
+
+    def _least_s(self, work: Mapping[Hashable, Sequence[float]], head_s: float, head_loads_s: float) -> float:
+        """A pass at least: layers of which nothing is streamed leave the link a ringful to load ahead and no more, so what lies behind them is late.
+        Where most of it is does not show in samples, in which the ring holds a larger part."""
+        before_s, least_s = self.profile.step_overhead_s, 0.0
+        loads_s = [work[kind][LINK_IN] for kind in self.kinds]
+        left_s = sum(loads_s)
+        for kind, own_s in zip(self.kinds, loads_s, strict=True):
+            least_s = max(least_s, before_s - self._ring_s + max(left_s + head_s, left_s + head_loads_s))
+            before_s += work[kind][-1] if own_s == 0.0 else max(work[kind][CPU], work[kind][GPU])
+            left_s -= own_s
+        return least_s
 
     def _work_by_kind(self, timing: PassTiming, load: PassLoad) -> dict[Hashable, list[float]]:
         """Per kind of layer the seconds on each queue, and what a layer adds to the pass: seen in the longer sample, computed for kinds not in it."""
