@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from twinpilots.adaptation import Adaptation, Ask, Change, PassSeen, Runner
 from twinpilots.hardware.profile import HardwareProfile
@@ -62,7 +63,7 @@ class OnlinePlanner:
     def __init__(self, spec: ModelSpec, profile: HardwareProfile, runner: Runner, *, adapts: bool) -> None:
         self.spec, self.profile, self.adapts = spec, profile, adapts  # the profile as history corrects it
         self.tracker = Tracker(profile)
-        self.adaptation = Adaptation(self.tracker, self._solve, runner)
+        self.adaptation = Adaptation(self.tracker, partial(resolve, spec), runner)
         self._renewed_at: Snapshot = {}
         self._num_jumps = 0
         self._estimators: dict[tuple[int, PassShape], tuple[BucketPlan, PassEstimator]] = {}
@@ -168,10 +169,9 @@ class OnlinePlanner:
             self._expected[key] = self._work[id(done.schedule)][1].expected(self.tracker.offline, done.load)
         return self._expected[key]
 
-    # -- re-solving --------------------------------------------------------------------------------------------------------------------------
 
-    def _solve(self, ask: Ask) -> tuple[Option, ...]:
-        """Runs beside the passes: touches nothing of this object but the model."""
-        found = list(options(self.spec, ask.profile, ask.plan, ask.bucket, ask.load))
-        found += [option_of(self.spec, ask.profile, ask.plan, bucket, ask.load) for bucket in ask.kept]
-        return tuple(Option(bucket=each.bucket, seconds=each.seconds + ask.driver_s, pilots=each.pilots) for each in found)
+def resolve(spec: ModelSpec, ask: Ask) -> tuple[Option, ...]:
+    """The bucket's options at the ask's rates: runs beside the passes, in another process."""
+    found = list(options(spec, ask.profile, ask.plan, ask.bucket, ask.load))
+    found += [option_of(spec, ask.profile, ask.plan, bucket, ask.load) for bucket in ask.kept]
+    return tuple(Option(bucket=each.bucket, seconds=each.seconds + ask.driver_s, pilots=each.pilots) for each in found)

@@ -147,7 +147,7 @@ def with_contention(
             rig.set_tokens(tokens)
             rows = rows[: max(len(bench.ops(bench.most_common)), len(rows) * CONTENTION_TOKENS // tokens)]
             alone_s = repeated_s(lambda rows=rows, side=side: float(work_s(rig.run({side: rows})[side]).sum()), 0.05, rig.clock)  # type: ignore[misc]
-            loads = _loads(rig, size, 4 + int(3 * alone_s * link.up_bytes_per_s / size), target, sources)
+            loads = _loads(rig, size, min(MOST_INSTRUCTIONS, 4 + int(3 * alone_s * link.up_bytes_per_s / size)), target, sources)
             ratios = [ratio for _ in range(SLOWDOWN_RUNS) if (ratio := _slowdown(rig, side, rows, loads)) is not None]
             slow[tokens] = max(1.0, float(np.median(ratios))) if ratios else 1.0
         found[side] = replace(sides[side], copy_slowdown=slow[CONTENTION_TOKENS], copy_slowdown_computing=slow[max(slow)])
