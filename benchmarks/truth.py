@@ -4,7 +4,7 @@ Part 1, on the virtual clock: random machines with habits that the cost model do
 experiments, `auto` plans from that profile, and every pass is predicted before it runs: by the profile alone, and again after 50 passes of tracking. Part 2,
 ``--live`` (`truth_live`): emulated GPUs with random links and memory as black boxes, and this box's CPU.
 
-    python -m benchmarks.truth [--json] [--machines N] [--first N] [--cases N] [--seed S] [--live]
+    python -m benchmarks.truth [--json] [--machines N] [--first N] [--cases N] [--seed S] [--quick] [--live]
 """
 
 from __future__ import annotations
@@ -187,21 +187,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first machine")
     parser.add_argument("--cases", type=int, default=4, help="plans per machine (default 4: one of each model)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--live", action="store_true", help="this box: emulated GPUs with random links and memory (the first is emulated:demo)")
+    parser.add_argument("--quick", action="store_true", help="from the quick profile")
+    parser.add_argument("--model", action="append", metavar="NAME", help="live: this model only (may be repeated)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: figures and rows")
     options = parser.parse_args(arguments)
+    if options.live:
+        rows = _live(options)
+    else:
+        rows = _virtual(options)
+    if options.json:
+        sys.stdout.write(json.dumps({"figures": figures(rows), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    else:
+        sys.stdout.write(report(rows) + "\n")
+    return 0
+
+
+def _live(options: argparse.Namespace) -> list[Row]:
+    from benchmarks.truth_live import MODELS as MODELS_LIVE
+    from benchmarks.truth_live import live_rows, own_cache
+
+    with own_cache() as folder:
+        numbers = range(options.first, options.first + options.machines)
+        return [row for number in numbers for row in live_rows(folder, options.seed, number, quick=options.quick, models=options.model or MODELS_LIVE)]
+
+
+def _virtual(options: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for number in range(options.first, options.first + options.machines):
         machine, profiles = random_machine(options.seed, number), dict[str, HardwareProfile]()
         for case in random_cases(machine, options.seed, options.cases):
             spec = dummy_spec(case.model)
             if case.model not in profiles:
-                profiles[case.model] = measured(machine, spec, CARD_BYTES, options.seed)
+                profiles[case.model] = measured(machine, spec, CARD_BYTES, options.seed, quick=options.quick)
             rows += judge(machine, case, spec, profiles[case.model], options.seed)
-    if options.json:
-        sys.stdout.write(json.dumps({"figures": figures(rows), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    else:
-        sys.stdout.write(report(rows) + "\n")
-    return 0
+    return rows
 
 
 if __name__ == "__main__":
