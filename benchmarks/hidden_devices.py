@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.hidden_machine import CPU, GPU, LINK_IN, LINK_OUT, HiddenMachine, Job, Weather, play
 from twinpilots.device.memory import HostArena
-from twinpilots.hardware.measure import measure
+from twinpilots.hardware.measure import measure, measure_scaled
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.kernels.abi import DTYPE_CODES, INSN, Epilogue, Meta, Op
 from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec
@@ -24,6 +24,8 @@ from twinpilots.model.weight_format import FORMATS
 QUEUE_NUMBERS = {"cpu": CPU, "gpu": GPU, "link_in": LINK_IN, "link_out": LINK_OUT}
 NAMES = {code: name for name, code in DTYPE_CODES.items()}
 HIDDEN_CORES = 4
+ProfileKind = Literal["full", "quick", "scaled"]  # scaled: the nearest preset at a few measured rates
+KINDS: tuple[ProfileKind, ...] = ("full", "quick", "scaled")
 Peak = tuple[float, float]
 
 
@@ -209,7 +211,9 @@ def instruction_cost(machine: HiddenMachine, queue: int, row: np.void, batch: Ba
     return COSTS[int(row["op"])](machine, queue, row["a"].tolist(), batch)
 
 
-def measured(machine: HiddenMachine, spec: ModelSpec, gpu_memory_bytes: int, seed: int, *, quick: bool = False) -> HardwareProfile:
+def measured(machine: HiddenMachine, spec: ModelSpec, gpu_memory_bytes: int, seed: int, kind: ProfileKind = "full") -> HardwareProfile:
     """What the offline profiler says of the machine."""
     devices = HiddenDevices(machine, gpu_memory_bytes, seed)
-    return measure(devices, devices.gpu, spec, quick=quick, peaks=devices.peaks, clock=devices.clock)
+    if kind == "scaled":
+        return measure_scaled(devices, devices.gpu, spec, peaks=devices.peaks, clock=devices.clock)
+    return measure(devices, devices.gpu, spec, quick=kind == "quick", peaks=devices.peaks, clock=devices.clock)

@@ -4,7 +4,7 @@ Part 1, on the virtual clock: random machines with habits that the cost model do
 experiments, `auto` plans from that profile, and every pass is predicted before it runs: by the profile alone, and again after 50 passes of tracking. Part 2,
 ``--live`` (`truth_live`): emulated GPUs with random links and memory as black boxes, and this box's CPU.
 
-    python -m benchmarks.truth [--json] [--machines N] [--first N] [--cases N] [--seed S] [--quick] [--live]
+    python -m benchmarks.truth [--json] [--machines N] [--first N] [--cases N] [--seed S] [--profile KIND] [--live]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from statistics import quantiles
 from typing import Any
 
-from benchmarks.hidden_devices import measured
+from benchmarks.hidden_devices import KINDS, measured
 from benchmarks.hidden_machine import HiddenMachine, random_machine
 from benchmarks.hidden_passes import run_passes
 from twinpilots.errors import LimitError
@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=4, help="plans per machine (default 4: one of each model)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--live", action="store_true", help="this box: emulated GPUs with random links and memory (the first is emulated:demo)")
-    parser.add_argument("--quick", action="store_true", help="from the quick profile")
+    parser.add_argument("--profile", choices=KINDS, default="full", help="what the planner starts from (default: full)")
     parser.add_argument("--model", action="append", metavar="NAME", help="live: this model only (may be repeated)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: figures and rows")
     options = parser.parse_args(arguments)
@@ -209,7 +209,7 @@ def _live(options: argparse.Namespace) -> list[Row]:
 
     with own_cache() as folder:
         numbers = range(options.first, options.first + options.machines)
-        return [row for number in numbers for row in live_rows(folder, options.seed, number, quick=options.quick, models=options.model or MODELS_LIVE)]
+        return [row for number in numbers for row in live_rows(folder, options.seed, number, kind=options.profile, models=options.model or MODELS_LIVE)]
 
 
 def _virtual(options: argparse.Namespace) -> list[Row]:
@@ -219,7 +219,7 @@ def _virtual(options: argparse.Namespace) -> list[Row]:
         for case in random_cases(machine, options.seed, options.cases):
             spec = dummy_spec(case.model)
             if case.model not in profiles:
-                profiles[case.model] = measured(machine, spec, CARD_BYTES, options.seed, quick=options.quick)
+                profiles[case.model] = measured(machine, spec, CARD_BYTES, options.seed, options.profile)
             rows += judge(machine, case, spec, profiles[case.model], options.seed)
     return rows
 

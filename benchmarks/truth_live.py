@@ -15,9 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
+from benchmarks.hidden_devices import ProfileKind
 from benchmarks.truth import SEQUENCES, TRACKED, Case, Never, Row
 from twinpilots import LLM, SamplingParams
-from twinpilots.machine import measure_machine
+from twinpilots.hardware.store import profile_key, save_profile
+from twinpilots.machine import instruction_set, measure_machine, measure_scaled_machine
+from twinpilots.model.spec import ModelSpec
 from twinpilots.online import OnlinePlanner
 from twinpilots.plan.plan import Phase
 from twinpilots.trace import Recorder, TracedPass
@@ -63,15 +66,24 @@ def random_device(folder: Path, seed: int, number: int) -> str:
     return f"emulated:{path}"
 
 
-def live_rows(folder: Path, seed: int, number: int, *, quick: bool, models: Sequence[str] = MODELS) -> list[Row]:
+def live_rows(folder: Path, seed: int, number: int, *, kind: ProfileKind, models: Sequence[str] = MODELS) -> list[Row]:
     """One device, all models and numbers of sequences."""
     device, rows = random_device(folder, seed, number), []
     for model in models:
         with LLM(model, device=device, load=False) as unloaded:
-            measure_machine(device, unloaded.spec, quick=quick)
+            _store(device, unloaded.spec, kind)
         for num_seqs in SEQUENCES:
             rows += _run(model, device, number, num_seqs)
     return rows
+
+
+def _store(device: str, spec: ModelSpec, kind: ProfileKind) -> None:
+    """Makes this the profile that an engine finds."""
+    if kind != "scaled":
+        measure_machine(device, spec, quick=kind == "quick")
+        return
+    key = profile_key(device, 1, spec, instruction_set())  # on two cores the pilot has one
+    save_profile(key, measure_scaled_machine(device, spec))
 
 
 def _run(model: str, device: str, number: int, num_seqs: int) -> list[Row]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
 from functools import cache
 from typing import Literal
@@ -20,6 +21,7 @@ from twinpilots.hardware.contention import measure_link, packet_bytes, with_cont
 from twinpilots.hardware.peaks import PeakMeter, host_region_bytes
 from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
 from twinpilots.hardware.rig import Pilot, Rig
+from twinpilots.hardware.scaled import Anchors, scaled
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.tasks import Queue
 
@@ -74,6 +76,28 @@ def measure(
         cpu=sides["cpu"], gpu=sides.get("gpu"), link=link, host_memory_bytes=host_memory_available_bytes(),
         gpu_memory_bytes=gpu.memory_bytes if gpu else 0, gpu_overhead_bytes=gpu.overhead_bytes if gpu else 0,
         dram_bytes_per_s=dram, cpu_cores=pilot.threads, emulated=bool(gpu and gpu.emulated), step_overhead_s=step_s,
+    )  # fmt: skip
+
+
+def measure_scaled(
+    pilot: Pilot, gpu: GpuDevice | None, spec: ModelSpec, *, peaks: Peaks | None = None, clock: Callable[[], float] = time.perf_counter
+) -> HardwareProfile:  # fmt: skip
+    """The nearest preset at a few rates of this machine, measured in under 10 s: each processor's reading and multiply-adds, and the link."""
+    peaks = peaks or _peaks_here(pilot, gpu, spec.weight_dtype)
+    (cpu_read, cpu_flops), dram = peaks("cpu"), peaks("all cores")[0]
+    anchors = Anchors(cpu_read=cpu_read, cpu_flops=cpu_flops)
+    if gpu:
+        gpu_read, gpu_flops = peaks("gpu")
+        room = 4 * packet_bytes(gpu) + (32 << 20)
+        with Rig(pilot, gpu, host_bytes=room, gpu_bytes=min(room, gpu_arena_bytes(gpu)), clock=clock) as rig:
+            link = measure_link(rig, spec)
+        anchors = replace(anchors, gpu_read=gpu_read, gpu_flops=gpu_flops, up=link.up_bytes_per_s, down=link.down_bytes_per_s)
+    made = scaled(anchors)
+    if gpu:
+        made = replace(made, link=link, gpu_memory_bytes=gpu.memory_bytes, gpu_overhead_bytes=gpu.overhead_bytes, emulated=gpu.emulated)
+    return replace(
+        made, name=f"this machine ({gpu.name})" if gpu else "this machine", host_memory_bytes=host_memory_available_bytes(), dram_bytes_per_s=dram,
+        cpu_cores=pilot.threads, disk_bytes_per_s=None,
     )  # fmt: skip
 
 
