@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import median
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -64,7 +64,7 @@ class PassSeen:
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """What a re-solve needs: pure data, good for another thread. ``kept``: buckets that were in force before and are to be priced, too."""
+    """What a re-solve needs: pure data, good for another process. ``kept``: buckets that were in force before and are to be priced, too."""
 
     profile: HardwareProfile
     plan: Plan
@@ -75,7 +75,7 @@ class Ask:
     reason: str
 
 
-Solver = Callable[[Ask], tuple[Option, ...]]  # the bucket as it is first
+Solver = Callable[[Ask], tuple[Option, ...]]  # the bucket as it is first; picklable, for a runner may be another process
 
 
 class Runner(Protocol):
@@ -307,7 +307,7 @@ class Adaptation:
         self._asked = ask
         self.num_asks += 1
         state.asked_at, state.made_for, state.made_at, state.made_outcome = state.passes, seen.load, self.tracker.snapshot(), state.log_outcome
-        self._runner.submit(lambda: self._solve(ask))
+        self._runner.submit(partial(self._solve, ask))
 
     # -- deciding ----------------------------------------------------------------------------------------------------------------------------
 

@@ -109,6 +109,20 @@ def measure_machine(
     return profile
 
 
+def measure_scaled_machine(device: str, spec: ModelSpec, *, threads: int | None = None) -> HardwareProfile:
+    """The nearest preset at this machine's rates, in seconds. It becomes `plan`'s default for this device unless a full profile is that already."""
+    from twinpilots.hardware.measure import measure_scaled
+    from twinpilots.hardware.store import save_first
+
+    with open_machine(device, threads) as machine:
+        profile = measure_scaled(machine.pilot, machine.gpu, spec)
+    try:
+        save_first(machine.device, profile)
+    except OSError as error:
+        logger.warning("the rates could not be stored (%s)", error)
+    return profile
+
+
 def stored_profile(device: str, spec: ModelSpec, *, threads: int | None = None, quick: bool = False) -> HardwareProfile | None:
     """What `measure_machine` stored for this device, these shapes, formats and threads; None before that."""
     from twinpilots.hardware.store import load_profile

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from twinpilots.adaptation import Adaptation, Ask, Change, PassSeen, Runner
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
-from twinpilots.plan.expected import ExpectedTime, PassWork, WorkKind
+from twinpilots.plan.expected import DOWN, UP, ExpectedTime, PassWork, WorkKind
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.rebalance import Option, option_of, options
@@ -28,6 +29,7 @@ RENEW_DRIFT = 0.04  # of a pass's time: less is left to what passes of the plan 
 DRIVER_DECAY = 0.2  # weight of the newest pass in the mean of the driver's time
 DRIVER_MOST_S = 0.02  # a pause of the process is not the driver's work
 MOST_REMEMBERED = 512  # passes
+LINK_QUEUES = {UP: "link_in", DOWN: "link_out"}
 NEARBY = 1.15  # factor on every resource's work within which a pass is priced by another's simulation
 
 
@@ -61,7 +63,7 @@ class OnlinePlanner:
     def __init__(self, spec: ModelSpec, profile: HardwareProfile, runner: Runner, *, adapts: bool) -> None:
         self.spec, self.profile, self.adapts = spec, profile, adapts  # the profile as history corrects it
         self.tracker = Tracker(profile)
-        self.adaptation = Adaptation(self.tracker, self._solve, runner)
+        self.adaptation = Adaptation(self.tracker, partial(resolve, spec), runner)
         self._renewed_at: Snapshot = {}
         self._num_jumps = 0
         self._estimators: dict[tuple[int, PassShape], tuple[BucketPlan, PassEstimator]] = {}
@@ -154,7 +156,7 @@ class OnlinePlanner:
         for expected in self._expected_of(done):
             kind = expected.kind
             seconds = done.work_s.get(kind, 0.0)
-            expected_s = expected.seconds * slowed.get(kind.resource, 1.0)
+            expected_s = expected.seconds * slowed.get(LINK_QUEUES.get(kind.key, kind.resource), 1.0)
             yield WorkTime(resource=kind.resource, key=kind.key, size=expected.scale, expected_s=expected_s, seconds=seconds)
 
     def _expected_of(self, done: PassDone) -> tuple[ExpectedTime, ...]:
@@ -167,10 +169,9 @@ class OnlinePlanner:
             self._expected[key] = self._work[id(done.schedule)][1].expected(self.tracker.offline, done.load)
         return self._expected[key]
 
-    # -- re-solving --------------------------------------------------------------------------------------------------------------------------
 
-    def _solve(self, ask: Ask) -> tuple[Option, ...]:
-        """Runs beside the passes: touches nothing of this object but the model."""
-        found = list(options(self.spec, ask.profile, ask.plan, ask.bucket, ask.load))
-        found += [option_of(self.spec, ask.profile, ask.plan, bucket, ask.load) for bucket in ask.kept]
-        return tuple(Option(bucket=each.bucket, seconds=each.seconds + ask.driver_s, pilots=each.pilots) for each in found)
+def resolve(spec: ModelSpec, ask: Ask) -> tuple[Option, ...]:
+    """The bucket's options at the ask's rates: runs beside the passes, in another process."""
+    found = list(options(spec, ask.profile, ask.plan, ask.bucket, ask.load))
+    found += [option_of(spec, ask.profile, ask.plan, bucket, ask.load) for bucket in ask.kept]
+    return tuple(Option(bucket=each.bucket, seconds=each.seconds + ask.driver_s, pilots=each.pilots) for each in found)

@@ -41,7 +41,7 @@ def test_every_kind_of_task_has_a_price() -> None:
 def test_a_linear_reads_its_weights_or_computes_whichever_takes_longer() -> None:
     """16 of gate_up's rows: 16 * 16 weights of 2 bytes for 8 tokens: 0.256 ms of reading, 0.512 ms of computing on the CPU."""
     cost = _cost("linear", "cpu", op="gate_up_proj", row0=0, row1=16)
-    assert cost == TaskCost(pytest.approx(1e-3 + 256 * 2 * 8 / 8e6), dram_bytes=512)
+    assert cost == TaskCost(pytest.approx(1e-3 + 256 * 2 * 8 / 8e6), dram_bytes=512, memory_frac=0.5)
     assert _cost("linear", "gpu", op="gate_up_proj", row0=0, row1=16).seconds == pytest.approx(1e-3 + 256 * 2 * 8 / 8e7)
     assert _cost("linear", "gpu", op="gate_up_proj", row0=4, row1=8).dram_bytes == 0
     head = _cost("linear", "cpu", op="lm_head", row0=0, row1=50, logit_rows=True, layer=-1)
@@ -56,7 +56,7 @@ def test_an_experts_op_sees_its_active_fraction_of_the_tokens() -> None:
 
 def test_attention_takes_the_longer_of_reading_kv_and_computing_sequence_by_sequence() -> None:
     """CPU group: one query over 5 tokens of KV: 5 * 2 * 4 * 4 bytes, 4 * 8 * 5 FLOPs."""
-    assert _cost("attend", "cpu", glo=2, ghi=3) == TaskCost(pytest.approx(1e-3 + 160 / 2e6), dram_bytes=160, memory_bound=True)
+    assert _cost("attend", "cpu", glo=2, ghi=3) == TaskCost(pytest.approx(1e-3 + 160 / 2e6), dram_bytes=160, memory_frac=1.0)
     # the second layer sees a window of 3 tokens
     assert _cost("attend", "cpu", glo=2, ghi=3, layer=1).seconds == pytest.approx(1e-3 + 96 / 2e6)
     # GPU: 3 sequences of 10 tokens, 2 of 7 tokens with queries at positions 5 and 6: 13 pairs

@@ -14,9 +14,9 @@ PACKAGE = "twinpilots"
 
 # The longest matching prefix gives a module's level. 1 holds the values that levels 2 and 3 both speak in.
 LEVELS = {
-    "errors": 0, "config": 0, "units": 0, "request": 0, "progress": 0,
+    "errors": 0, "config": 0, "units": 0, "request": 0, "progress": 0, "background_worker": 0,
     "model.spec": 1, "model.weight_format": 1, "model.quantization": 1, "model.families": 1, "model.config_reader": 1, "model.rope": 1, "model.dummy": 3,
-    "hardware.profile": 1, "hardware.presets": 1, "plan.plan": 1, "plan.tasks": 1,
+    "hardware.profile": 1, "hardware.presets": 1, "hardware.scaled": 1, "plan.plan": 1, "plan.tasks": 1,
     "openai": 1, "openai.prompts": 4,
     "plan": 2, "stats": 2,
     "kernels": 3, "model": 3, "device": 3, "hardware": 3, "runtime.interpreter": 3, "runtime.machine": 3, "runtime.torch_ops": 3, "runtime.torch_quant": 3,

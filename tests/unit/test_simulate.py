@@ -94,11 +94,33 @@ def test_two_readers_of_one_memory_slow_each_other_down_only_while_both_run(case
     for entry in timing.timeline:
         cost = model.cost(schedule.tasks[entry.task])
         factor = (entry.end_s - entry.start_s) / cost.seconds
-        limit = {"cpu": cpu_slow, "gpu": gpu_slow}.get(entry.queue, 1.0) if cost.memory_bound else 1.0
-        others = spans["gpu" if entry.queue == "cpu" else "cpu"]
+        limit = max(1.0, {"cpu": cpu_slow, "gpu": gpu_slow}.get(entry.queue, 1.0) * cost.memory_frac)
         assert 1 - 1e-9 <= factor <= limit + 1e-9
-        if entry.queue in spans and any(start <= entry.start_s and entry.end_s <= end for start, end in others):  # beside one long task
-            assert factor == pytest.approx(limit)
+        others = [e for e in timing.timeline if e.queue in spans and e.queue != entry.queue]
+        long = [e for e in others if e.start_s <= entry.start_s and entry.end_s <= e.end_s]
+        if entry.queue in spans and long:  # beside one long task
+            fracs = {entry.queue: cost.memory_frac, long[0].queue: model.cost(schedule.tasks[long[0].task]).memory_frac}
+            traffic = fracs["cpu"] / 11 + fracs["gpu"] * 10 / 11  # the GPU reads ten times as fast
+            assert factor == pytest.approx(max(1.0, {"cpu": cpu_slow, "gpu": gpu_slow}[entry.queue] * cost.memory_frac * traffic))
+
+
+def test_the_link_is_slower_only_while_the_cpu_reads() -> None:
+    spec = _model(2)
+    plan = _plan(spec, [(0.3, 0.5)] * 2)
+    load = decode_load(2, 2, 50, plan.buckets[0])
+    slow = machine(link=replace(LINK, peer_slowdown=1.5))
+    schedule = expand(spec, plan, plan.buckets[0], load.shape)
+    timing = simulate(schedule, spec, plan, slow, load, keep_timeline=True)
+    model = CostModel(spec, plan, slow, load)
+    reads = [(e.start_s, e.end_s, model.cost(schedule.tasks[e.task]).memory_frac) for e in timing.timeline if e.queue == "cpu"]
+    seen = set()
+    for entry in (each for each in timing.timeline if each.queue == "link_in" and each.start_s > 0):
+        covered = sum(0.5 * frac * max(0.0, min(end, entry.end_s) - max(start, entry.start_s)) / (1 + 0.5 * frac) for start, end, frac in reads)
+        alone_s = model.cost(schedule.tasks[entry.task]).seconds
+        assert entry.end_s - entry.start_s == pytest.approx(alone_s + covered)
+        seen.add(covered > 0)
+    assert True in seen
+    assert timing.busy_s["link_in"] > 1.05 * timing.alone_s["link_in"]
 
 
 @settings(max_examples=40, deadline=None)
@@ -229,6 +251,21 @@ def test_the_estimate_of_a_shallow_model_is_the_simulation() -> None:
     plan = _plan(spec, [(0.2, 0.3)] * EXACT_LAYERS)
     load = decode_load(3, 4, 50, plan.buckets[0])
     assert estimate_pass(spec, plan, plan.buckets[0], PRESETS["a10g"], load) == _price(spec, plan, PRESETS["a10g"], load)
+
+
+@pytest.mark.parametrize("ring_share", [0.3, 1.5])
+def test_the_estimate_sees_the_head_wait_for_the_link_behind_many_layers(ring_share: float) -> None:
+    """All that is streamed is the head's: in a few layers the link is always busy, in many it waits for room in the ring."""
+    spec = replace(_model(24), vocab_size=6000)
+    plan = _plan(spec, [(0.0, 0.0)] * 24)
+    bucket = plan.buckets[0]
+    head = bucket.splits[-1]["lm_head"]
+    bucket = replace(bucket, splits=(*bucket.splits[:-1], {"lm_head": Split(resident=0, streamed=head.rows, cpu=0)}))
+    plan = replace(plan, buckets=(bucket,), packet_bytes=1 << 14, ring_bytes=int(ring_share * head.rows * 2 * spec.hidden_size))
+    load = decode_load(4, 4, 50, bucket)
+    profile = replace(PRESETS["t4"], link=LinkProfile(up_bytes_per_s=2e9, down_bytes_per_s=2e9, packet_s=0.0, copy_s=1e-6, handoff_s=0.0))
+    full = _price(spec, plan, profile, load)
+    assert estimate_pass_s(spec, plan, bucket, profile, load) == pytest.approx(full.seconds, rel=0.05)
 
 
 def test_one_estimator_prices_many_loads_of_its_shape() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from twinpilots.errors import ProfileMissingError, UserError
+from twinpilots.errors import UserError
 from twinpilots.progress import Progress
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from twinpilots.hardware.profile import HardwareProfile
     from twinpilots.model.spec import ModelSpec, WeightDtype
 
+logger = logging.getLogger(__name__)
 DUMMY = "dummy:"
 
 
@@ -48,12 +50,13 @@ def short_dtype(dtype: str) -> WeightDtype | None:
 def hardware(name: str | None, device: str, model: str, spec: ModelSpec) -> HardwareProfile:
     """The named preset or file; without one this machine's stored profile for ``device``.
 
-    ProfileMissingError when there is none, or none in the model's weight type.
+    ProfileMissingError when there is none. Kinds of linears that were not measured are the nearest preset's at this machine's rates, which is said.
     """
     if name is not None:
         from twinpilots.hardware.presets import load_hardware
 
         return load_hardware(name)
+    from twinpilots.hardware.scaled import filled
     from twinpilots.hardware.store import latest_profile
     from twinpilots.machine import resolve_device, stored_profile
 
@@ -63,8 +66,10 @@ def hardware(name: str | None, device: str, model: str, spec: ModelSpec) -> Hard
     if missing:
         kinds = ", ".join(sorted({key.rpartition("/")[0] for key in missing}))
         command = f"twinpilots profile {model} --device {resolved}"
-        raise ProfileMissingError(f"this machine's profile of {resolved} is not in {kinds}: run `{command}` with the same --dtype and --quantization")
-    return profile
+        logger.warning(
+            "times of %s are the nearest preset's at this machine's rates, not measured: run `%s` with the same --dtype and --quantization", kinds, command
+        )
+    return filled(profile)
 
 
 def limit_bytes(asked: int | None, present: int, flag: str, where: str) -> int:

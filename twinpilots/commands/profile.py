@@ -25,6 +25,7 @@ def register(subparsers: Any) -> None:
     options.add_format_flags(parser)
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda:N or emulated:PRESET (default: auto)")
     parser.add_argument("--threads", type=options.positive_int, metavar="N", help="threads of the CPU pilot (default: physical cores, less the driver's)")
+    parser.add_argument("--quick", action="store_true", help="seconds instead: the preset that is most like this machine, scaled to a few measured rates")
     parser.add_argument("--forget", action="store_true", help="instead of measuring: remove what earlier runs have learned of this machine's speed")
     options.add_output_flags(parser)
     parser.set_defaults(run=run)
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Measure and store; print the rates or return the profile. With --forget: remove histories."""
     from twinpilots.commands.models import model_spec
     from twinpilots.history import forget
-    from twinpilots.machine import TYPICAL_MODEL, measure_machine
+    from twinpilots.machine import TYPICAL_MODEL, measure_machine, measure_scaled_machine
 
     if args.forget:
         if args.model:
@@ -45,8 +46,11 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         print(f"{removed} histories removed; the measured profiles stay")
         return None
     spec = model_spec(args.model or TYPICAL_MODEL, revision=args.revision, dtype=args.dtype, quantization=args.quantization, keep=args.keep)
-    with Progress("profile", unit="steps") as bar:
-        profile = measure_machine(args.device, spec, threads=args.threads, progress=lambda step: bar.update(note=step))
+    if args.quick:
+        profile = measure_scaled_machine(args.device, spec, threads=args.threads)
+    else:
+        with Progress("profile", unit="steps") as bar:
+            profile = measure_machine(args.device, spec, threads=args.threads, progress=lambda step: bar.update(note=step))
     if args.json:
         return {"schema": 1, "profile": json.loads(profile.to_json())}
     print(profile_text(profile))

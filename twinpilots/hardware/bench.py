@@ -29,6 +29,7 @@ MOST_RUNS = 9
 MOST_INSTRUCTIONS = 5000  # per queue: what the rig has room for. Only tiny models have so many linears in a cycle, and theirs lie in cache in a pass, too
 GPU_CACHE_BYTES = 40 << 20
 PAGE = 16  # tokens
+MOST_FIXED = 0.5  # of an instruction's time that may be its fixed part
 FILL = {"fp32": 0x3C, "bf16": 0x3C}  # bytes that make ordinary small numbers in each format
 FILL_HALF = 0x2C  # in fp16, and in the fp16 scales of quantised formats
 
@@ -57,6 +58,7 @@ class Bench:
     weight_bytes: int = 0
     filled: int = -1
     buffers: dict[str, int] = field(default_factory=dict)
+    instructions: dict[tuple[str, int], float] = field(default_factory=dict)  # per weight, of the linears' experiments
 
     def __post_init__(self) -> None:
         spec = self.spec
@@ -140,11 +142,13 @@ class Bench:
                 expected_s = weight_s * tokens / grid[max(i - 1, 0)]
                 while count > cycle and expected_s * sum(elements[:count]) > run_s:
                     count -= cycle
+                self.instructions[key, tokens] = count / sum(elements[:count])
                 found[key, tokens] = functools.partial(self._weight_s, key.partition("/")[0], rows[:count], sum(elements[:count]), tokens)
                 weight_s = found[key, tokens]()
         for name, context in self._contexts(kv_dtype).items():
             found[name, context] = functools.partial(self._decode_attention_s, kv_dtype, context)
         found["prefill", 0] = functools.partial(self._prefill_attention_s, kv_dtype)
+        found["fixed", 0] = self._fixed_s
         return found
 
     def rates(self, seconds: Mapping[tuple[str, int], float], grid: Sequence[int], kv_dtype: str) -> tuple[dict[str, Curve], Attention]:
@@ -152,7 +156,8 @@ class Bench:
         curves = {}
         for key in self.spec.rate_keys:
             # More tokens never take less time: where they seem to, a neighbour was busy at the smaller count.
-            monotone = np.minimum.accumulate([seconds[key, tokens] for tokens in reversed(grid)])[::-1]
+            each = [self._net_s(seconds[key, tokens], seconds["fixed", 0] * self.instructions[key, tokens]) for tokens in grid]
+            monotone = np.minimum.accumulate(each[::-1])[::-1]
             curves[key] = Curve(x=tuple(float(tokens) for tokens in grid), y=tuple(float(y) for y in monotone))
         contexts = self._contexts(kv_dtype)
         longest, short = contexts["long"], contexts["short"]
@@ -164,6 +169,16 @@ class Bench:
             flops_per_s=self.spec.attention_flops(1, query * (query + 1) / 2) / seconds["prefill", 0],
         )  # fmt: skip
         return curves, attention
+
+    @staticmethod
+    def _net_s(seconds: float, fixed_s: float) -> float:
+        """Without what an instruction takes however little it does: that is a task's (`task_s`), and a slice has few weights to share it."""
+        return max(seconds - fixed_s, (1.0 - MOST_FIXED) * seconds)
+
+    def _fixed_s(self) -> float:
+        """The work of an instruction on one row."""
+        self.rig.set_tokens(1)
+        return float(np.median(work_s(self.run([self.norm()] * 20))))
 
     def _weight_s(self, weights: str, rows: list[tuple[object, ...]], elements: int, tokens: int) -> float:
         """Seconds per weight of these linears."""
@@ -181,7 +196,7 @@ class Bench:
         tokens, hidden = self.tokens, self.spec.hidden_size
         self.rig.set_tokens(tokens)
         row = self.norm()
-        return 8.0 * tokens * hidden / repeated_s(lambda: float(np.median(work_s(self.run([row] * 5)))), 0.02)
+        return 8.0 * tokens * hidden / repeated_s(lambda: float(np.median(work_s(self.run([row] * 5)))), 0.02, self.rig.clock)
 
     def task_s(self) -> float:
         """Fixed cost of a task: the time of a one-row norm, dispatch between instructions included."""
@@ -192,7 +207,7 @@ class Bench:
             trace = self.run([row] * 100)
             return float(trace[-1, 2] - trace[0, 0]) * 1e-9 / 100
 
-        return repeated_s(per_task, 0.02)
+        return repeated_s(per_task, 0.02, self.rig.clock)
 
     def _kv_token_bytes(self, kv_dtype: str) -> int:
         return 2 * self.spec.kv_size * BYTES_PER_WEIGHT[kv_dtype]
@@ -240,22 +255,22 @@ def gpu_arena_bytes(gpu: GpuDevice | None) -> int:
     return 0 if gpu is None else min(gpu.memory_bytes, 1 << 30)
 
 
-def in_rounds(experiments: Mapping[K, Callable[[], float]], budget_s: float) -> dict[K, float]:
+def in_rounds(experiments: Mapping[K, Callable[[], float]], budget_s: float, clock: Callable[[], float] = time.perf_counter) -> dict[K, float]:
     """What each experiment takes: all of them in turn, MIN_RUNS to MOST_RUNS times, within a time budget after those. A second in which a neighbour is
     busy then costs each of them one run, not one of them all its runs."""
-    began = time.perf_counter()
+    began = clock()
     found: dict[K, list[float]] = {key: [] for key in experiments}
     rounds = 0
-    while rounds < MIN_RUNS or (rounds < MOST_RUNS and time.perf_counter() - began < budget_s):
+    while rounds < MIN_RUNS or (rounds < MOST_RUNS and clock() - began < budget_s):
         for key, experiment in experiments.items():
             found[key].append(experiment())
         rounds += 1
     return {key: typical_s(runs) for key, runs in found.items()}
 
 
-def repeated_s(experiment: Callable[[], float], budget_s: float) -> float:
+def repeated_s(experiment: Callable[[], float], budget_s: float, clock: Callable[[], float] = time.perf_counter) -> float:
     """What one experiment takes, as `in_rounds`."""
-    return in_rounds({0: experiment}, budget_s)[0]
+    return in_rounds({0: experiment}, budget_s, clock)[0]
 
 
 def typical_s(runs: Sequence[float]) -> float:

@@ -24,6 +24,8 @@ SLOWDOWN_RUNS = 7
 HANDOFFS = 100
 KV_PAGES = 8  # a short sequence
 CONTENTION_TOKENS = 1  # where the sides wait for memory most, and where sharing a pass gains least
+COMPUTING_TOKENS = 64  # where they compute: for as long as reading took
+PACKETS_BESIDE = 8
 PACKETS_PER_CARD = 128  # a plan's ring is a 32nd of GPU memory, in four packets
 
 
@@ -61,7 +63,7 @@ def measure_link(rig: Rig, spec: ModelSpec) -> LinkProfile:
         rig.set_tokens(tokens)
         ends = (far, columns, near, columns) if down else (near, columns, far, columns)
         row = instruction(Op.COPY, (*ends, columns, int(down)))
-        return repeated_s(lambda: float(np.median(work_s(rig.run({"gpu": [row] * 20})["gpu"]))), 0.02)
+        return repeated_s(lambda: float(np.median(work_s(rig.run({"gpu": [row] * 20})["gpu"]))), 0.02, rig.clock)
 
     down_s = copy_s(rows, True)
     copy_fixed_s = max(copy_s(1, True) - 4 * columns / rate, 1e-7)
@@ -118,7 +120,7 @@ def with_kv_copies(rig: Rig, bench: Bench, link: LinkProfile, kv_dtype: str) -> 
 
     def beyond_packet_s(op: Op, queue: Queue, num_bytes: float, rate: float) -> float:
         copies = [instruction(op, args, waits=[i]) for i in range(len(gpu))]
-        took_s = repeated_s(lambda: float(np.mean(work_s(rig.run({"gpu": gpu, queue: copies})[queue]))), 0.02)
+        took_s = repeated_s(lambda: float(np.mean(work_s(rig.run({"gpu": gpu, queue: copies})[queue]))), 0.02, rig.clock)
         return max(0.0, took_s - link.packet_s - num_bytes / rate)
 
     return replace(
@@ -127,23 +129,39 @@ def with_kv_copies(rig: Rig, bench: Bench, link: LinkProfile, kv_dtype: str) -> 
     )  # fmt: skip
 
 
-def with_contention(rig: Rig, benches: dict[Side, Bench], sides: dict[Side, ComputeProfile], link: LinkProfile) -> dict[Side, ComputeProfile]:
-    """Each side's slow-down while the link runs at its full rate, from memory out of the caches, in packets of the size that plans choose."""
+def with_contention(
+    rig: Rig, benches: dict[Side, Bench], sides: dict[Side, ComputeProfile], link: LinkProfile
+) -> tuple[dict[Side, ComputeProfile], LinkProfile]:  # fmt: skip
+    """Each side's slow-down while the link runs at its full rate, from memory out of the caches, in packets of the size that plans choose; and the link's
+    while the CPU reads."""
     assert rig.gpu is not None
     size = max(64 << 10, min(packet_bytes(rig.gpu), rig.gpu.memory_bytes // PACKETS_PER_CARD & -4096))
     target = rig.alloc_gpu(size)
     region = benches["cpu"]
+    sources = [region.weights + i * size for i in range(region.weight_bytes // size)]
     found = {}
     for side, bench in benches.items():
-        rig.set_tokens(CONTENTION_TOKENS)
         rows, _ = bench.linears(bench.most_common)
-        alone_s = repeated_s(lambda rows=rows, side=side: float(work_s(rig.run({side: rows})[side]).sum()), 0.05)  # type: ignore[misc]
-        count = 4 + int(3 * alone_s * link.up_bytes_per_s / size)
-        sources = [region.weights + i * size for i in range(region.weight_bytes // size)]
-        loads = _loads(rig, size, count, target, sources)
-        ratios = [ratio for _ in range(SLOWDOWN_RUNS) if (ratio := _slowdown(rig, side, rows, loads)) is not None]
-        found[side] = replace(sides[side], copy_slowdown=max(1.0, float(np.median(ratios))) if ratios else 1.0)
-    return found
+        slow = {}
+        for tokens in (CONTENTION_TOKENS, min(COMPUTING_TOKENS, bench.tokens)):
+            rig.set_tokens(tokens)
+            rows = rows[: max(len(bench.ops(bench.most_common)), len(rows) * CONTENTION_TOKENS // tokens)]
+            alone_s = repeated_s(lambda rows=rows, side=side: float(work_s(rig.run({side: rows})[side]).sum()), 0.05, rig.clock)  # type: ignore[misc]
+            loads = _loads(rig, size, min(MOST_INSTRUCTIONS, 4 + int(3 * alone_s * link.up_bytes_per_s / size)), target, sources)
+            ratios = [ratio for _ in range(SLOWDOWN_RUNS) if (ratio := _slowdown(rig, side, rows, loads)) is not None]
+            slow[tokens] = max(1.0, float(np.median(ratios))) if ratios else 1.0
+        found[side] = replace(sides[side], copy_slowdown=slow[CONTENTION_TOKENS], copy_slowdown_computing=slow[max(slow)])
+    rig.set_tokens(CONTENTION_TOKENS)
+    return found, replace(link, peer_slowdown=_link_slowdown(rig, region, _loads(rig, size, PACKETS_BESIDE, target, sources), size / link.up_bytes_per_s))
+
+
+def _link_slowdown(rig: Rig, cpu: Bench, loads: list[tuple[object, ...]], packet_s: float) -> float:
+    """How much longer packets take while the CPU reads its weights again and again."""
+    rows, _ = cpu.linears(cpu.most_common)
+    alone_s = repeated_s(lambda: float(work_s(rig.run({"cpu": rows})["cpu"]).sum()), 0.05, rig.clock)
+    rows = (rows * max(1, round(2 * len(loads) * packet_s / alone_s)))[:MOST_INSTRUCTIONS]
+    ratios = [_beside(rig.run({"link_in": loads, "cpu": rows}), rig.run({"link_in": loads}), "link_in", "cpu") for _ in range(SLOWDOWN_RUNS)]
+    return max(1.0, float(np.median([ratio or 1.0 for ratio in ratios])))
 
 
 def _slowdown(rig: Rig, side: Side, rows: list[tuple[object, ...]], loads: list[tuple[object, ...]]) -> float | None:
@@ -151,7 +169,7 @@ def _slowdown(rig: Rig, side: Side, rows: list[tuple[object, ...]], loads: list[
     return _beside(rig.run({"link_in": loads, side: rows}), rig.run({side: rows}), side, "link_in")
 
 
-def _beside(together: dict[Queue, np.ndarray], alone: dict[Queue, np.ndarray], side: Side, other: Queue) -> float | None:
+def _beside(together: dict[Queue, np.ndarray], alone: dict[Queue, np.ndarray], side: Queue, other: Queue) -> float | None:
     trace = together[side]
     busy = (trace[:, 1] >= together[other][0, 1]) & (trace[:, 2] <= together[other][-1, 2])
     return float(work_s(trace)[busy].sum() / work_s(alone[side])[busy].sum()) if busy.mean() > 0.5 else None
@@ -161,7 +179,7 @@ def with_peers(rig: Rig, benches: dict[Side, Bench], sides: dict[Side, ComputePr
     """Each side's slow-down while the other one reads its weights, too: they may share one memory."""
     rig.set_tokens(CONTENTION_TOKENS)
     rows = {side: bench.linears(bench.most_common)[0] for side, bench in benches.items()}
-    alone_s = {side: repeated_s(lambda side=side: float(work_s(rig.run({side: rows[side]})[side]).sum()), 0.02) for side in rows}  # type: ignore[misc]
+    alone_s = {side: repeated_s(lambda side=side: float(work_s(rig.run({side: rows[side]})[side]).sum()), 0.02, rig.clock) for side in rows}  # type: ignore[misc]
     for side, other in PEERS:  # both at work for about as long
         times = max(1, round(alone_s[other] / alone_s[side]))
         rows[side] = (rows[side] * times)[:MOST_INSTRUCTIONS]

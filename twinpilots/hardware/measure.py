@@ -6,18 +6,22 @@ Owns what is measured and in which order; the experiments are `bench.py`'s and `
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
 from functools import cache
+from typing import Literal
 
 from twinpilots.device.base import GpuDevice
-from twinpilots.device.cpu import CpuPilot, choose_cores
+from twinpilots.device.cpu import choose_cores
 from twinpilots.device.memory import host_memory_available_bytes
 from twinpilots.hardware.bench import GPU_CACHE_BYTES, MIN_RUNS, Bench, Side, gpu_arena_bytes, in_rounds, repeated_s
 from twinpilots.hardware.contention import measure_link, packet_bytes, with_contention, with_kv_copies, with_peers
-from twinpilots.hardware.peaks import PeakMeter, host_region_bytes, timed_s
+from twinpilots.hardware.peaks import PeakMeter, host_region_bytes
 from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
-from twinpilots.hardware.rig import Rig
+from twinpilots.hardware.rig import Pilot, Rig
+from twinpilots.hardware.scaled import Anchors, scaled
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.tasks import Queue
 
@@ -25,18 +29,25 @@ FULL_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUICK_GRID = (1, 2, 4, 8, 16, 64, 256)  # kernels walk few tokens in steps: what lies between two points there is no straight line
 PEAK_RUNS = 12
 PEAK_REPEATS = 10
+Peaks = Callable[[Literal["cpu", "gpu", "all cores"]], tuple[float, float]]  # (read bytes/s, FLOP/s), by routines that share nothing with our kernels
 
 
 def measure(
-    pilot: CpuPilot,
+    pilot: Pilot,
     gpu: GpuDevice | None,
     spec: ModelSpec,
     *,
     kv_dtype: str | None = None,
     quick: bool = False,
     progress: Callable[[str], None] = lambda _: None,
+    peaks: Peaks | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> HardwareProfile:
-    """Measures this machine for models of ``spec``'s formats and widths. ``quick`` takes about 4 s with fewer points, otherwise under 60 s."""
+    """Measures this machine for models of ``spec``'s formats and widths. ``quick`` takes about 4 s with fewer points, otherwise under 60 s.
+
+    ``peaks`` and ``clock``: of devices that are not this machine's.
+    """
+    peaks = peaks or _peaks_here(pilot, gpu, spec.weight_dtype)
     grid: tuple[int, ...] = QUICK_GRID if quick else FULL_GRID
     budget_s = 0.3 if quick else 4.0
     rig_bytes = host_region_bytes() + GPU_CACHE_BYTES + 2 * packet_bytes(gpu)
@@ -44,18 +55,19 @@ def measure(
     gpu_budget = gpu_arena_bytes(gpu)
     if gpu and gpu_budget < (64 << 20):
         grid = grid[:-2]
-    with Rig(pilot, gpu, host_bytes=rig_bytes, gpu_bytes=gpu_budget) as rig:
+    with Rig(pilot, gpu, host_bytes=rig_bytes, gpu_bytes=gpu_budget, clock=clock) as rig:
         benches: dict[Side, Bench] = {side: Bench(rig, side, spec, max(grid)) for side in (("cpu", "gpu") if gpu else ("cpu",))}
         progress("linears and attention")
-        sides = _measure_compute(benches, grid, budget_s, kv_dtype or spec.weight_dtype, pilot.threads, gpu)
+        sides = _measure_compute(benches, grid, budget_s, kv_dtype or spec.weight_dtype, peaks, clock)
         link = None
         if gpu:
             progress("link: packets, small copies, hand-off, contention")
             link = with_kv_copies(rig, benches["gpu"], measure_link(rig, spec), kv_dtype or spec.weight_dtype)
-            sides = with_peers(rig, benches, with_contention(rig, benches, sides, link))
+            sides, link = with_contention(rig, benches, sides, link)
+            sides = with_peers(rig, benches, sides)
         step_s = _measure_step(rig, benches)
     # What DRAM gives is at least what all cores read, and what the pilot reads beside a busy link together with what the link takes.
-    dram = cpu_peaks(len(choose_cores(gpu=False, emulated=False).pilot))[0]
+    dram = peaks("all cores")[0]
     if link is not None:
         dram = max(dram, sides["cpu"].read_bytes_per_s / sides["cpu"].copy_slowdown + link.up_bytes_per_s)
     return HardwareProfile(
@@ -67,8 +79,30 @@ def measure(
     )  # fmt: skip
 
 
+def measure_scaled(
+    pilot: Pilot, gpu: GpuDevice | None, spec: ModelSpec, *, peaks: Peaks | None = None, clock: Callable[[], float] = time.perf_counter
+) -> HardwareProfile:  # fmt: skip
+    """The nearest preset at a few rates of this machine, measured in under 10 s: each processor's reading and multiply-adds, and the link."""
+    peaks = peaks or _peaks_here(pilot, gpu, spec.weight_dtype)
+    (cpu_read, cpu_flops), dram = peaks("cpu"), peaks("all cores")[0]
+    anchors = Anchors(cpu_read=cpu_read, cpu_flops=cpu_flops)
+    if gpu:
+        gpu_read, gpu_flops = peaks("gpu")
+        room = 4 * packet_bytes(gpu) + (32 << 20)
+        with Rig(pilot, gpu, host_bytes=room, gpu_bytes=min(room, gpu_arena_bytes(gpu)), clock=clock) as rig:
+            link = measure_link(rig, spec)
+        anchors = replace(anchors, gpu_read=gpu_read, gpu_flops=gpu_flops, up=link.up_bytes_per_s, down=link.down_bytes_per_s)
+    made = scaled(anchors)
+    if gpu:
+        made = replace(made, link=link, gpu_memory_bytes=gpu.memory_bytes, gpu_overhead_bytes=gpu.overhead_bytes, emulated=gpu.emulated)
+    return replace(
+        made, name=f"this machine ({gpu.name})" if gpu else "this machine", host_memory_bytes=host_memory_available_bytes(), dram_bytes_per_s=dram,
+        cpu_cores=pilot.threads, disk_bytes_per_s=None,
+    )  # fmt: skip
+
+
 def _measure_compute(
-    benches: dict[Side, Bench], grid: Sequence[int], budget_s: float, kv_dtype: str, threads: int, gpu: GpuDevice | None
+    benches: dict[Side, Bench], grid: Sequence[int], budget_s: float, kv_dtype: str, peaks: Peaks, clock: Callable[[], float]
 ) -> dict[Side, ComputeProfile]:  # fmt: skip
     """Both sides in the same rounds, so that a busy neighbour does not make one look slower than the other."""
     experiments = {
@@ -76,19 +110,28 @@ def _measure_compute(
         for side, bench in benches.items()
         for key, run in bench.experiments(grid, kv_dtype, budget_s / len(grid) / MIN_RUNS).items()
     }  # fmt: skip
-    seconds = in_rounds(experiments, budget_s * sum(len(bench.spec.rate_keys) for bench in benches.values()))
+    seconds = in_rounds(experiments, budget_s * sum(len(bench.spec.rate_keys) for bench in benches.values()), clock)
     sides: dict[Side, ComputeProfile] = {}
     for side, bench in benches.items():
         linear, attention = bench.rates({key: found for (of, key), found in seconds.items() if of == side}, grid, kv_dtype)
-        # An emulated GPU computes on one core of the CPU's kind, so its peaks are one core's.
-        on_card = side == "gpu" and gpu is not None and not gpu.emulated
-        read_rate, flop_rate = _cuda_peaks(bench.spec.weight_dtype, gpu.name) if on_card and gpu else cpu_peaks(threads if side == "cpu" else 1)
+        read_rate, flop_rate = peaks(side)
         sides[side] = ComputeProfile(
             name=side, linear=linear, attention_bytes_per_s=attention.bytes_per_s, attention_flops_per_s=attention.flops_per_s,
             attention_seq_s=attention.seq_s, elementwise_bytes_per_s=bench.elementwise_rate(), task_s=bench.task_s(),
             read_bytes_per_s=read_rate, flops_per_s=flop_rate,
         )  # fmt: skip
     return sides
+
+
+def _peaks_here(pilot: Pilot, gpu: GpuDevice | None, dtype: str) -> Peaks:
+    """This machine's. An emulated GPU computes on one core of the CPU's kind, so its peaks are one core's."""
+
+    def peaks(of: Literal["cpu", "gpu", "all cores"]) -> tuple[float, float]:
+        if of == "gpu":
+            return cpu_peaks(1) if gpu is None or gpu.emulated else _cuda_peaks(dtype, gpu.name)
+        return cpu_peaks(pilot.threads if of == "cpu" else len(choose_cores(gpu=False, emulated=False).pilot))
+
+    return peaks
 
 
 @cache
@@ -138,4 +181,10 @@ def _measure_step(rig: Rig, benches: dict[Side, Bench]) -> float:
     row: dict[Queue, list[tuple[object, ...]]] = {}
     for side, bench in benches.items():
         row[side] = [bench.norm()]
-    return repeated_s(lambda: timed_s(lambda: rig.run(dict(row))), 0.05)
+
+    def run_s() -> float:
+        began = rig.clock()
+        rig.run(dict(row))
+        return rig.clock() - began
+
+    return repeated_s(run_s, 0.05, rig.clock)

@@ -58,13 +58,19 @@ class ComputeProfile:
     read_bytes_per_s: float
     flops_per_s: float
     copy_slowdown: float = 1.0  # factor on this processor's times while the link runs at full rate
+    copy_slowdown_computing: float | None = None  # the same where it computes from its caches: no memory to share (None: not known to differ)
     attention_seq_s: float = 0.0  # fixed cost of one sequence in attention: what counts when contexts are short
     peer_slowdown: float = 1.0  # factor on its memory-bound times while the other processor reads the same memory (1 where memories are apart)
 
     def __post_init__(self) -> None:
         _check_numbers(self, "attention_bytes_per_s attention_flops_per_s elementwise_bytes_per_s read_bytes_per_s flops_per_s", above=0)
         _check_numbers(self, "task_s attention_seq_s", least=0)
-        _check_numbers(self, "copy_slowdown peer_slowdown", least=1)
+        _check_numbers(self, "copy_slowdown peer_slowdown" + (" copy_slowdown_computing" if self.copy_slowdown_computing is not None else ""), least=1)
+
+    @property
+    def least_copy_slowdown(self) -> float:
+        """Of all work."""
+        return self.copy_slowdown if self.copy_slowdown_computing is None else min(self.copy_slowdown, self.copy_slowdown_computing)
 
     def curve(self, rate_key: str) -> Curve:
         """The curve of one kind of linear. ProfileMissingError for one that was not measured."""
@@ -97,10 +103,12 @@ class LinkProfile:
     queue_handoff_s: float = 0.0  # the same between the GPU's compute queue and its link queues
     load_kv_s: float = 0.0  # what bringing one layer's host KV takes beyond a packet of that size, beside a GPU that computes
     store_kv_s: float = 0.0  # and taking its new KV back
+    peer_slowdown: float = 1.0  # factor on the link queues' times while the CPU reads its weights all the time
 
     def __post_init__(self) -> None:
         _check_numbers(self, "up_bytes_per_s down_bytes_per_s", above=0)
         _check_numbers(self, "packet_s copy_s handoff_s queue_handoff_s load_kv_s store_kv_s", least=0)
+        _check_numbers(self, "peer_slowdown", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,13 @@ Owns one host arena and one device arena for the time of a measurement. Knows no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from twinpilots.device.base import GpuDevice
-from twinpilots.device.cpu import CpuPilot
 from twinpilots.device.memory import HostArena
 from twinpilots.kernels.abi import ENTRY, EVENTS_OFFSET, INSN, MAX_WAITS, NULL, NUM_ARGS, NUM_FLOATS, Meta, Op, Space, address
 from twinpilots.plan.tasks import GPU_KV, Queue
@@ -32,11 +32,26 @@ def instruction(
     )  # fmt: skip
 
 
-class Rig:
-    """Host arena, device arena and the way to run instructions on a queue. Close it, or use it as a context manager."""
+class Pilot(Protocol):
+    """What a bench asks of the CPU's side: `CpuPilot` is one."""
 
-    def __init__(self, pilot: CpuPilot, gpu: GpuDevice | None, *, host_bytes: int, gpu_bytes: int) -> None:
-        self.pilot, self.gpu = pilot, gpu
+    threads: int
+
+    def run(self, entry: Any, host: HostArena) -> None:
+        """Runs one entry of instructions to its end."""
+        ...
+
+
+class Rig:
+    """Host arena, device arena and the way to run instructions on a queue. Close it, or use it as a context manager.
+
+    ``clock``: what the devices' time is counted by (s); virtual devices bring their own.
+    """
+
+    def __init__(
+        self, pilot: Pilot, gpu: GpuDevice | None, *, host_bytes: int, gpu_bytes: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:  # fmt: skip
+        self.pilot, self.gpu, self.clock = pilot, gpu, clock
         num_bytes = EVENTS_OFFSET + 4 * NUM_EVENTS + host_bytes + PROGRAM_BYTES + (1 << 20)
         self.host = HostArena(num_bytes, shared=gpu is not None and gpu.emulated, num_events=NUM_EVENTS, nodes=pilot.nodes)
         self._meta = self.host.view(self.host.alloc(1 << 18, "programs"), np.dtype(np.int32), (1 << 16,))

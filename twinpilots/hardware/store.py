@@ -15,7 +15,8 @@ from twinpilots.errors import ProfileMissingError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 
-STORE_VERSION = 4  # raise it when the kernels' speed or the experiments change, so that old profiles are measured again
+SCALED = "scaled from"  # the note of a profile that was not measured
+STORE_VERSION = 5  # raise it when the kernels' speed or the experiments change, so that old profiles are measured again
 
 
 def cache_dir() -> Path:
@@ -52,6 +53,15 @@ def save_profile(key: str, profile: HardwareProfile, *, latest_for: str | None =
             file.write(profile.to_json())
         os.replace(file.name, target)
     return path
+
+
+def save_first(device: str, profile: HardwareProfile) -> None:
+    """Makes a scaled preset `plan`'s default for a device, as long as there is no measured profile. OSError when the cache cannot be written."""
+    path = _latest_path(device)
+    found = _read(path)
+    if found is None or SCALED in found.notes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(profile.to_json())
 
 
 def load_profile(key: str) -> HardwareProfile | None:

@@ -106,8 +106,8 @@ class _Program:
         on_gpu = {(i, share): count * self._linear(op, tokens, profile.gpu) for i, (op, count, tokens) in enumerate(self.types) for share in (0, 1)}
         on_gpu[self.kv, 0] = on_gpu[self.kv, 2] = self._attention(profile.gpu)
         for name, work, processor in (("cpu", on_cpu, profile.cpu), ("gpu", on_gpu, profile.gpu)):
-            # while the link runs, the processor does 1 / copy_slowdown of its work
-            lost = 1 - 1 / processor.copy_slowdown if self.kind == "plan" else 0.0
+            # while the link runs, the processor does 1 / copy_slowdown of its work, or a little more
+            lost = 1 - 1 / processor.least_copy_slowdown if self.kind == "plan" else 0.0
             self._add_line(name, {key: work.get(key, 0.0) + lost * link.get(key, 0.0) for key in (*work, *link)})  # type: ignore[arg-type]
         self._add_line("link", link)
         self._add_dram()

@@ -16,7 +16,6 @@ from twinpilots.plan.plan import Plan
 from twinpilots.plan.tasks import Kind, Task
 
 Traffic = Literal["", "weights", "kv", "activations"]
-MEMORY_BOUND = 1.5  # a linear that takes less than this times its one-token time mostly waits for its weights
 ACTIVATION_BYTES = 4  # activations are fp32 everywhere
 
 
@@ -28,7 +27,7 @@ class TaskCost:
     dram_bytes: float = 0.0
     link_bytes: float = 0.0
     traffic: Traffic = ""
-    memory_bound: bool = False  # reading, not computing, takes the time: another reader of the same memory slows it down
+    memory_frac: float = 0.0  # part of its time for which it keeps memory busy: what another reader of the same memory can slow down
 
 
 class CostModel:
@@ -119,8 +118,8 @@ def _linear(model: CostModel, task: Task) -> TaskCost:
     rows = task.row1 - task.row0
     seconds = processor.task_s + linear_s(op, rows, model.tokens(task), processor)
     curve = processor.curve(op.rate_key)
-    memory_bound = curve(model.tokens(task) * op.active_frac) < MEMORY_BOUND * curve(1)
-    return TaskCost(seconds, dram_bytes=rows * op.row_bytes if task.queue == "cpu" else 0, memory_bound=memory_bound)
+    memory_frac = min(1.0, curve(1) / curve(model.tokens(task) * op.active_frac))  # one token's time is taken for reading alone
+    return TaskCost(seconds, dram_bytes=rows * op.row_bytes if task.queue == "cpu" else 0, memory_frac=memory_frac)
 
 
 def _attend(model: CostModel, task: Task) -> TaskCost:
@@ -128,7 +127,7 @@ def _attend(model: CostModel, task: Task) -> TaskCost:
     classes = [c for group in model.groups(task) for c in group.classes]
     seconds = processor.task_s + sum(attention_s(model.spec, c, window, model.kv_bytes, processor) for c in classes)
     kv_bytes = sum(c.num_seqs * attention_kv_bytes(model.spec, c, window, model.kv_bytes) for c in classes)
-    return TaskCost(seconds, dram_bytes=kv_bytes if task.queue == "cpu" else 0, memory_bound=all(c.query_tokens == 1 for c in classes))
+    return TaskCost(seconds, dram_bytes=kv_bytes if task.queue == "cpu" else 0, memory_frac=float(all(c.query_tokens == 1 for c in classes)))
 
 
 def _elementwise(model: CostModel, task: Task, num_bytes: float) -> TaskCost:

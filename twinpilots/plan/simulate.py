@@ -42,8 +42,8 @@ class PassTiming:
     """A pass in steady state. ``seconds`` is the time from one pass's end to the next, the driver's overhead included; ``fill_s`` is a first pass from cold.
 
     ``busy_s``: seconds that each queue works per pass, and ``link``: that any copy between memories of the two link queues is under way; of the compute
-    queues' seconds, ``copies`` are activation copies and ``embed`` is the gather of embeddings. ``alone_s``: what the compute queues' tasks would take
-    without each other's and the link's traffic.
+    queues' seconds, ``copies`` are activation copies and ``embed`` is the gather of embeddings. ``alone_s``: what the queues' tasks would take
+    without each other's traffic.
     ``bytes``: link_weights, link_kv, link_activations.
     """
 
@@ -80,7 +80,7 @@ def simulate(
         raise ValueError(f"load has shape {load.shape}, the schedule was made for {schedule.shape}")
     model = CostModel(spec, plan, profile, load)
     costs = [model.cost(task) for task in schedule.tasks]
-    clock = _Clock(schedule.tasks, [cost.seconds for cost in costs], [cost.memory_bound for cost in costs], profile, _settled_pass(schedule, plan))
+    clock = _Clock(schedule.tasks, [cost.seconds for cost in costs], [cost.memory_frac for cost in costs], profile, _settled_pass(schedule, plan))
     clock.run()
     begin_s, end_s = clock.pass_end[clock.reported - 1 : clock.reported + 1]
     base = clock.reported * len(schedule.tasks)
@@ -91,7 +91,9 @@ def simulate(
         if task.kind in APART:
             busy_s[APART[task.kind]] += seconds
     busy_s["link"] = clock.link_busy_s
-    alone_s: dict[str, float] = {queue: sum(costs[task.index].seconds for task in schedule.queue(queue)) for queue in COMPUTE}
+    alone_s: dict[str, float] = dict.fromkeys(QUEUES, 0.0)
+    for task in schedule.tasks:
+        alone_s[task.queue] += costs[task.index].seconds
     timeline = tuple(
         TimelineEntry(task.queue, task.index, clock.start[base + task.index] - begin_s, clock.end[base + task.index] - begin_s)
         for task in (schedule.tasks if keep_timeline else ())
@@ -117,7 +119,7 @@ class _Clock:
     """The event loop. Task i of pass p is number ``p * count + i``; a queue is blocked (next event at infinity), about to start, or running."""
 
     def __init__(
-        self, tasks: Sequence[Task], seconds: Sequence[float], memory_bound: Sequence[bool], profile: HardwareProfile, reported: int
+        self, tasks: Sequence[Task], seconds: Sequence[float], memory_frac: Sequence[float], profile: HardwareProfile, reported: int
     ) -> None:  # fmt: skip
         self.count = len(tasks)
         self.reported = reported  # pass 0 fills the pipeline; the pass after this one is only prefetched
@@ -125,11 +127,12 @@ class _Clock:
         self.seconds = seconds
         self.overhead_s = profile.step_overhead_s
         numbers = {name: number for number, name in enumerate(QUEUES)}
-        self.copy_slowdown = (profile.cpu.copy_slowdown, profile.gpu.copy_slowdown if profile.gpu else 1.0)
-        peer = (profile.cpu.peer_slowdown, profile.gpu.peer_slowdown if profile.gpu else 1.0)
-        self.peer_slowdown = [
-            peer[numbers[task.queue]] if bound and task.queue in ("cpu", "gpu") else 1.0 for task, bound in zip(tasks, memory_bound, strict=True)
-        ]
+        self.copy_slowdown = [(side.copy_slowdown, side.least_copy_slowdown) if side else (1.0, 1.0) for side in (profile.cpu, profile.gpu)]
+        reads = (profile.cpu.read_bytes_per_s, profile.gpu.read_bytes_per_s if profile.gpu else 0.0)
+        self.peer_slowdown = (profile.cpu.peer_slowdown, profile.gpu.peer_slowdown if profile.gpu else 1.0)
+        self.link_slowdown = profile.link.peer_slowdown if profile.link else 1.0
+        self.memory_frac = memory_frac
+        self.memory_share = (reads[CPU] / sum(reads), reads[GPU] / sum(reads))  # of the traffic when both read all the time
         self.order: list[list[int]] = [[], [], [], []]
         self.fenced = [task.kind != "load" for task in tasks]
         queue_of = [numbers[task.queue] for task in tasks]
@@ -153,6 +156,7 @@ class _Clock:
         running = [False] * 4
         factors = [1.0] * 4  # how much slower than alone each queue's current task runs now
         slow = 0  # link queues at work
+        slowed = (CPU, GPU) if self.link_slowdown == 1.0 else (CPU, GPU, LINK_IN, LINK_OUT)
         now = 0.0
         check = [CPU, GPU, LINK_IN, LINK_OUT]
         while True:
@@ -182,13 +186,29 @@ class _Clock:
                 event[q] = now + self.seconds[task]
                 factors[q] = 1.0
                 check = []
-            for side in (CPU, GPU):
+            tasks = [order[side][at[side] % lengths[side]] if running[side] else -1 for side in (CPU, GPU)]
+            for side in slowed:
                 if running[side]:
-                    current = order[side][at[side] % lengths[side]]
-                    factor = (self.copy_slowdown[side] if slow else 1.0) * (self.peer_slowdown[current] if running[CPU + GPU - side] else 1.0)
+                    factor = self._factor(side, tasks, bool(slow))
                     if factor != factors[side]:
                         event[side] = now + (event[side] - now) * factor / factors[side]
                         factors[side] = factor
+
+    def _factor(self, side: int, tasks: Sequence[int], link_at_work: bool) -> float:
+        """How much slower than alone what runs on a queue is beside the compute queues' present ``tasks`` (-1: none) and the link.
+
+        The processors' slow-down was measured with both reading all the time; with less traffic it is less, and it stretches only the part of a task's
+        time that goes to reading.
+        """
+        fracs = [self.memory_frac[task] if task >= 0 else 0.0 for task in tasks]
+        if side >= LINK_IN:
+            return 1.0 + (self.link_slowdown - 1.0) * fracs[CPU]
+        reading, computing = self.copy_slowdown[side] if link_at_work else (1.0, 1.0)
+        factor = reading if reading == computing else max(computing, fracs[side] * reading)
+        if tasks[GPU - side] < 0:
+            return factor
+        traffic = self.memory_share[CPU] * fracs[CPU] + self.memory_share[GPU] * fracs[GPU]
+        return factor * max(1.0, fracs[side] * self.peer_slowdown[side] * traffic)
 
     def _ready(self, task: int, number: int, now: float) -> float:
         """When the waits of this task of pass ``number`` are over; infinity while one of them is still open."""
@@ -269,14 +289,56 @@ class PassEstimator:
         busy_s = {name: by_queue[name].at(longer.busy_s[name], shorter.busy_s[name], by_count) for name in longer.busy_s}
         num_bytes = {name: by_count.at(longer.bytes[name], shorter.bytes[name], by_count) for name in longer.bytes}
         num_bytes["link_weights"] = by_queue["link_in"].at(longer.bytes["link_weights"], shorter.bytes["link_weights"], by_count)
-        least_s = max(busy_s.values())
+        # In a sample the link may be busy with the head's packets for longer than its few layers take: their time then does not show in the pass's.
+        # Their slowing by the link shows too much.
+        alone_s: dict[str, float] = {name: by_queue[name].at(longer.alone_s[name], shorter.alone_s[name], by_count) for name in QUEUES}
+        layers_s = lines[-1].at(self._layers_s(longer, 0), self._layers_s(shorter, 1), by_count)
+        layers_s -= max(busy_s[name] - alone_s[name] for name in COMPUTE) * max(0.0, 1.0 - busy_s["link"] / layers_s)
+        head_s, head_loads_s = self._head_s(longer), self._head_loads_s()
+        least_s = max(*busy_s.values(), layers_s + max(head_s, head_loads_s - self._ring_s), self._least_s(work, head_s, head_loads_s))
         return PassTiming(
             seconds=max(least_s, lines[-1].at(longer.seconds, shorter.seconds, by_count)),
             fill_s=max(least_s, lines[-1].at(longer.fill_s, shorter.fill_s, by_count)),
             busy_s=busy_s,
             bytes=num_bytes,
-            alone_s={name: by_queue[name].at(longer.alone_s[name], shorter.alone_s[name], by_count) for name in COMPUTE},
+            alone_s=alone_s,
         )
+
+    def _layers_s(self, timing: PassTiming, sample: int) -> float:
+        """When the last layer's work ends."""
+        tasks = self.schedules[sample].tasks
+        return max(entry.end_s for entry in timing.timeline if tasks[entry.task].layer >= 0 and entry.queue != "link_in")
+
+    def _head_s(self, timing: PassTiming) -> float:
+        """The head's work after the layers."""
+        tasks, layers_s = self.schedules[0].tasks, self._layers_s(timing, 0)
+        work_s: dict[Queue, float] = dict.fromkeys(COMPUTE, 0.0)
+        for entry in timing.timeline:
+            if tasks[entry.task].layer < 0 and entry.start_s >= layers_s and entry.queue in work_s:
+                work_s[entry.queue] += entry.end_s - entry.start_s
+        return max(work_s.values())
+
+    def _head_loads_s(self) -> float:
+        """On the link."""
+        num_bytes = sum(segment.num_bytes for packet in self.schedules[0].packets for segment in packet.segments if segment.layer < 0)
+        return num_bytes / self.profile.link.up_bytes_per_s if self.profile.link else 0.0
+
+    @property
+    def _ring_s(self) -> float:
+        """How far the link can be ahead of who computes."""
+        return self.plan.ring_bytes / self.profile.link.up_bytes_per_s if self.profile.link else 0.0
+
+    def _least_s(self, work: Mapping[Hashable, Sequence[float]], head_s: float, head_loads_s: float) -> float:
+        """A pass at least: layers of which nothing is streamed leave the link a ringful to load ahead and no more, so what lies behind them is late.
+        Where most of it is does not show in samples, in which the ring holds a larger part."""
+        before_s, least_s = self.profile.step_overhead_s, 0.0
+        loads_s = [work[kind][LINK_IN] for kind in self.kinds]
+        left_s = sum(loads_s)
+        for kind, own_s in zip(self.kinds, loads_s, strict=True):
+            least_s = max(least_s, before_s - self._ring_s + max(left_s + head_s, left_s + head_loads_s))
+            before_s += work[kind][-1] if own_s == 0.0 else max(work[kind][CPU], work[kind][GPU])
+            left_s -= own_s
+        return least_s
 
     def _work_by_kind(self, timing: PassTiming, load: PassLoad) -> dict[Hashable, list[float]]:
         """Per kind of layer the seconds on each queue, and what a layer adds to the pass: seen in the longer sample, computed for kinds not in it."""

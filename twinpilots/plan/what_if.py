@@ -84,8 +84,13 @@ def twice_the_link(problem: Problem) -> Problem:
     profile = problem.profile
     assert profile.gpu is not None and profile.link is not None
     link = replace(profile.link, up_bytes_per_s=2 * profile.link.up_bytes_per_s, down_bytes_per_s=2 * profile.link.down_bytes_per_s)
-    cpu, gpu = (replace(side, copy_slowdown=_slowdown(side.copy_slowdown)) for side in (profile.cpu, profile.gpu))
+    cpu, gpu = (_dragged(side) for side in (profile.cpu, profile.gpu))
     return replace(problem, profile=replace(profile, link=link, cpu=cpu, gpu=gpu))
+
+
+def _dragged(side: ComputeProfile) -> ComputeProfile:
+    computing = side.copy_slowdown_computing
+    return replace(side, copy_slowdown=_slowdown(side.copy_slowdown), copy_slowdown_computing=None if computing is None else _slowdown(computing))
 
 
 def _slowdown(now: float) -> float:
