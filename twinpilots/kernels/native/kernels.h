@@ -43,10 +43,21 @@ struct EmbedArgs {
   float scale;
 };
 
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+inline int64_t dtype_bytes(int dtype) { return dtype == FP32 ? 4 : dtype == INT8 ? 1 : 2; }
+
+// Pages of KV, all of one layer and tier: docs/execution.md has their layout.
 struct KvArgs {
   char* base;
   int64_t page_stride, page_size, kv_heads, head_dim;
   int dtype;
+
+  int64_t row_bytes() const { return head_dim * dtype_bytes(dtype); }
+  int64_t scales_offset() const { return round_up(2 * kv_heads * page_size * row_bytes(), sizeof(float)); }  // int8 only
+  int64_t page_bytes() const { return dtype == INT8 ? round_up(scales_offset() + 2 * kv_heads * page_size * (int64_t)sizeof(float), 64) : 2 * kv_heads * page_size * row_bytes(); }
+  // Where a token's row of one head begins, and its scale; `line`: of the keys' heads, then of the values' heads.
+  int64_t row_at(int64_t line, int64_t offset) const { return (line * page_size + offset) * row_bytes(); }
+  int64_t scale_at(int64_t line, int64_t offset) const { return scales_offset() + (line * page_size + offset) * (int64_t)sizeof(float); }
 };
 
 struct RopeArgs {
@@ -114,8 +125,6 @@ extern const Kernels kAvx512Vnni;
 // Memory of the calling thread, at least `bytes` large, 64-byte aligned; grows, never shrinks. A later call invalidates an earlier one's contents.
 char* thread_scratch(size_t bytes);
 
-inline int64_t dtype_bytes(int dtype) { return dtype == FP32 ? 4 : 2; }
-
 // A quantised format (model/weight_format.py). A panel's block of w columns is block_bytes * w bytes, the first header * w of them scales.
 struct QuantFormat {
   int64_t block, block_bytes, group, header;
@@ -135,7 +144,6 @@ inline QuantFormat quant_format(int dtype) {
 inline int64_t weight_bytes(int dtype, int64_t elements) {
   return is_quantized(dtype) ? elements / quant_format(dtype).block * quant_format(dtype).block_bytes : elements * dtype_bytes(dtype);
 }
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 constexpr int64_t ATTEND_ROWS = 64;  // query rows (tokens x heads of one KV head) that share a converted block of K and V
 
 }  // namespace tp
