@@ -32,7 +32,6 @@ def measure(
     gpu: GpuDevice | None,
     spec: ModelSpec,
     *,
-    kv_dtype: str | None = None,
     quick: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> HardwareProfile:
@@ -47,11 +46,11 @@ def measure(
     with Rig(pilot, gpu, host_bytes=rig_bytes, gpu_bytes=gpu_budget) as rig:
         benches: dict[Side, Bench] = {side: Bench(rig, side, spec, max(grid)) for side in (("cpu", "gpu") if gpu else ("cpu",))}
         progress("linears and attention")
-        sides = _measure_compute(benches, grid, budget_s, kv_dtype or spec.weight_dtype, pilot.threads, gpu)
+        sides = _measure_compute(benches, grid, budget_s, pilot.threads, gpu)
         link = None
         if gpu:
             progress("link: packets, small copies, hand-off, contention")
-            link = with_kv_copies(rig, benches["gpu"], measure_link(rig, spec), kv_dtype or spec.weight_dtype)
+            link = with_kv_copies(rig, benches["gpu"], measure_link(rig, spec))
             sides = with_peers(rig, benches, with_contention(rig, benches, sides, link))
         step_s = _measure_step(rig, benches)
     # What DRAM gives is at least what all cores read, and what the pilot reads beside a busy link together with what the link takes.
@@ -68,24 +67,27 @@ def measure(
 
 
 def _measure_compute(
-    benches: dict[Side, Bench], grid: Sequence[int], budget_s: float, kv_dtype: str, threads: int, gpu: GpuDevice | None
+    benches: dict[Side, Bench], grid: Sequence[int], budget_s: float, threads: int, gpu: GpuDevice | None
 ) -> dict[Side, ComputeProfile]:  # fmt: skip
     """Both sides in the same rounds, so that a busy neighbour does not make one look slower than the other."""
     experiments = {
         (side, key): run
         for side, bench in benches.items()
-        for key, run in bench.experiments(grid, kv_dtype, budget_s / len(grid) / MIN_RUNS).items()
+        for key, run in bench.experiments(grid, budget_s / len(grid) / MIN_RUNS).items()
     }  # fmt: skip
     seconds = in_rounds(experiments, budget_s * sum(len(bench.spec.rate_keys) for bench in benches.values()))
     sides: dict[Side, ComputeProfile] = {}
     for side, bench in benches.items():
-        linear, attention = bench.rates({key: found for (of, key), found in seconds.items() if of == side}, grid, kv_dtype)
+        of_side = {key: found for (of, key), found in seconds.items() if of == side}
+        own, *others = bench.kv_dtypes
+        attention = bench.attention_rates(of_side, own)
         # An emulated GPU computes on one core of the CPU's kind, so its peaks are one core's.
         on_card = side == "gpu" and gpu is not None and not gpu.emulated
         read_rate, flop_rate = _cuda_peaks(bench.spec.weight_dtype, gpu.name) if on_card and gpu else cpu_peaks(threads if side == "cpu" else 1)
         sides[side] = ComputeProfile(
-            name=side, linear=linear, attention_bytes_per_s=attention.bytes_per_s, attention_flops_per_s=attention.flops_per_s,
-            attention_seq_s=attention.seq_s, elementwise_bytes_per_s=bench.elementwise_rate(), task_s=bench.task_s(),
+            name=side, linear=bench.curves(of_side, grid), attention_bytes_per_s=attention.bytes_per_s, attention_flops_per_s=attention.flops_per_s,
+            attention_seq_s=attention.seq_s, kv_attention={kv_dtype: bench.attention_rates(of_side, kv_dtype) for kv_dtype in others},
+            elementwise_bytes_per_s=bench.elementwise_rate(), task_s=bench.task_s(),
             read_bytes_per_s=read_rate, flops_per_s=flop_rate,
         )  # fmt: skip
     return sides

@@ -15,7 +15,7 @@ from twinpilots.errors import ProfileMissingError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 
-STORE_VERSION = 4  # raise it when the kernels' speed or the experiments change, so that old profiles are measured again
+STORE_VERSION = 5  # raise it when the kernels' speed or the experiments change, so that old profiles are measured again
 
 
 def cache_dir() -> Path:
