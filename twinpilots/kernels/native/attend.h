@@ -103,9 +103,9 @@ TP_INLINE void prefetch_row(const char* row, int64_t bytes) {
 }
 
 // Rows [from, to) of a block, counted through its quarters in turn.
-TP_INLINE void prefetch_rows(const char* const* quarters, int64_t from, int64_t to, int64_t row_bytes) {
-  for (int64_t i = from; i < to; i++)
-    if (quarters[i % QUARTERS]) prefetch_row(quarters[i % QUARTERS] + i / QUARTERS * row_bytes, row_bytes);
+TP_INLINE void prefetch_rows(const char* const* quarters, uint64_t from, uint64_t to, int64_t row_bytes) {
+  for (uint64_t i = from; i < to; i++)
+    if (quarters[i % QUARTERS]) prefetch_row(quarters[i % QUARTERS] + (int64_t)(i / QUARTERS) * row_bytes, row_bytes);
 }
 
 // ---- scores
@@ -162,7 +162,8 @@ static void score_rows(int64_t row, const AttendBlock& b) {
     int64_t tokens[4];
     const char* keys[4];
     for (int64_t j = 0; j < 4; j++) {
-      const int64_t t = tokens[j] = whole ? j * QUARTER + g : 4 * g + j, offset = t % QUARTER * b.row_bytes;
+      const uint64_t t = (uint64_t)(tokens[j] = whole ? j * QUARTER + g : 4 * g + j);
+      const int64_t offset = (int64_t)(t % QUARTER) * b.row_bytes;
       keys[j] = b.keys[t / QUARTER] + offset;
       if (row == 0 && !b.copy) prefetch_row(b.values[t / QUARTER] + offset, b.row_bytes);
     }

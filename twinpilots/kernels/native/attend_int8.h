@@ -51,22 +51,76 @@ TP_INLINE void widened_pairs(const char* p, const char* q, vi& low, vi& high) {
 TP_INLINE void in_order(vi&, vi&) {}
 #endif
 
-// out[i] = the lanes of vector i added, for four vectors of whole numbers.
-#if TP_ISA >= 1
-TP_INLINE __m256i eight_words(const float* v) {
-  const __m256i first = _mm256_loadu_si256((const __m256i*)v);
-  return W == 16 ? _mm256_add_epi32(first, _mm256_loadu_si256((const __m256i*)(v + 8))) : first;
+// ---- a few scores: SCORE_KEYS neighbouring keys times up to SCORE_ROWS rows, as sums of lanes in registers
+
+#if TP_ISA == 2
+constexpr int SCORE_KEYS = 4;
+TP_INLINE __m512i added(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+// Lanes [m * 4 + n]: the sum of c[n][m].
+template <int MR>
+TP_INLINE vi add_lanes_of(const vi (&c)[SCORE_KEYS][MR]) {
+  __m512i rows[SCORE_ROWS];
+#pragma GCC unroll 4
+  for (int m = 0; m < SCORE_ROWS; m++) {
+    const int r = m < MR ? m : 0;
+    const __m512i k0 = (__m512i)c[0][r], k1 = (__m512i)c[1][r], k2 = (__m512i)c[2][r], k3 = (__m512i)c[3][r];
+    const __m512i a = added(_mm512_unpacklo_epi32(k0, k1), _mm512_unpackhi_epi32(k0, k1)), b = added(_mm512_unpacklo_epi32(k2, k3), _mm512_unpackhi_epi32(k2, k3));
+    rows[m] = added(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));  // in each quarter of the register the four keys
+  }
+  const __m512i a = added(_mm512_shuffle_i32x4(rows[0], rows[1], 0x88), _mm512_shuffle_i32x4(rows[0], rows[1], 0xdd));
+  const __m512i b = added(_mm512_shuffle_i32x4(rows[2], rows[3], 0x88), _mm512_shuffle_i32x4(rows[2], rows[3], 0xdd));
+  return (vi)added(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
 }
-TP_INLINE void add_words(const float* v, float* out) {
-  const __m256i a = _mm256_hadd_epi32(eight_words(v), eight_words(v + W)), b = _mm256_hadd_epi32(eight_words(v + 2 * W), eight_words(v + 3 * W));
-  const __m256i c = _mm256_hadd_epi32(a, b);
-  _mm_storeu_si128((__m128i*)out, _mm_add_epi32(_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1)));
+TP_INLINE vf repeated(const float* four) { return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(four)); }
+template <int MR>
+TP_INLINE void store_scores(vf v, float* scores) {
+  const __m512 s = (__m512)v;
+  _mm_storeu_ps(scores, _mm512_castps512_ps128(s));
+  if (MR > 1) _mm_storeu_ps(scores + BLOCK, _mm512_extractf32x4_ps(s, 1));
+  if (MR > 2) _mm_storeu_ps(scores + 2 * BLOCK, _mm512_extractf32x4_ps(s, 2));
+  if (MR > 3) _mm_storeu_ps(scores + 3 * BLOCK, _mm512_extractf32x4_ps(s, 3));
+}
+#elif TP_ISA == 1
+constexpr int SCORE_KEYS = 2;
+TP_INLINE __m256i added(__m256i a, __m256i b) { return _mm256_add_epi32(a, b); }
+// Lanes [m * 2 + n]: the sum of c[n][m].
+template <int MR>
+TP_INLINE vi add_lanes_of(const vi (&c)[SCORE_KEYS][MR]) {
+  __m256i rows[SCORE_ROWS];
+#pragma GCC unroll 4
+  for (int m = 0; m < SCORE_ROWS; m++) {
+    const __m256i k0 = (__m256i)c[0][m < MR ? m : 0], k1 = (__m256i)c[1][m < MR ? m : 0];
+    rows[m] = added(_mm256_unpacklo_epi32(k0, k1), _mm256_unpackhi_epi32(k0, k1));  // in each half of the register both keys, twice
+  }
+  const __m256i a = added(_mm256_unpacklo_epi64(rows[0], rows[1]), _mm256_unpackhi_epi64(rows[0], rows[1]));
+  const __m256i b = added(_mm256_unpacklo_epi64(rows[2], rows[3]), _mm256_unpackhi_epi64(rows[2], rows[3]));
+  return (vi)added(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+TP_INLINE vf repeated(const float* two) {
+  double both;
+  __builtin_memcpy(&both, two, sizeof both);
+  return (vf)_mm256_set1_pd(both);
+}
+template <int MR>
+TP_INLINE void store_scores(vf v, float* scores) {
+  const __m128 low = _mm256_castps256_ps128((__m256)v), high = _mm256_extractf128_ps((__m256)v, 1);
+  _mm_storel_pi((__m64*)scores, low);
+  if (MR > 1) _mm_storeh_pi((__m64*)(scores + BLOCK), low);
+  if (MR > 2) _mm_storel_pi((__m64*)(scores + 2 * BLOCK), high);
+  if (MR > 3) _mm_storeh_pi((__m64*)(scores + 3 * BLOCK), high);
 }
 #else
-TP_INLINE void add_words(const float* v, float* out) {
-  int32_t sums[4];
-  for (int i = 0; i < 4; i++) sums[i] = sum_lanes(load_words((const char*)(v + i * W)));
-  __builtin_memcpy(out, sums, sizeof sums);
+constexpr int SCORE_KEYS = 1;
+template <int MR>
+TP_INLINE vi add_lanes_of(const vi (&c)[SCORE_KEYS][MR]) {
+  vi sums = {};
+  for (int m = 0; m < MR; m++) sums[m] = sum_lanes(c[0][m]);
+  return sums;
+}
+TP_INLINE vf repeated(const float* one) { return splat(*one); }
+template <int MR>
+TP_INLINE void store_scores(vf v, float* scores) {
+  for (int m = 0; m < MR; m++) scores[m * BLOCK] = v[m];
 }
 #endif
 
@@ -76,7 +130,7 @@ static Int8Block int8_layout(const AttendArgs& a, int64_t queries) {
   float *q, *weights;
   const int64_t copied = used_in_place(a.kv) ? 0 : 2 * BLOCK * b.padded_dim / 4, rows = round_up(b.rows, 16);
   const Part parts[] = {{&q, b.rows * b.padded_dim / 2}, {&weights, b.rows * BLOCK / 2}, {&b.scores, b.rows * BLOCK}, {&b.sums, b.rows * b.padded_dim},
-                        {&b.lanes, SCORE_ROWS * BLOCK * W}, {&b.peak, rows}, {&b.total, rows}, {&x.q_scales, rows}, {&x.weight_scales, rows},
+                        {&b.peak, rows}, {&b.total, rows}, {&x.q_scales, rows}, {&x.weight_scales, rows},
                         {&x.key_scales, BLOCK}, {&x.value_scales, BLOCK}, {&b.copy, copied}};
   carve(parts);
   if (!copied) b.copy = nullptr;
@@ -165,54 +219,34 @@ static float round_weights(const float* p, const float* scales, int16_t* codes) 
 
 // ---- scores
 
-// The lanes of keys . q, as `dots` leaves them.
-template <int MR, int NK>
-TP_INLINE void code_dots(const int16_t* q, const char* const* keys, int64_t dim, const int64_t* tokens, float* lanes) {
-  vi c[NK][MR] = {};
-  for (int64_t d = 0; d < dim; d += PAIR) {
-    vi key[NK];
-#pragma GCC unroll 4
-    for (int n = 0; n < NK; n++) key[n] = widened(keys[n] + d);
-#pragma GCC unroll 4
-    for (int m = 0; m < MR; m++) {
-      const vi x = load_words((const char*)(q + m * dim + d));
-#pragma GCC unroll 4
-      for (int n = 0; n < NK; n++) {
-        c[n][m] = add_pairs(c[n][m], key[n], x);
-        pin(c[n][m]);
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int n = 0; n < NK; n++)
-#pragma GCC unroll 4
-    for (int m = 0; m < MR; m++) store(lanes + (m * BLOCK + tokens[n]) * W, (vf)c[n][m]);
-}
-
-// As `score_rows`.
+// Of MR rows from `row` on. The first rows prefetch the values of as many tokens as they score, of all quarters in turn.
 template <int MR>
 static void score_codes(int64_t row, const Int8Block& x) {
-  constexpr int NK = score_keys(MR);
+  constexpr int NK = SCORE_KEYS;
   const AttendBlock& b = x.b;
-  const bool whole = b.t0 == 0 && b.t1 == BLOCK;
-  const int64_t first = whole ? 0 : b.t0 / 4, last = whole ? QUARTER : (b.t1 + 3) / 4;
-  for (int64_t g = first; g < last; g++) {
-    int64_t tokens[4];
-    const char* keys[4];
-    for (int64_t j = 0; j < 4; j++) {
-      const int64_t t = tokens[j] = whole ? j * QUARTER + g : 4 * g + j, offset = t % QUARTER * b.row_bytes;
-      keys[j] = b.keys[t / QUARTER] + offset;
-      if (row == 0 && !b.copy) prefetch_row(b.values[t / QUARTER] + offset, b.row_bytes);
+  const int16_t* q = x.q + row * b.padded_dim;
+  vf q_scales;
+  for (int i = 0; i < W; i++) q_scales[i] = x.q_scales[row + (i / NK < MR ? i / NK : 0)];
+  const int64_t first = b.t0 / NK * NK, last = round_up(b.t1, NK);
+  for (int64_t t = first; t < last; t += NK) {
+    if (row == 0 && !b.copy) prefetch_rows(b.values, t - first, t - first + NK, b.row_bytes);
+    const char* keys = b.keys[(uint64_t)t / QUARTER] + (int64_t)((uint64_t)t % QUARTER) * b.row_bytes;
+    vi c[NK][MR] = {};
+    for (int64_t d = 0; d < b.padded_dim; d += PAIR) {
+      vi key[NK];
+#pragma GCC unroll 4
+      for (int n = 0; n < NK; n++) key[n] = widened(keys + n * b.row_bytes + d);
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; m++) {
+        const vi code = load_words((const char*)(q + m * b.padded_dim + d));
+#pragma GCC unroll 4
+        for (int n = 0; n < NK; n++) {
+          c[n][m] = add_pairs(c[n][m], key[n], code);
+          pin(c[n][m]);
+        }
+      }
     }
-#pragma GCC unroll 2
-    for (int j = 0; j < 4; j += NK) code_dots<MR, NK>(x.q + row * b.padded_dim, keys + j, b.padded_dim, tokens + j, b.lanes);
-  }
-  for (int64_t m = 0; m < MR; m++) {
-    float* scores = b.scores + (row + m) * BLOCK;
-    const vf scale = splat(x.q_scales[row + m]);
-    for (int64_t t = first * 4; t < last * 4; t += 4) add_words(b.lanes + (m * BLOCK + t) * W, scores + t);
-    for (int64_t t = first * 4 / W * W; t < last * 4; t += W)
-      store(scores + t, __builtin_convertvector(load_words((const char*)(scores + t)), vf) * load(x.key_scales + t) * scale);
+    store_scores<MR>(__builtin_convertvector(add_lanes_of<MR>(c), vf) * repeated(x.key_scales + t) * q_scales, b.scores + row * BLOCK + t);
   }
 }
 
