@@ -28,10 +28,13 @@ struct Part {
   int64_t floats;
 };
 template <int N>
-static void carve(const Part (&parts)[N]) {
+static int64_t floats_of(const Part (&parts)[N]) {
   int64_t floats = 0;
   for (const Part& part : parts) floats += part.floats;
-  float* next = (float*)thread_scratch(floats * sizeof(float));
+  return round_up(floats, 16);
+}
+template <int N>
+static void place(const Part (&parts)[N], float* next) {
   for (const Part& part : parts) {
     *part.at = next;
     next += part.floats;
@@ -52,7 +55,7 @@ static AttendBlock attend_layout(const AttendArgs& a, int64_t queries) {
   const int64_t copied = used_in_place(a.kv) ? 0 : 2 * BLOCK * b.padded_dim, rows = round_up(b.rows, 16);
   const Part parts[] = {{&b.q, b.rows * b.padded_dim}, {&b.scores, b.rows * BLOCK}, {&b.sums, b.rows * b.padded_dim}, {&b.peak, rows}, {&b.total, rows},
                         {&b.lanes, SCORE_ROWS * BLOCK * W}, {&b.copy, copied}};
-  carve(parts);
+  place(parts, (float*)thread_scratch(floats_of(parts) * sizeof(float)));
   if (!copied) b.copy = nullptr;
   return b;
 }
@@ -61,7 +64,7 @@ static char* token_row(const KvArgs& kv, const Sequence& s, int64_t token, int64
   return kv_row(kv, s.pages[token / kv.page_size], token % kv.page_size, which, head);
 }
 
-// Where the block at `base` lies. A quarter that no row sees is never read for its values, and its scores are masked: it gets a neighbour's place.
+// Where a block lies. A quarter that no row sees is never read for its values, and its scores are masked: it gets a neighbour's place.
 static void find_quarters(const KvArgs& kv, const Sequence& s, int64_t head, int64_t base, int64_t last, AttendBlock& b) {
   b.row_bytes = kv.row_bytes();
   const int64_t first = b.t0 / QUARTER;
@@ -283,24 +286,26 @@ static const float* query_of(const AttendArgs& a, const Sequence& s, const Atten
   return a.qkv + (s.row + query0 + row / b.group) * a.ld + (kv_head * b.group + row % b.group) * b.dim;
 }
 
-// All tokens that some row sees, block by block, from nothing: `attend` (where the block begins, the end of all tokens) scores one and adds its values.
-template <class F>
-static void each_block(const AttendArgs& a, const Sequence& s, int64_t kv_head, int64_t query0, int64_t query1, AttendBlock& b, F&& attend) {
+static void clear_rows(AttendBlock& b) {
   for (int64_t r = 0; r < b.rows; r++) {
     b.peak[r] = MASKED;
     b.total[r] = 0.0f;
   }
   __builtin_memset(b.sums, 0, b.rows * b.padded_dim * sizeof(float));
+}
+
+// A block begins at token `base`; some row sees its tokens [t0, t1). `last`: the end of all tokens that are seen.
+struct BlockSpan {
+  int64_t base, t0, t1, last;
+  bool is_first;
+};
+
+// All tokens that some row sees, block by block.
+template <class F>
+static void each_block(const AttendArgs& a, const Sequence& s, int64_t query0, int64_t query1, F&& attend) {
   const int64_t context = s.kv_len - s.len, last = context + query1, first = a.window && context + query0 + 1 > a.window ? context + query0 + 1 - a.window : 0;
-  for (int64_t base = first / BLOCK * BLOCK; base < last; base += BLOCK) {
-    b.t0 = first > base ? first - base : 0;
-    b.t1 = last - base < BLOCK ? last - base : BLOCK;
-    if (!b.copy && base == first / BLOCK * BLOCK) {
-      find_quarters(a.kv, s, kv_head, base, last, b);
-      prefetch_rows(b.keys, 0, BLOCK, b.row_bytes);
-    }
-    attend(base, last);
-  }
+  for (int64_t base = first / BLOCK * BLOCK; base < last; base += BLOCK)
+    attend(BlockSpan{base, first > base ? first - base : 0, last - base < BLOCK ? last - base : BLOCK, last, base == first / BLOCK * BLOCK});
 }
 
 static void softmax_block(const AttendArgs& a, const Sequence& s, int64_t query0, int64_t base, AttendBlock& b) {
@@ -320,15 +325,19 @@ static void finish_rows(const AttendArgs& a, const Sequence& s, const AttendBloc
 
 template <int D>
 static void attend_tokens(const AttendArgs& a, const Sequence& s, int64_t kv_head, int64_t query0, int64_t query1, AttendBlock& b) {
-  each_block(a, s, kv_head, query0, query1, b, [&](int64_t base, int64_t last) {
+  clear_rows(b);
+  each_block(a, s, query0, query1, [&](const BlockSpan& span) {
+    b.t0 = span.t0;
+    b.t1 = span.t1;
     if (b.copy) {
-      copy_block<D>(a.kv, s, kv_head, base, b);
+      copy_block<D>(a.kv, s, kv_head, span.base, b);
       score_block<FP32>(b);
     } else {
-      find_quarters(a.kv, s, kv_head, base, last, b);
+      find_quarters(a.kv, s, kv_head, span.base, span.last, b);
+      if (span.is_first) prefetch_rows(b.keys, 0, BLOCK, b.row_bytes);
       score_block<D>(b);
     }
-    softmax_block(a, s, query0, base, b);
+    softmax_block(a, s, query0, span.base, b);
     if (b.copy) add_values<FP32>(b);
     else add_values<D>(b);
   });

@@ -124,19 +124,24 @@ TP_INLINE void store_scores(vf v, float* scores) {
 }
 #endif
 
-static Int8Block int8_layout(const AttendArgs& a, int64_t queries) {
-  Int8Block x;
-  AttendBlock& b = x.b = attend_sizes(a, queries);
-  float *q, *weights;
-  const int64_t copied = used_in_place(a.kv) ? 0 : 2 * BLOCK * b.padded_dim / 4, rows = round_up(b.rows, 16);
-  const Part parts[] = {{&q, b.rows * b.padded_dim / 2}, {&weights, b.rows * BLOCK / 2}, {&b.scores, b.rows * BLOCK}, {&b.sums, b.rows * b.padded_dim},
-                        {&b.peak, rows}, {&b.total, rows}, {&x.q_scales, rows}, {&x.weight_scales, rows},
-                        {&x.key_scales, BLOCK}, {&x.value_scales, BLOCK}, {&b.copy, copied}};
-  carve(parts);
-  if (!copied) b.copy = nullptr;
-  x.q = (int16_t*)q;
-  x.weights = (int16_t*)weights;
-  return x;
+// One block per KV head.
+static void int8_layout(const AttendArgs& a, int64_t queries, int64_t heads, Int8Block* blocks) {
+  float* memory = nullptr;
+  for (int64_t h = 0; h < heads; h++) {
+    Int8Block& x = blocks[h];
+    AttendBlock& b = x.b = attend_sizes(a, queries);
+    float *q, *weights;
+    const int64_t copied = used_in_place(a.kv) ? 0 : 2 * BLOCK * b.padded_dim / 4, rows = round_up(b.rows, 16);
+    const Part parts[] = {{&q, b.rows * b.padded_dim / 2}, {&weights, b.rows * BLOCK / 2}, {&b.scores, b.rows * BLOCK}, {&b.sums, b.rows * b.padded_dim},
+                          {&b.peak, rows}, {&b.total, rows}, {&x.q_scales, rows}, {&x.weight_scales, rows}, {&x.key_scales, BLOCK}, {&x.value_scales, BLOCK},
+                          {&b.copy, copied}};
+    const int64_t floats = floats_of(parts);
+    if (h == 0) memory = (float*)thread_scratch(heads * floats * sizeof(float));
+    place(parts, memory + h * floats);
+    if (!copied) b.copy = nullptr;
+    x.q = (int16_t*)q;
+    x.weights = (int16_t*)weights;
+  }
 }
 
 // ---- where a block lies
@@ -337,29 +342,51 @@ static void add_values_int8(const Int8Block& x) {
 
 // ---- a chunk
 
-static void attend_codes(const AttendArgs& a, const Sequence& s, int64_t kv_head, int64_t query0, int64_t query1) {
-  Int8Block x = int8_layout(a, query1 - query0);
+// One head's part of a block. What is read next are the keys of the head behind it, or those of the first head `back` heads before it, a block on.
+static void attend_codes(const AttendArgs& a, const Sequence& s, int64_t kv_head, int64_t back, bool ends, int64_t query0, const BlockSpan& span, Int8Block& x) {
   AttendBlock& b = x.b;
-  const float factor = query_scale(a);
-  for (int64_t r = 0; r < b.rows; r++) {
-    int16_t* q = x.q + r * b.padded_dim;
-    x.q_scales[r] = round_query(query_of(a, s, b, kv_head, query0, r), b.dim, factor, q);
-    __builtin_memset(q + b.dim, 0, (b.padded_dim - b.dim) * sizeof *q);
+  b.t0 = span.t0;
+  b.t1 = span.t1;
+  if (b.copy) {
+    copy_codes(a.kv, s, kv_head, span.base, b);
+  } else {
+    find_quarters(a.kv, s, kv_head, span.base, span.last, b);
+    if (span.is_first && back == 0) prefetch_rows(b.keys, 0, BLOCK, b.row_bytes);
+    const int64_t head_bytes = a.kv.page_size * b.row_bytes;
+    for (int64_t i = 0; i < QUARTERS; i++)
+      if (!ends) b.next_keys[i] = b.keys[i] + head_bytes;
+      else if (b.next_keys[i]) b.next_keys[i] -= back * head_bytes;
   }
-  each_block(a, s, kv_head, query0, query1, b, [&](int64_t base, int64_t last) {
-    if (b.copy) copy_codes(a.kv, s, kv_head, base, b);
-    else find_quarters(a.kv, s, kv_head, base, last, b);
-    read_scales(a.kv, s, 0, kv_head, base, last, b, x.key_scales);
-    read_scales(a.kv, s, 1, kv_head, base, last, b, x.value_scales);
-    score_block_int8(x);
-    softmax_block(a, s, query0, base, b);
-    for (int64_t r = 0; r < b.rows; r++) x.weight_scales[r] = round_weights(b.scores + r * BLOCK, x.value_scales, x.weights + r * BLOCK);
-    add_values_int8(x);
-  });
-  finish_rows(a, s, b, kv_head, query0);
+  read_scales(a.kv, s, 0, kv_head, span.base, span.last, b, x.key_scales);
+  read_scales(a.kv, s, 1, kv_head, span.base, span.last, b, x.value_scales);
+  score_block_int8(x);
+  softmax_block(a, s, query0, span.base, b);
+  for (int64_t r = 0; r < b.rows; r++) x.weight_scales[r] = round_weights(b.scores + r * BLOCK, x.value_scales, x.weights + r * BLOCK);
+  add_values_int8(x);
 }
 
-static void attend_block(const AttendArgs& a, const Sequence& s, int64_t kv_head, int64_t query0, int64_t query1) {
-  if (a.kv.dtype == INT8) attend_codes(a, s, kv_head, query0, query1);
-  else attend_floats(a, s, kv_head, query0, query1);
+static void attend_int8(const AttendArgs& a, const Sequence& s, int64_t kv_head0, int64_t kv_head1, int64_t query0, int64_t query1) {
+  Int8Block blocks[ATTEND_HEADS];
+  const int64_t heads = kv_head1 - kv_head0;
+  int8_layout(a, query1 - query0, heads, blocks);
+  const float factor = query_scale(a);
+  for (int64_t h = 0; h < heads; h++) {
+    AttendBlock& b = blocks[h].b;
+    clear_rows(b);
+    for (int64_t r = 0; r < b.rows; r++) {
+      int16_t* q = blocks[h].q + r * b.padded_dim;
+      blocks[h].q_scales[r] = round_query(query_of(a, s, b, kv_head0 + h, query0, r), b.dim, factor, q);
+      __builtin_memset(q + b.dim, 0, (b.padded_dim - b.dim) * sizeof *q);
+    }
+  }
+  each_block(a, s, query0, query1, [&](const BlockSpan& span) {
+    for (int64_t h = 0; h < heads; h++) attend_codes(a, s, kv_head0 + h, h, h + 1 == heads, query0, span, blocks[h]);
+  });
+  for (int64_t h = 0; h < heads; h++) finish_rows(a, s, blocks[h].b, kv_head0 + h, query0);
+}
+
+// Query tokens [query0, query1) of a sequence, and the query heads of KV heads [kv_head0, kv_head1), at most ATTEND_HEADS.
+static void attend_block(const AttendArgs& a, const Sequence& s, int64_t kv_head0, int64_t kv_head1, int64_t query0, int64_t query1) {
+  if (a.kv.dtype == INT8) return attend_int8(a, s, kv_head0, kv_head1, query0, query1);
+  for (int64_t head = kv_head0; head < kv_head1; head++) attend_floats(a, s, head, query0, query1);
 }

@@ -359,12 +359,16 @@ int Queue::attend(const Insn& insn) {
   std::sort(longest_first_.begin(), longest_first_.end(), [&](int64_t i, int64_t j) { return kv_tokens[i] != kv_tokens[j] ? kv_tokens[i] > kv_tokens[j] : i < j; });
   first_block_.assign(1, 0);
   for (int64_t i : longest_first_) first_block_.push_back(first_block_.back() + (words(OFF_SEQ_LEN)[i] + step - 1) / step);
-  const int64_t blocks = first_block_.back();
-  parallel(pool_, blocks * kv.kv_heads, [&](int64_t chunk) {
-    const int64_t block = chunk / kv.kv_heads, index = std::upper_bound(first_block_.begin(), first_block_.end(), block) - first_block_.begin() - 1;
+  const int64_t blocks = first_block_.back(), threads = pool_ ? pool_->threads() : 1;
+  int64_t rows = args.heads / kv.kv_heads, together = kv.dtype == INT8 ? ATTEND_HEADS : 1;  // wider elements make streams that are long enough
+  for (int64_t i = s.first; i < s.last; i++) rows = std::max(rows, std::min<int64_t>(words(OFF_SEQ_LEN)[i], step) * (args.heads / kv.kv_heads));
+  const auto groups = [&] { return (kv.kv_heads + together - 1) / together; };
+  while (together > 1 && (rows * together > ATTEND_ROWS || blocks * groups() < CHUNKS * threads)) together /= 2;
+  parallel(pool_, blocks * groups(), [&](int64_t chunk) {
+    const int64_t block = chunk / groups(), head = chunk % groups() * together, index = std::upper_bound(first_block_.begin(), first_block_.end(), block) - first_block_.begin() - 1;
     const Sequence sequence = this->sequence(longest_first_[(size_t)index], OFF_SEQ_PAGES);
     const int64_t query = (block - first_block_[(size_t)index]) * step;
-    kernels().attend_block(args, sequence, chunk % kv.kv_heads, query, std::min(query + step, sequence.len));
+    kernels().attend_block(args, sequence, head, std::min(head + together, kv.kv_heads), query, std::min(query + step, sequence.len));
   });
   return OK;
 }

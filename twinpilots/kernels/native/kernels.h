@@ -110,7 +110,7 @@ struct Kernels {
   void (*add_row)(float* x, const float* p, const float* q, const float* bias, const float* gain, const float* gain_bias, int64_t width, int kind, float eps);
   void (*embed_row)(float* dst, const EmbedArgs&, int64_t token, int64_t position);
   void (*rope_row)(const RopeArgs&, int64_t row, int64_t rope_row, int64_t slot);
-  void (*attend_block)(const AttendArgs&, const Sequence&, int64_t kv_head, int64_t query0, int64_t query1);
+  void (*attend_block)(const AttendArgs&, const Sequence&, int64_t kv_head0, int64_t kv_head1, int64_t query0, int64_t query1);
   double (*read_sum)(const void* data, int64_t bytes);
   double (*fma_burn)(int64_t rounds);  // returns the floating-point operations done
 };
@@ -145,5 +145,6 @@ inline int64_t weight_bytes(int dtype, int64_t elements) {
   return is_quantized(dtype) ? elements / quant_format(dtype).block * quant_format(dtype).block_bytes : elements * dtype_bytes(dtype);
 }
 constexpr int64_t ATTEND_ROWS = 64;  // query rows (tokens x heads of one KV head) that share a converted block of K and V
+constexpr int64_t ATTEND_HEADS = 4;  // KV heads that are attended block by block together: their rows in a page are one longer stream from memory
 
 }  // namespace tp
