@@ -145,3 +145,18 @@ def test_int8_scores_of_large_heads_do_not_overflow(isa):
     cache.k[0][39] = cache.layout.read(*place)
     seqs, q = [Seq(1, context=63, pages=cache.lists[0])], np.full((1, 1, 1024), 0.01, np.float32)
     assert relative_rms(run_attend(cache, seqs, q, dtype=Dtype.INT8), wanted(cache, seqs, q, scale=0.3)) < TOLERANCE[Dtype.INT8]
+
+
+@pytest.mark.parametrize("dim, page_size", [(64, 16), (20, 5)], ids=["in place", "copied"])
+@pytest.mark.parametrize("kv_heads", [8, 5])
+@pytest.mark.parametrize("window", [0, 100])
+def test_heads_that_are_attended_together_have_the_bits_of_heads_alone(isa, pool, dim, page_size, kv_heads, window):
+    """Decoding sequences of int8 KV: four heads at a time in a batch, one or two of a sequence alone."""
+    lengths = [(1, 200), (1, 63), (1, 64), (1, 0), (1, 130), (2, 97), (1, 255), (1, 10)]
+    cache, seqs, q = case(lengths, heads=2 * kv_heads, kv_heads=kv_heads, dim=dim, page_size=page_size, dtype=Dtype.INT8)
+    together = run_attend(cache, seqs, q, dtype=Dtype.INT8, window=window, pool=pool)
+    assert relative_rms(together, wanted(cache, seqs, q, scale=0.3, window=window)) < TOLERANCE[Dtype.INT8]
+    row = 0
+    for seq in seqs:
+        assert np.array_equal(run_attend(cache, [seq], q[row : row + seq.query], dtype=Dtype.INT8, window=window), together[row : row + seq.query])
+        row += seq.query

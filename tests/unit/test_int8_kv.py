@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from tests.machines import machine, processor, without_gpu
 from tests.planning import DEMO, llama, smollm2, workload
+from twinpilots import cli
 from twinpilots.config import KvDtype
 from twinpilots.hardware.profile import AttentionRates, HardwareProfile
 from twinpilots.plan import cost, memory
@@ -101,3 +103,12 @@ def test_profiles_keep_and_correct_these_rates() -> None:
     assert (faster.attention_bytes_per_s, faster.attention_flops_per_s) == (2 * DEMO.cpu.attention_bytes_per_s, 4 * DEMO.cpu.attention_flops_per_s)
     with pytest.raises(ValueError, match="bytes_per_s must be a finite number above 0"):
         AttentionRates(bytes_per_s=0, flops_per_s=1, seq_s=0)
+
+
+def test_plan_shows_half_the_kv_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    def kv_bytes(kv_dtype: str) -> int:
+        asked = ["plan", "dummy:smollm2-135m", "--hardware", "demo", "--policy", "cpu", "--kv-cache-dtype", kv_dtype, "--json"]
+        assert cli.main(asked) == 0
+        return int(json.loads(capsys.readouterr().out)["memory"]["host"]["kv"])
+
+    assert kv_bytes("int8") / kv_bytes("auto") == pytest.approx((64 + 4) / 128)
