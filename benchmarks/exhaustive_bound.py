@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 
 from twinpilots.hardware.profile import ComputeProfile
-from twinpilots.model.spec import BYTES_PER_WEIGHT
 from twinpilots.plan.cost import ACTIVATION_BYTES, attention_s, linear_s, rope_append_bytes, staged_kv_bytes
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import Phase, Plan
@@ -70,7 +69,7 @@ class _Pass:
         assert self.profile.gpu is not None and self.profile.link is not None
         self.processor: dict[Device, ComputeProfile] = {"cpu": self.profile.cpu, "gpu": self.profile.gpu}
         self.link = self.profile.link
-        self.kv_bytes = BYTES_PER_WEIGHT[self.plan.kv_dtype]
+        self.kv_dtype = self.plan.kv_dtype
         size = len(next(iter(self.rows.values())).cpu)
         self.zero = np.zeros(size)
         self.free: dict[Device, np.ndarray] = {device: np.full(size, self.profile.step_overhead_s) for device in DEVICES}
@@ -237,13 +236,13 @@ class _Pass:
         classes = [c for each in self.load.groups(mb, group, group + 1) for c in each.classes]
         after = [(device, ready)]
         if group == STREAMED_KV:
-            moved = sum(staged_kv_bytes(self.spec, c, self.plan.page_size, self.kv_bytes) for c in classes)
+            moved = sum(staged_kv_bytes(self.spec, c, self.plan.page_size, self.kv_dtype) for c in classes)
             self.kv_s += self.link.packet_s + moved / self.link.up_bytes_per_s
             after.append((device, self.profile.step_overhead_s + self.kv_s + self.zero))
-        self._task(device, self._elementwise(device, rope_append_bytes(self.spec, tokens, self.kv_bytes)), after)
-        end = self._task(device, processor.task_s + sum(attention_s(self.spec, c, window, self.kv_bytes, processor) for c in classes), [])
+        self._task(device, self._elementwise(device, rope_append_bytes(self.spec, tokens, self.kv_dtype)), after)
+        end = self._task(device, processor.task_s + sum(attention_s(self.spec, c, window, self.kv_dtype, processor) for c in classes), [])
         if group == STREAMED_KV:
-            back_s = self.link.packet_s + 2 * self.spec.kv_size * self.kv_bytes * tokens / self.link.down_bytes_per_s
+            back_s = self.link.packet_s + self.spec.kv_token_bytes(self.kv_dtype) * tokens / self.link.down_bytes_per_s
             self.stored = np.maximum(self.stored, end) + back_s
         return end
 

@@ -41,6 +41,7 @@ class HiddenDevices:
     """Both pilots' queues. ``gpu`` is a `GpuDevice` in so far as a bench asks; the pilot is this object."""
 
     threads = HIDDEN_CORES
+    nodes: tuple[int, ...] = ()
 
     def __init__(self, machine: HiddenMachine, gpu_memory_bytes: int, seed: int) -> None:
         self.machine = machine

@@ -222,7 +222,7 @@ def limit_rate(spec: ModelSpec, weight_bytes: int, metric: Metric, meter: PeakMe
     logits = tokens if metric.output_len > 1 else metric.sequences
     context = metric.input_len + metric.output_len / 2 if metric.output_len > 1 else metric.input_len / 2
     flops = 2.0 * layers * tokens + 2.0 * head * logits + spec.num_layers * spec.attention_flops(tokens, context)
-    num_bytes = weight_bytes + spec.kv_bytes_per_token(2) * metric.sequences * context
+    num_bytes = weight_bytes + spec.kv_bytes_per_token("bf16") * metric.sequences * context
     return tokens / max(num_bytes / meter.read_bytes_per_s, flops / meter.flops_per_s)
 
 

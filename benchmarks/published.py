@@ -116,7 +116,7 @@ def _op(cell: Cell, ledger: Ledger) -> float:
     num_seqs = cell.requests or 1
     if name == "attention":
         context = cell.input_len + cell.output_len / 2
-        num_bytes = num_seqs * context * spec.kv_bytes_per_token(2) / spec.num_layers
+        num_bytes = num_seqs * context * spec.kv_bytes_per_token("bf16") / spec.num_layers
         on_cpu = profile.cpu.attention_s(num_bytes, spec.attention_flops(num_seqs, context))
     else:
         op = spec.layer_ops(0, 64)[name]

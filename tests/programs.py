@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tests.cpu.native_twin import DTYPES, Batch, Machine, Seq, encode, insn
+from tests.cpu.native_twin import DTYPES, KV_DTYPES, Batch, KvLayout, Machine, Seq, encode, insn
 from twinpilots.kernels.abi import NULL, Dtype, Epilogue, NormKind, Op, Space
 from twinpilots.model.weight_format import WeightFormat
 
@@ -78,13 +78,25 @@ def linear_in(rng: np.random.Generator, m: Machine) -> tuple[list[np.ndarray], B
     return [insn(Op.LINEAR_IN, dst, width, src, rows + 4, w, dtype, rows, width, int(rng.integers(0, 2)), **span(rng))], batch
 
 
+def random_pages(rng: np.random.Generator, layout: KvLayout, count: int, spare_bytes: int = 0) -> np.ndarray:
+    """``count`` pages full of ordinary numbers, each with ``spare_bytes`` behind it: [count, stride]."""
+    pages = np.zeros((count, layout.page_bytes + spare_bytes), np.uint8)
+    for page in pages:
+        values = layout.values(page)
+        if layout.dtype == Dtype.INT8:
+            values[:], layout.scales(page)[:] = rng.integers(-127, 128, values.shape), rng.uniform(0.01, 0.03, layout.scales(page).shape)
+        else:
+            values[:] = encode(floats(rng, *values.shape), layout.dtype)
+    return pages
+
+
 def attention(rng: np.random.Generator, m: Machine, kv_dtype: Dtype = Dtype.FP32) -> tuple[list[np.ndarray], Batch]:
     """ROPE_APPEND, then ATTEND over random older KV: the rows of one group."""
     group = int(rng.integers(0, 3))
     batch, kv_heads, repeat, dim = random_batch(rng, groups=(group,)), int(rng.integers(1, 3)), int(rng.integers(1, 4)), 2 * int(rng.integers(1, 6))
     heads, rotary = kv_heads * repeat, 2 * int(rng.integers(1, dim // 2 + 1))
-    stride = 2 * kv_heads * PAGE * dim * (4 if kv_dtype == Dtype.FP32 else 2) + 64
-    kv = m.put(encode(floats(rng, 200 * stride // (4 if kv_dtype == Dtype.FP32 else 2)), kv_dtype))
+    pages = random_pages(rng, KvLayout(kv_heads, PAGE, dim, kv_dtype), 200, 64)
+    kv, stride = m.put(pages), pages.shape[1]
     ld = (heads + 2 * kv_heads) * dim + 1
     qkv, dst = m.put(floats(rng, batch.num_tokens, ld)), m.put(floats(rng, batch.num_tokens, heads * dim))
     cos, sin = (m.put(floats(rng, 40, rotary // 2)) for _ in range(2))
@@ -99,6 +111,12 @@ def attention(rng: np.random.Generator, m: Machine, kv_dtype: Dtype = Dtype.FP32
 def half_precision_attention(rng: np.random.Generator, m: Machine) -> tuple[list[np.ndarray], Batch]:
     """As `attention` with 16-bit KV, without the append: values that round to neighbours would differ by far more than fp32 rounding."""
     insns, batch = attention(rng, m, DTYPES[rng.integers(1, 3)])
+    return insns[1:], batch
+
+
+def int8_attention(rng: np.random.Generator, m: Machine) -> tuple[list[np.ndarray], Batch]:
+    """The same with int8 KV."""
+    insns, batch = attention(rng, m, Dtype.INT8)
     return insns[1:], batch
 
 
@@ -126,8 +144,8 @@ def packets(rng: np.random.Generator, m: Machine) -> tuple[list[np.ndarray], Bat
 
 
 def streamed_kv(rng: np.random.Generator, m: Machine) -> tuple[list[np.ndarray], Batch]:
-    dtype, kv_heads, dim = DTYPES[rng.integers(0, 3)], int(rng.integers(1, 3)), int(rng.integers(1, 6))
-    stride = 2 * kv_heads * PAGE * dim * (4 if dtype == Dtype.FP32 else 2)
+    dtype, kv_heads, dim = KV_DTYPES[rng.integers(0, 4)], int(rng.integers(1, 3)), int(rng.integers(1, 6))
+    stride = KvLayout(kv_heads, PAGE, dim, dtype).page_bytes
     home, staging = (m.put(rng.integers(0, 256, 200 * stride, dtype=np.uint8), space) for space in (Space.HOST, Space.GPU))
     args = (staging, home, stride, PAGE, kv_heads, dim, dtype)
     return [insn(Op.LOAD_KV, *args, glo=1, ghi=2), insn(Op.STORE_KV, *args, glo=1, ghi=2)], random_batch(rng, groups=(1, 0))

@@ -11,8 +11,22 @@ from functools import partial
 import numpy as np
 import torch
 
-from tests.cpu.native_twin import Batch, Machine, Seq, encode, insn
-from tests.programs import Program, add, attention, copy, floats, half_precision_attention, linear, linear_in, maybe, norm, random_blocks
+from tests.cpu.native_twin import Batch, KvLayout, Machine, Seq, encode, insn
+from tests.programs import (
+    Program,
+    add,
+    attention,
+    copy,
+    floats,
+    half_precision_attention,
+    int8_attention,
+    linear,
+    linear_in,
+    maybe,
+    norm,
+    random_blocks,
+    random_pages,
+)
 from twinpilots.kernels import quant_format
 from twinpilots.kernels.abi import DTYPE_CODES, EVENTS_OFFSET, Dtype, Epilogue, Op, Space, address
 from twinpilots.model.weight_format import FORMATS, WeightFormat
@@ -67,9 +81,9 @@ def long_attention(dtype: Dtype, rng: np.random.Generator, m: Machine) -> Drawn:
         query, context = int(rng.choice([1, 1, 7])), int(rng.integers(0, 160))
         seqs.append(Seq(query, context, 0, tuple(next(numbers) for _ in range(-(-(query + context) // page)))))
     batch, kv_heads, dim = Batch(seqs, page_size=page), int(rng.integers(1, 3)), int(rng.choice([8, 12, 16]))
-    heads, size = kv_heads * int(rng.choice([1, 3, 4])), 4 if dtype == Dtype.FP32 else 2
-    stride, ld = 2 * kv_heads * page * dim * size, (heads + 2 * kv_heads) * dim
-    kv, qkv = m.put(encode(floats(rng, 64 * stride // size), dtype)), m.put(floats(rng, batch.num_tokens, ld))
+    heads, pages = kv_heads * int(rng.choice([1, 3, 4])), random_pages(rng, KvLayout(kv_heads, page, dim, dtype), 64)
+    stride, ld = pages.shape[1], (heads + 2 * kv_heads) * dim
+    kv, qkv = m.put(pages), m.put(floats(rng, batch.num_tokens, ld))
     dst, window, softcap = m.put(floats(rng, batch.num_tokens, heads * dim)), int(rng.choice([0, 90])), float(rng.choice([0.0, 2.0]))
     return [insn(Op.ATTEND, dst, heads * dim, qkv, ld, heads, kv_heads, dim, kv, stride, page, dtype, window, f=(0.3, softcap))], batch
 
@@ -97,11 +111,14 @@ def _cases() -> dict[str, Case]:
         "linear": Case(program=linear, tolerance=1e-2), "linear_in": Case(program=linear_in, tolerance=1e-2),
         "attention": Case(program=attention, tolerance=2e-6, takes_all=False),
         "attention 16-bit": Case(program=half_precision_attention, tolerance=2e-3, takes_all=False),
+        "attention int8": Case(program=int8_attention, tolerance=2e-3, takes_all=False),
+        "append int8": Case(program=partial(append, Dtype.INT8), tolerance=0.0, takes_all=False),
         "append fp16": Case(program=partial(append, Dtype.FP16), tolerance=0.0, takes_all=False),
         "append bf16": Case(program=partial(append, Dtype.BF16), tolerance=0.0, takes_all=False, compiled_only=True),  # the interpreter truncates to bf16
     }  # fmt: skip
-    for dtype, product, softmax in ((Dtype.FP32, 2e-6, 2e-6), (Dtype.BF16, 1e-2, 2e-3), (Dtype.FP16, 1e-3, 2e-3)):
-        cases[f"deep linear {dtype.name.lower()}"] = Case(program=partial(deep_linear, dtype), tolerance=product)
+    for dtype, product, softmax in ((Dtype.FP32, 2e-6, 2e-6), (Dtype.BF16, 1e-2, 2e-3), (Dtype.FP16, 1e-3, 2e-3), (Dtype.INT8, None, 2e-3)):
+        if product is not None:
+            cases[f"deep linear {dtype.name.lower()}"] = Case(program=partial(deep_linear, dtype), tolerance=product)
         cases[f"long attention {dtype.name.lower()}"] = Case(program=partial(long_attention, dtype), tolerance=softmax)
     for name, fmt in FORMATS.items():
         if fmt.is_quantized:
@@ -147,12 +164,12 @@ def run_case(name: str, seed: int, device: torch.device) -> TritonOps:
             execute(machine, one, chosen)
         results.append(arena.cpu().numpy().view(np.uint32))
     found, wanted = results
-    changed = (found != both.view(np.uint32)) | (wanted != both.view(np.uint32))
-    mine, theirs = found[changed].view(np.float32).astype(np.float64), wanted[changed].view(np.float32).astype(np.float64)
     assert set(kernels.launches) == {Op(one.op).name for one in insns}, f"launched {dict(kernels.launches)}"
     if CASES[name].tolerance == 0.0:
         assert np.array_equal(found, wanted), "the bits differ"
         return kernels
+    changed = (found != both.view(np.uint32)) | (wanted != both.view(np.uint32))
+    mine, theirs = found[changed].view(np.float32).astype(np.float64), wanted[changed].view(np.float32).astype(np.float64)
     error = np.sqrt(np.mean((mine - theirs) ** 2) / np.mean(theirs**2))
     assert error <= CASES[name].tolerance, f"relative RMS error {error:.1e}, {CASES[name].tolerance:.0e} allowed"
     return kernels

@@ -15,7 +15,10 @@ from twinpilots.errors import UserError
 from twinpilots.units import parse_bytes
 
 POLICY_NAMES = ("auto", "twinpilots", "flexgen", "hetegen", "layer-split", "stream", "cpu", "resident")
-KV_DTYPES = {"auto": None, "fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
+KvDtype = Literal["fp32", "bf16", "fp16", "int8"]
+KV_DTYPES: dict[str, KvDtype | None] = {
+    "auto": None, "fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "int8": "int8",
+}  # fmt: skip
 Quantization = Literal["int8", "int4", "int4-fast"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("int8", "int4", "int4-fast")
 
@@ -32,7 +35,7 @@ class EngineConfig:
     host_bytes: int | None
     max_model_len: int | None
     max_num_seqs: int | None
-    kv_dtype: str | None
+    kv_dtype: KvDtype | None
     policy: str
     plan: Any  # a Plan, the path of its JSON, or None
     threads: int | None

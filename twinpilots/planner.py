@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from twinpilots import history
 from twinpilots.background import Background
@@ -116,7 +116,7 @@ class Planner:
         config = self.config
         return solve(
             self.spec, self.profile, workload, self.limits, policy=cast(Policy, config.policy), unit_rows=config.unit_rows,
-            kv_dtype=cast(Any, config.kv_dtype), max_model_len=max_model_len, compare=compare, proportionate=True,
+            kv_dtype=config.kv_dtype, max_model_len=max_model_len, compare=compare, proportionate=True,
         )  # fmt: skip
 
     def better_plan(self, current: Plan, workload: Workload, longest: int, load_s: float, gain: float) -> PlanChange | None:

@@ -18,6 +18,7 @@ from twinpilots.kernels.native import LinkParams, Native
 
 NUM_EVENTS = 256
 DTYPES = (Dtype.FP32, Dtype.BF16, Dtype.FP16)
+KV_DTYPES = (*DTYPES, Dtype.INT8)
 
 
 @cache
@@ -57,6 +58,58 @@ def decode(stored: np.ndarray, dtype: Dtype) -> np.ndarray:
     if dtype == Dtype.BF16:
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.view(np.float16).astype(np.float32) if dtype == Dtype.FP16 else stored
+
+
+def quantize_row(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [..., dim] as int8 KV keeps them: codes, and their scales [...]."""
+    rows = np.asarray(values, np.float32)
+    scales = np.abs(rows).max(-1) / np.float32(127)
+    return np.rint(rows / np.where(scales > 0, scales, 1)[..., None]).astype(np.int8), scales
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """The bytes of a page of one layer (docs/execution.md): ``write`` and ``read`` one token's rows [kv_heads, dim] of ``which`` (0 keys, 1 values)."""
+
+    kv_heads: int
+    page_size: int
+    dim: int
+    dtype: Dtype
+
+    @property
+    def element_bytes(self) -> int:
+        return {Dtype.FP32: 4, Dtype.INT8: 1}.get(self.dtype, 2)
+
+    @property
+    def values_bytes(self) -> int:
+        return 2 * self.kv_heads * self.page_size * self.dim * self.element_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        scales = 4 * 2 * self.kv_heads * self.page_size
+        return -(-(-(-self.values_bytes // 4) * 4 + scales) // 64) * 64 if self.dtype == Dtype.INT8 else self.values_bytes
+
+    def values(self, page: np.ndarray) -> np.ndarray:
+        """[2, kv_heads, page_size, dim] as stored, a view of the page's bytes."""
+        kind = {Dtype.FP32: np.float32, Dtype.INT8: np.int8}.get(self.dtype, np.uint16)
+        return page[: self.values_bytes].view(kind).reshape(2, self.kv_heads, self.page_size, self.dim)
+
+    def scales(self, page: np.ndarray) -> np.ndarray:
+        """[2, kv_heads, page_size] of an int8 page."""
+        start = -(-self.values_bytes // 4) * 4
+        return page[start : start + 8 * self.kv_heads * self.page_size].view(np.float32).reshape(2, self.kv_heads, self.page_size)
+
+    def write(self, page: np.ndarray, which: int, offset: int, rows: np.ndarray) -> None:
+        if self.dtype == Dtype.INT8:
+            self.values(page)[which, :, offset], self.scales(page)[which, :, offset] = quantize_row(rows)
+        else:
+            self.values(page)[which, :, offset] = encode(rows, self.dtype)
+
+    def read(self, page: np.ndarray, which: int, offset: int) -> np.ndarray:
+        stored = self.values(page)[which, :, offset]
+        if self.dtype == Dtype.INT8:
+            return stored.astype(np.float32) * self.scales(page)[which, :, offset, None]
+        return decode(stored, self.dtype)
 
 
 # ---- the machine

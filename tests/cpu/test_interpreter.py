@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cpu.native_twin import DTYPES, Machine, insn, mailbox_offset, native
+from tests.cpu.native_twin import KV_DTYPES, Machine, insn, mailbox_offset, native
 from tests.programs import (
     ARENA,
     Program,
@@ -22,6 +22,7 @@ from tests.programs import (
     embed,
     floats,
     half_precision_attention,
+    int8_attention,
     linear,
     linear_in,
     norm,
@@ -48,10 +49,11 @@ def agree(program: Program, seed: int) -> None:
     for ours, native_bytes in ((mine.host, theirs.host), (mine.gpu, theirs.gpu)):
         found, wanted = ours.view(np.float32), native_bytes.view(np.float32)
         same = ours.view(np.uint32) == native_bytes.view(np.uint32)
-        np.testing.assert_allclose(found[~same], wanted[~same], rtol=3e-5, atol=3e-5)
+        tolerance = 2e-4 if program is int8_attention else 3e-5  # the native kernel rounds queries and probabilities to 16 bits
+        np.testing.assert_allclose(found[~same], wanted[~same], rtol=tolerance, atol=tolerance)
 
 
-CASES = (embed, norm, linear, linear_in, attention, half_precision_attention, add, copy, packets, streamed_kv)
+CASES = (embed, norm, linear, linear_in, attention, half_precision_attention, int8_attention, add, copy, packets, streamed_kv)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -61,7 +63,7 @@ def test_both_interpreters_leave_the_same_memory(program: Program, seed: int) ->
     agree(program, seed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize("seed", range(4))
 def test_appended_kv_has_the_same_bits(seed: int, dtype: Dtype) -> None:
     native()

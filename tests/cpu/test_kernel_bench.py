@@ -12,7 +12,7 @@ import pytest
 
 from tests.cpu.native_twin import native
 from twinpilots.device.cpu import CpuPilot
-from twinpilots.hardware.kernel_bench import KERNELS, KernelBench, KernelCase, fits, supported_formats, whole_work
+from twinpilots.hardware.kernel_bench import KERNELS, KV_FORMATS, KernelBench, KernelCase, fits, supported_formats, whole_work
 from twinpilots.hardware.peaks import PeakMeter, host_region_bytes
 from twinpilots.kernels.abi import INSN
 from twinpilots.kernels.native import ISA_NAMES
@@ -28,7 +28,7 @@ def case_of(kernel: Any, name: str) -> KernelCase:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_format_runs_and_its_work_is_counted(kernel: Any) -> None:
-    names = [name for name in supported_formats() if "attention" not in kernel or name in ("fp32", "bf16", "fp16")]
+    names = supported_formats() if "attention" not in kernel else tuple(KV_FORMATS)
     cases = [case for case in (case_of(kernel, name) for name in names) if fits(SPEC, case)]
     pilot = CpuPilot(2)
     with KernelBench(pilot, SPEC, most_tokens=5, most_bytes=0) as bench:

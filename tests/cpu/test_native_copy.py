@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.cpu.native_twin import Batch, Machine, Seq, insn, rows_batch
+from tests.cpu.native_twin import Batch, KvLayout, Machine, Seq, insn, rows_batch
 from twinpilots.kernels.abi import Dtype, Op, Space
 from twinpilots.kernels.native import LinkParams
 
@@ -63,6 +63,25 @@ def test_store_kv_writes_this_passs_tokens_and_nothing_else():
     home[7, :, :, :1] = staging[2, :, :, :1]  # token 8
     home[1, :, :, :1] = staging[4, :, :, :1]
     assert np.array_equal(machine.view(at_home, np.float32, home.shape), home)
+
+
+@pytest.mark.parametrize("page_size, dim", [(PAGE, DIM), (3, 7)])
+def test_streamed_int8_kv_takes_its_scales_along(page_size, dim):
+    machine, layout = Machine(), KvLayout(HEADS, page_size, dim, Dtype.INT8)
+    batch = Batch([Seq(3, context=2 * page_size - 1, group=1, pages=(0, 1, 2), home=(5, 3, 7))], page_size=page_size)
+    home, staging = np.random.default_rng(2).integers(0, 256, (2, 10, layout.page_bytes), dtype=np.uint8)
+    at_home, at_staging = machine.put(home), machine.put(staging, Space.GPU)
+    args = (at_staging, at_home, layout.page_bytes, page_size, HEADS, dim, Dtype.INT8)
+    assert machine.run([insn(Op.STORE_KV, *args, glo=1, ghi=2)], batch) == 0
+    stored = machine.view(at_home, np.uint8, home.shape)
+    for token in range(2 * page_size - 1, 2 * page_size + 2):  # the pass's own
+        to, fro, offset = (5, 3, 7)[token // page_size], token // page_size, token % page_size
+        for part in (layout.values, layout.scales):
+            part(home[to])[:, :, offset] = part(staging[fro])[:, :, offset]
+    assert np.array_equal(stored, home)
+    assert machine.run([insn(Op.LOAD_KV, *args, glo=1, ghi=2)], batch) == 0
+    loaded = machine.view(at_staging, np.uint8, staging.shape)
+    assert np.array_equal(loaded[[0, 1]], home[[5, 3]]) and np.array_equal(loaded[2:], staging[2:]), "two pages hold earlier tokens"
 
 
 def test_poison_is_nan_in_every_float_format():

@@ -5,7 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.cpu.native_twin import DTYPES, Batch, Machine, Seq, decode, encode, insn, layer_norm, rms_norm, rotate_half, rows_batch
+from tests.cpu.native_twin import (
+    DTYPES,
+    KV_DTYPES,
+    Batch,
+    KvLayout,
+    Machine,
+    Seq,
+    decode,
+    encode,
+    insn,
+    layer_norm,
+    quantize_row,
+    rms_norm,
+    rotate_half,
+    rows_batch,
+)
 from twinpilots.kernels import format as weight_format
 from twinpilots.kernels.abi import NULL, Dtype, NormKind, Op
 
@@ -67,7 +82,7 @@ def test_add_of_the_terms_that_are_there(isa, width, present):
         np.testing.assert_allclose(machine.view(stored, np.float32, (4, width)), x + rms_norm(total, gain, 1e-6), rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize("heads, kv_heads, dim, rotary", [(4, 2, 16, 16), (3, 3, 10, 6), (6, 1, 5, 0), (2, 1, 64, 64)])
 @pytest.mark.parametrize("norms", [False, True])
 def test_rope_append(isa, dtype, heads, kv_heads, dim, rotary, norms):
@@ -77,7 +92,8 @@ def test_rope_append(isa, dtype, heads, kv_heads, dim, rotary, norms):
     qkv = rng.standard_normal((tokens, ld)).astype(np.float32)
     angles = rng.standard_normal((20, rotary // 2)).astype(np.float32)
     cos, sin, gains = np.cos(angles), np.sin(angles), rng.standard_normal((2, dim)).astype(np.float32)
-    page_bytes = 2 * kv_heads * 8 * dim * (4 if dtype == Dtype.FP32 else 2)
+    layout = KvLayout(kv_heads, 8, dim, dtype)
+    page_bytes = layout.page_bytes
     where, pages = machine.put(qkv), machine.put(np.zeros(5 * (page_bytes + 64), np.uint8))
     gain_at = [machine.put(g) if norms else NULL for g in gains]
     tables = [machine.put(t) if rotary else NULL for t in (cos, sin)]
@@ -94,11 +110,12 @@ def test_rope_append(isa, dtype, heads, kv_heads, dim, rotary, norms):
     out = machine.view(where, np.float32, (tokens, ld))
     np.testing.assert_allclose(out[:, : heads * dim].reshape(parts[0].shape), parts[0], rtol=1e-5, atol=2e-6)
     assert np.array_equal(out[:, heads * dim :], qkv[:, heads * dim :]), "k and v columns are read only"
-    tolerance = {Dtype.FP32: 1e-6, Dtype.BF16: 2**-8, Dtype.FP16: 2**-11}[dtype]
+    rtol, atol = {Dtype.FP32: (1e-6, 2e-6), Dtype.BF16: (2**-8, 2e-6), Dtype.FP16: (2**-11, 2e-6), Dtype.INT8: (0, 0.5 / 127 * 1.01)}[dtype]
     for row, slot in enumerate([2 * 8 + 6, 2 * 8 + 7, 0, 3 * 8, 3 * 8 + 1]):
-        page = machine.view(pages + slot // 8 * (page_bytes + 64), np.float32 if dtype == Dtype.FP32 else np.uint16, (2, kv_heads, 8, dim))
-        np.testing.assert_allclose(decode(page[0, :, slot % 8], dtype), parts[1][row], rtol=tolerance, atol=2e-6)
-        np.testing.assert_allclose(decode(page[1, :, slot % 8], dtype), parts[2][row], rtol=tolerance, atol=1e-7)
+        page = machine.view(pages + slot // 8 * (page_bytes + 64), np.uint8, (page_bytes,))
+        for which, wanted in enumerate(parts[1:]):
+            unit = np.abs(wanted[row]).max() if dtype == Dtype.INT8 else 1.0  # half a step of the row's scale
+            np.testing.assert_allclose(layout.read(page, which, slot % 8), wanted[row], rtol=rtol, atol=atol * unit)
 
 
 @pytest.mark.parametrize("dtype", [Dtype.BF16, Dtype.FP16])
@@ -114,6 +131,36 @@ def test_kv_is_rounded_to_nearest_even_with_subnormals_and_overflow(isa, dtype):
     assert machine.run(program, Batch([Seq(1, pages=(0,))], page_size=1)) == 0
     with np.errstate(over="ignore"):
         assert np.array_equal(machine.view(page, np.uint16, (2, n))[1], encode(v, dtype))
+
+
+def appended_int8(v):
+    """(codes, scale) of one head's values."""
+    machine, n = Machine(), len(v)
+    layout = KvLayout(1, 1, n, Dtype.INT8)
+    where, pages = machine.put(np.concatenate([np.zeros(2 * n, np.float32), v])), machine.put(np.zeros(layout.page_bytes, np.uint8))
+    program = [insn(Op.ROPE_APPEND, where, 3 * n, NULL, NULL, NULL, NULL, 0, 1, 1, n, pages, layout.page_bytes, 1, Dtype.INT8, f=(1e-5,))]
+    assert machine.run(program, Batch([Seq(1, pages=(0,))], page_size=1)) == 0
+    page = machine.view(pages, np.uint8, (layout.page_bytes,))
+    return layout.values(page)[1, 0, 0].copy(), layout.scales(page)[1, 0, 0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30, 1e-44, 0.0])
+def test_int8_kv_is_rounded_to_nearest_even_of_its_largest(isa, scale):
+    v = (np.random.default_rng(7).standard_normal(1001) * np.float32(scale)).astype(np.float32)
+    if scale == 1.0:
+        v = np.concatenate([[127.0], np.arange(-126.5, 127)]).astype(np.float32)  # ties
+    codes, found = appended_int8(v)
+    wanted, wanted_scale = quantize_row(v)
+    assert found == wanted_scale
+    assert np.array_equal(codes, np.clip(wanted, -127, 127))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_int8_kv_of_what_is_not_finite_is_not_a_number(isa, bad):
+    for at in (0, 3, 8):
+        v = np.arange(1, 10, dtype=np.float32)
+        v[at] = bad
+        assert np.isnan(appended_int8(v)[1])
 
 
 def test_rows_are_the_same_on_two_threads(isa, pool):

@@ -100,7 +100,7 @@ def test_no_simulated_plan_beats_the_bound(preset, resident, streamed, micro_bat
         kv_staging_pages=99,
     )  # fmt: skip
     load = decode_load(num_gpu, num_host, context, bucket)
-    kv_on_gpu = num_gpu * (context + 1) * SPEC.kv_bytes_per_token(2)
+    kv_on_gpu = num_gpu * (context + 1) * SPEC.kv_bytes_per_token("bf16")
     limits = Limits(gpu_bytes=on_gpu + kv_on_gpu, host_bytes=1 << 30)
     timing = simulate(expand(SPEC, plan, bucket, load.shape), SPEC, plan, PRESETS[preset], load)
     bound = pass_bound(SPEC, PRESETS[preset], limits, load, "plan", kv_dtype="bf16").seconds

@@ -164,4 +164,4 @@ def test_host_memory_is_read_for_what_is_streamed_and_for_what_the_cpu_computes(
     problem = Problem.of(spec, DEMO, work, limits, PlanOptions())
     one = found.price.passes[-1]
     contexts = [c.num_seqs * c.kv_len for group in one.load.groups(-1, 0, 3) for c in group.classes]
-    assert dram_bytes(problem, found.plan, one) == spec.linear_bytes + sum(contexts) * spec.kv_bytes_per_token(2)
+    assert dram_bytes(problem, found.plan, one) == spec.linear_bytes + sum(contexts) * spec.kv_bytes_per_token("bf16")

@@ -39,6 +39,7 @@ def test_the_work_of_linears() -> None:
 def test_the_work_of_attention() -> None:
     decode = KernelCase(kernel="decode-attention", format="bf16", tokens=1, sequences=8, context=1024)
     assert whole_work(SPEC, decode) == (8 * 1024 * 2 * 1024 * 2, 8 * 4 * 4096 * 1024)
+    assert whole_work(SPEC, replace(decode, format="int8")) == (8 * 1024 * 2 * (1024 + 8 * 4), 8 * 4 * 4096 * 1024), "a scale per token, head, and k or v"
     prefill = KernelCase(kernel="prefill-attention", format="fp16", tokens=3, context=5)
     assert whole_work(SPEC, prefill) == (5 * 2 * 1024 * 2, 4 * 4096 * (3 + 4 + 5)), "the third query sees all five tokens, the first three"
 
@@ -78,7 +79,8 @@ def test_the_grid() -> None:
     assert [(case.kernel, case.tokens) for case in few] == [("mlp-block", 3), ("mlp-block", 5)], "chosen token counts are of linears"
     with pytest.raises(UserError, match="'int9'"):
         kernels.chosen_formats(("bf16", "int9"))
-    assert kernels.chosen_formats(("all",)) == supported_formats()
+    assert kernels.chosen_formats(("all",)) == (*supported_formats(), "int8")
+    assert {case.kernel for case in cases if case.format == "int8"} == {"decode-attention", "prefill-attention"}, "a type of KV, not of weights"
     with pytest.raises(UserError, match="--revision main"):
         kernels.bench_spec(arguments(revision="main"))
     assert (kernels.bench_spec(arguments()).hidden_size, kernels.bench_spec(arguments()).intermediate_size) == (4096, 11008)

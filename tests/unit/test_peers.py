@@ -32,7 +32,7 @@ def test_rates_count_what_is_compared() -> None:
 def test_limits_are_the_rooflines() -> None:
     spec = dummy_spec("smollm2-135m")
     weights = spec.linear_bytes / 2  # all matrices, the tied head once
-    kv = spec.kv_bytes_per_token(2)
+    kv = spec.kv_bytes_per_token("bf16")
     assert peers.limit_rate(spec, 10**9, BY_NAME["decode-1"], meter(1e9, 1e18)) == pytest.approx(1 / (1 + 33 * kv / 1e9))
     decode = peers.limit_rate(spec, 1, BY_NAME["decode-16"], meter(1e18, 1e9))
     assert decode == pytest.approx(1e9 / (2 * weights), rel=0.02), "two operations per weight and token, and a little attention"

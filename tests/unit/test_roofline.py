@@ -28,7 +28,7 @@ def rows(subject: Subject, decode_s: float, prefill_s: float, limits: Any) -> di
 
 def test_decoding_is_held_against_one_sweep_over_weights_and_kv() -> None:
     spec = dummy_spec("llama-3.2-1b")
-    sweep_bytes = spec.linear_bytes + spec.kv_bytes_per_token(2) * 33
+    sweep_bytes = spec.linear_bytes + spec.kv_bytes_per_token("bf16") * 33
     subject = Subject(model="dummy:llama-3.2-1b", weights="native", decode_target=0.8)
     row = rows(subject, 64 * sweep_bytes / 1e9 / 0.8, 1.0, meter(1e9, 1e18))["decode-1"]
     assert row["limit_tokens_per_s"] == pytest.approx(1e9 / sweep_bytes)

@@ -18,18 +18,17 @@ from twinpilots.commands import options
 from twinpilots.device.cpu import CpuPilot
 from twinpilots.errors import UserError
 from twinpilots.hardware.bench import typical_s
-from twinpilots.hardware.kernel_bench import FAST, KERNELS, LINEARS, KernelBench, KernelCase, Work, fits, supported_formats, whole_work
+from twinpilots.hardware.kernel_bench import FAST, KERNELS, KV_FORMATS, LINEARS, KernelBench, KernelCase, Work, fits, supported_formats, whole_work
 from twinpilots.hardware.peaks import PeakMeter
 from twinpilots.kernels import native
 from twinpilots.machine import instruction_set as isa_in_use
-from twinpilots.model.weight_format import FORMATS
 from twinpilots.progress import Progress
 
 if TYPE_CHECKING:
     from twinpilots.model.spec import ModelSpec
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
-MADE_FORMATS = ("fp32", "bf16", "fp16", "q8_0", "q4_1", "q4_1" + FAST)  # what --dtype and --quantization make; the others come from files
+MADE_FORMATS = ("fp32", "bf16", "fp16", "q8_0", "q4_1", "q4_1" + FAST, "int8")  # what --dtype, --quantization and --kv-cache-dtype make; others come from files
 DECODES = ((1, 1024), (1, 4096), (8, 1024), (8, 4096), (16, 1024), (16, 4096))  # (sequences, context)
 PREFILLS = ((64, 64), (512, 512), (512, 2048))  # (query tokens, context)
 ROUNDS = 2
@@ -89,9 +88,9 @@ def bench_spec(args: argparse.Namespace) -> ModelSpec:
 def chosen_cases(args: argparse.Namespace) -> list[KernelCase]:
     """The grid, less what the flags leave out. UserError for a format that no kernel here knows."""
     formats = chosen_formats(args.formats)
-    kv_formats = [name for name in formats if name in FORMATS and not FORMATS[name].is_quantized]
+    kv_formats, weight_formats = [name for name in formats if name in KV_FORMATS], [name for name in formats if name in supported_formats()]
     tokens = args.tokens or TOKENS
-    found = [KernelCase(kernel=kernel, format=name, tokens=count) for kernel in LINEARS for name in formats for count in tokens]
+    found = [KernelCase(kernel=kernel, format=name, tokens=count) for kernel in LINEARS for name in weight_formats for count in tokens]
     if args.tokens is None:
         found += [KernelCase(kernel="decode-attention", format=f, tokens=1, sequences=b, context=s) for f in kv_formats for b, s in DECODES]
         found += [KernelCase(kernel="prefill-attention", format=f, tokens=q, context=s) for f in kv_formats for q, s in PREFILLS]
@@ -99,7 +98,7 @@ def chosen_cases(args: argparse.Namespace) -> list[KernelCase]:
 
 
 def chosen_formats(names: Sequence[str] | None) -> tuple[str, ...]:
-    known = supported_formats()
+    known = tuple(dict.fromkeys((*supported_formats(), *KV_FORMATS)))
     if names is None:
         return tuple(name for name in MADE_FORMATS if name in known)
     if tuple(names) == ("all",):

@@ -67,7 +67,7 @@ def _register_kernels(kinds: Any) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="measure in this model's widths (default: 4096 x 11008, 32 heads on 8 KV heads of 128)")
     group = parser.add_argument_group("benchmark")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
-    group.add_argument("--formats", type=name_list, metavar="A,B", help="weight formats, or all (default: those that --dtype and --quantization make)")
+    group.add_argument("--formats", type=name_list, metavar="A,B", help="weight and KV formats, or all (default: those that can be made on load)")
     group.add_argument("--kernels", type=kernel_list, default=KERNELS, metavar="A,B", help=f"of {', '.join(KERNELS)} (default: all)")
     group.add_argument("--tokens", type=token_list, metavar="N,N", help="rows of activations; linears only then (default: 1 to 512, and attention)")
     group.add_argument("--threads", type=options.positive_int, metavar="N", help="threads of the CPU pilot (default: physical cores)")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # The same words as plan.plan.POLICIES and model.families.DTYPES (a test compares them): importing those would slow --help.
 POLICIES = ("auto", "twinpilots", "flexgen", "hetegen", "layer-split", "stream", "cpu", "resident")
+KV_DTYPES = ("auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16", "int8")
 DTYPES = ("auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4", "int4-fast")
 LLM_ARGUMENTS = (
@@ -120,7 +121,7 @@ def add_planning_flags(parser: argparse.ArgumentParser, *, policy: bool = True) 
     group.add_argument("--host-memory", type=size, metavar="SIZE", help="limit of host memory (default: what is available)")
     group.add_argument("--max-model-len", type=positive_int, metavar="N", help="longest prompt plus output, in tokens")
     group.add_argument("--max-num-seqs", type=positive_int, metavar="N", help="most sequences at once")
-    group.add_argument("--kv-cache-dtype", choices=DTYPES, default="auto", help="KV cache in memory (default: as the weights)")
+    group.add_argument("--kv-cache-dtype", choices=KV_DTYPES, default="auto", help="KV cache in memory (default: as the weights)")
     if policy:
         group.add_argument("--policy", choices=POLICIES, default="auto", metavar="NAME", help=f"who computes what: {', '.join(POLICIES)} (default: auto)")
     group.add_argument("--strict", action="store_true", help="tensors in the model's files that nothing uses are an error, not a warning")

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def plan_document(args: argparse.Namespace) -> dict[str, Any]:
     """Solve for the model, hardware, workload and limits of the command line."""
-    from twinpilots.commands.models import check_lengths, hardware, limit_bytes, model_spec, short_dtype
+    from twinpilots.commands.models import check_lengths, hardware, limit_bytes, model_spec
+    from twinpilots.config import KV_DTYPES
     from twinpilots.plan.workload import Limits, Workload
 
     spec = model_spec(args.model, revision=args.revision, dtype=args.dtype, quantization=args.quantization, keep=args.keep, strict=args.strict)
@@ -75,7 +76,7 @@ def plan_document(args: argparse.Namespace) -> dict[str, Any]:
     from twinpilots.plan.report import plan_document  # the planner and scipy load only once the input is known to be good
     from twinpilots.plan.solver import solve
 
-    kv_dtype = short_dtype(args.kv_cache_dtype)
+    kv_dtype = KV_DTYPES[args.kv_cache_dtype]
 
     def solved(num_seqs: int) -> tuple[Solution, Workload]:
         workload = Workload(num_requests=num_seqs, input_len=args.input_len, output_len=args.output_len, max_num_seqs=num_seqs)

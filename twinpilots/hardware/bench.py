@@ -14,12 +14,13 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from twinpilots.config import KvDtype
 from twinpilots.device.base import GpuDevice
 from twinpilots.hardware.peaks import host_region_bytes
-from twinpilots.hardware.profile import Curve
+from twinpilots.hardware.profile import AttentionRates, Curve
 from twinpilots.hardware.rig import Rig, instruction, work_s
 from twinpilots.kernels.abi import ACT_CODES, DTYPE_CODES, NULL, Epilogue, NormKind, Op
-from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.model.weight_format import FORMATS
 
 Side = Literal["cpu", "gpu"]
@@ -30,20 +31,11 @@ MOST_INSTRUCTIONS = 5000  # per queue: what the rig has room for. Only tiny mode
 GPU_CACHE_BYTES = 40 << 20
 PAGE = 16  # tokens
 MOST_FIXED = 0.5  # of an instruction's time that may be its fixed part
-FILL = {"fp32": 0x3C, "bf16": 0x3C}  # bytes that make ordinary small numbers in each format
+FILL = {"fp32": 0x3C, "bf16": 0x3C, "int8": 0x3C}  # bytes that make ordinary small numbers in each format
 FILL_HALF = 0x2C  # in fp16, and in the fp16 scales of quantised formats
 
 
-Experiments = dict[tuple[str, int], Callable[[], float]]  # by kind, and tokens or context: each returns seconds
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attention:
-    """Decode attention: KV bytes per second and what each sequence costs beside; prefill attention: FLOPs per second."""
-
-    bytes_per_s: float
-    flops_per_s: float
-    seq_s: float
+Experiments = dict[tuple[str, int], Callable[[], float]]  # by kind ("bf16/out"; "int8/long" of attention), and tokens or context: each returns seconds
 
 
 @dataclass
@@ -130,7 +122,12 @@ class Bench:
         where = (b["wide"], self.wide, b["hidden"], spec.hidden_size, weight, dtype)
         return instruction(Op.LINEAR, (*where, count, op.width, op.unit_rows, epilogue, ACT_CODES[spec.activation], NULL, NULL, fast))
 
-    def experiments(self, grid: Sequence[int], kv_dtype: str, run_s: float) -> Experiments:
+    @property
+    def kv_dtypes(self) -> tuple[KvDtype, ...]:
+        """The types of KV that attention is measured over: the weights' own first."""
+        return (self.spec.weight_dtype, "int8")
+
+    def experiments(self, grid: Sequence[int], run_s: float) -> Experiments:
         """What `rates` needs, ready to run again and again. A linear's experiment goes through all weights while that takes at most ``run_s``; where
         computing takes longer than reading, through as many as that allows."""
         found: Experiments = {}
@@ -145,30 +142,34 @@ class Bench:
                 self.instructions[key, tokens] = count / sum(elements[:count])
                 found[key, tokens] = functools.partial(self._weight_s, key.partition("/")[0], rows[:count], sum(elements[:count]), tokens)
                 weight_s = found[key, tokens]()
-        for name, context in self._contexts(kv_dtype).items():
-            found[name, context] = functools.partial(self._decode_attention_s, kv_dtype, context)
-        found["prefill", 0] = functools.partial(self._prefill_attention_s, kv_dtype)
+        for kv_dtype in self.kv_dtypes:
+            for name, context in self._contexts(kv_dtype).items():
+                found[f"{kv_dtype}/{name}", context] = functools.partial(self._decode_attention_s, kv_dtype, context)
+            found[f"{kv_dtype}/prefill", 0] = functools.partial(self._prefill_attention_s, kv_dtype)
         found["fixed", 0] = self._fixed_s
         return found
 
-    def rates(self, seconds: Mapping[tuple[str, int], float], grid: Sequence[int], kv_dtype: str) -> tuple[dict[str, Curve], Attention]:
-        """What the typical seconds of the experiments say: each linear's curve, and attention's rates."""
+    def curves(self, seconds: Mapping[tuple[str, int], float], grid: Sequence[int]) -> dict[str, Curve]:
+        """What the typical seconds of the experiments say of each kind of linears."""
         curves = {}
         for key in self.spec.rate_keys:
             # More tokens never take less time: where they seem to, a neighbour was busy at the smaller count.
             each = [self._net_s(seconds[key, tokens], seconds["fixed", 0] * self.instructions[key, tokens]) for tokens in grid]
             monotone = np.minimum.accumulate(each[::-1])[::-1]
             curves[key] = Curve(x=tuple(float(tokens) for tokens in grid), y=tuple(float(y) for y in monotone))
+        return curves
+
+    def attention_rates(self, seconds: Mapping[tuple[str, int], float], kv_dtype: KvDtype) -> AttentionRates:
+        """Decode attention: KV bytes per second and what each sequence costs beside; prefill attention: FLOPs per second."""
         contexts = self._contexts(kv_dtype)
         longest, short = contexts["long"], contexts["short"]
-        long_s, short_s = seconds["long", longest], seconds["short", short]
+        long_s, short_s = seconds[f"{kv_dtype}/long", longest], seconds[f"{kv_dtype}/short", short]
         per_token_s = (long_s - short_s) / (longest - short) if long_s > short_s else long_s / longest
         query = self._prefill_tokens(kv_dtype)
-        attention = Attention(
-            bytes_per_s=self._kv_token_bytes(kv_dtype) / per_token_s, seq_s=max(0.0, short_s - short * per_token_s),
-            flops_per_s=self.spec.attention_flops(1, query * (query + 1) / 2) / seconds["prefill", 0],
+        return AttentionRates(
+            bytes_per_s=self.spec.kv_token_bytes(kv_dtype) / per_token_s, seq_s=max(0.0, short_s - short * per_token_s),
+            flops_per_s=self.spec.attention_flops(1, query * (query + 1) / 2) / seconds[f"{kv_dtype}/prefill", 0],
         )  # fmt: skip
-        return curves, attention
 
     @staticmethod
     def _net_s(seconds: float, fixed_s: float) -> float:
@@ -209,37 +210,34 @@ class Bench:
 
         return repeated_s(per_task, 0.02, self.rig.clock)
 
-    def _kv_token_bytes(self, kv_dtype: str) -> int:
-        return 2 * self.spec.kv_size * BYTES_PER_WEIGHT[kv_dtype]
-
-    def _contexts(self, kv_dtype: str) -> dict[str, int]:
+    def _contexts(self, kv_dtype: KvDtype) -> dict[str, int]:
         """A long and a short context of whole pages; equal where memory has room for one page only."""
-        longest = max(PAGE, min(512, self.weight_bytes // 16 // self._kv_token_bytes(kv_dtype) // PAGE * PAGE))
+        longest = max(PAGE, min(512, self.weight_bytes // 16 // self.spec.kv_page_bytes(kv_dtype, PAGE) * PAGE))
         return {"long": longest, "short": max(PAGE, longest // 8 // PAGE * PAGE)}
 
-    def _prefill_tokens(self, kv_dtype: str) -> int:
+    def _prefill_tokens(self, kv_dtype: KvDtype) -> int:
         return min(256, self.tokens, self._contexts(kv_dtype)["long"])
 
-    def _decode_attention_s(self, kv_dtype: str, context: int) -> float:
+    def _decode_attention_s(self, kv_dtype: KvDtype, context: int) -> float:
         """Seconds that one sequence of ``context`` tokens adds to a call of decode attention, through pages in the weight region."""
-        token_bytes = self._kv_token_bytes(kv_dtype)
-        num_seqs = max(1, min(8, self.tokens, self.weight_bytes // (4 * context * token_bytes)))
-        layer_bytes = num_seqs * context * token_bytes
+        seq_bytes = context // PAGE * self.spec.kv_page_bytes(kv_dtype, PAGE)
+        num_seqs = max(1, min(8, self.tokens, self.weight_bytes // (4 * seq_bytes)))
+        layer_bytes = num_seqs * seq_bytes
         layers = max(1, min(32, self.weight_bytes // layer_bytes))
         self.fill_weights(kv_dtype)
         self.rig.set_sequences([(1, context)] * num_seqs, PAGE)
         rows = [self._attend(self.weights + layer * layer_bytes, kv_dtype) for layer in range(layers)]
         return float(work_s(self.run_cold(rows)).sum()) / (layers * num_seqs)
 
-    def _prefill_attention_s(self, kv_dtype: str) -> float:
+    def _prefill_attention_s(self, kv_dtype: KvDtype) -> float:
         query = self._prefill_tokens(kv_dtype)
         self.fill_weights(kv_dtype)
         self.rig.set_sequences([(query, query)], PAGE)
         return float(work_s(self.run([self._attend(self.weights, kv_dtype)])).sum())
 
-    def _attend(self, kv: int, kv_dtype: str) -> tuple[object, ...]:
+    def _attend(self, kv: int, kv_dtype: KvDtype) -> tuple[object, ...]:
         spec, b = self.spec, self.buffers
-        page_stride = self._kv_token_bytes(kv_dtype) * PAGE
+        page_stride = spec.kv_page_bytes(kv_dtype, PAGE)
         args = (b["attn"], spec.q_size, b["wide"], self.wide, spec.num_heads, spec.num_kv_heads, spec.head_dim, kv, page_stride, PAGE, DTYPE_CODES[kv_dtype], 0)
         return instruction(Op.ATTEND, args, (spec.softmax_scale, 0.0))
 

@@ -15,7 +15,7 @@ from twinpilots.hardware.bench import MOST_INSTRUCTIONS, PAGE, Bench, Side, repe
 from twinpilots.hardware.profile import ComputeProfile, LinkProfile
 from twinpilots.hardware.rig import Rig, instruction, work_s
 from twinpilots.kernels.abi import DTYPE_CODES, NULL, NormKind, Op
-from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec
+from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.tasks import STREAMED_KV, Queue
 
 PEERS: tuple[tuple[Side, Side], ...] = (("cpu", "gpu"), ("gpu", "cpu"))
@@ -108,10 +108,10 @@ def _queue_handoff_s(rig: Rig, near: int, columns: int, target: int, source: int
     return _half_turn_s(rig, {"link_in": link, "gpu": gpu}, "link_in")
 
 
-def with_kv_copies(rig: Rig, bench: Bench, link: LinkProfile, kv_dtype: str) -> LinkProfile:
+def with_kv_copies(rig: Rig, bench: Bench, link: LinkProfile) -> LinkProfile:
     """Copies of streamed KV: one at a time, and on an emulated GPU they share its core with the linears between which they fall."""
-    spec = bench.spec
-    page_bytes = 2 * spec.kv_size * BYTES_PER_WEIGHT[kv_dtype] * PAGE
+    spec, kv_dtype = bench.spec, bench.spec.weight_dtype
+    page_bytes = spec.kv_page_bytes(kv_dtype, PAGE)
     home, staging = rig.alloc_host(KV_PAGES * page_bytes), rig.alloc_gpu(KV_PAGES * page_bytes)
     args = (staging, home, page_bytes, PAGE, spec.num_kv_heads, spec.head_dim, DTYPE_CODES[kv_dtype])
     rig.set_sequences([(1, KV_PAGES * PAGE)], PAGE, STREAMED_KV)

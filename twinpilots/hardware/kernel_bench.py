@@ -12,16 +12,18 @@ from typing import Any, Literal
 
 import numpy as np
 
+from twinpilots.config import KvDtype
 from twinpilots.device.cpu import CpuPilot
 from twinpilots.hardware.peaks import host_region_bytes
 from twinpilots.hardware.rig import Rig, instruction
-from twinpilots.kernels.abi import ACT_CODES, NULL, Dtype, Epilogue, Op
+from twinpilots.kernels.abi import ACT_CODES, DTYPE_CODES, NULL, Dtype, Epilogue, Op
 from twinpilots.model.spec import ModelSpec
 from twinpilots.model.weight_format import FORMATS, WeightFormat
 
 Kernel = Literal["linear-out", "linear-in", "mlp-block", "decode-attention", "prefill-attention"]
 LINEARS: tuple[Kernel, ...] = ("linear-out", "linear-in", "mlp-block")
 KERNELS: tuple[Kernel, ...] = (*LINEARS, "decode-attention", "prefill-attention")
+KV_FORMATS: dict[str, KvDtype] = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "int8": "int8"}
 FAST = "/fast"  # of a format's name: activations rounded to 8 bits, as --quantization int4-fast does
 UNIT_ROWS = 64
 PAGE_TOKENS = 16
@@ -51,6 +53,10 @@ class KernelCase:
     def weight_format(self) -> WeightFormat:
         return FORMATS[self.format.removesuffix(FAST)]
 
+    @property
+    def kv_dtype(self) -> KvDtype:
+        return KV_FORMATS[self.format]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -72,7 +78,7 @@ def whole_work(spec: ModelSpec, case: KernelCase) -> tuple[float, float]:
     if case.kernel in LINEARS:
         weights = spec.intermediate_size * spec.hidden_size * (_mlp_parts(spec) if case.kernel == "mlp-block" else 1)
         return weights * case.weight_format.bytes_per_weight, 2.0 * weights * case.tokens
-    num_bytes = 2.0 * spec.kv_size * case.weight_format.bytes_per_weight * case.sequences * case.context
+    num_bytes = float(spec.kv_token_bytes(case.kv_dtype) * case.sequences * case.context)
     mean_context = case.context - (case.tokens - 1) / 2
     return num_bytes, spec.attention_flops(case.sequences * case.tokens, mean_context)
 
@@ -148,15 +154,15 @@ class KernelBench:
             yield instruction(Op.LINEAR_IN, (b["out"], spec.hidden_size, *source, weight, dtype, count, spec.hidden_size, 0, activations))
 
     def _attention_work(self, case: KernelCase, copies: int) -> tuple[list[Instruction], float]:
-        spec, b, fmt = self.spec, self._buffers, case.weight_format
-        page_bytes = int(2 * spec.kv_size * fmt.bytes_per_weight * PAGE_TOKENS)
+        spec, b = self.spec, self._buffers
+        page_bytes = spec.kv_page_bytes(case.kv_dtype, PAGE_TOKENS)
         layer_bytes = page_bytes * -(-case.context // PAGE_TOKENS) * case.sequences
         heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
         copies = max(1, min(copies, self.region_bytes // layer_bytes))
 
         def attend(layer: int) -> Instruction:
             kv = self._weights + layer * layer_bytes
-            args = (b["out"], spec.q_size, b["wide"], self._wide, *heads, kv, page_bytes, PAGE_TOKENS, Dtype[fmt.name.upper()], 0)
+            args = (b["out"], spec.q_size, b["wide"], self._wide, *heads, kv, page_bytes, PAGE_TOKENS, DTYPE_CODES[case.kv_dtype], 0)
             return instruction(Op.ATTEND, args, (spec.softmax_scale, 0.0))
 
         return [attend(layer) for layer in range(copies)], copies

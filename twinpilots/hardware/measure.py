@@ -37,7 +37,6 @@ def measure(
     gpu: GpuDevice | None,
     spec: ModelSpec,
     *,
-    kv_dtype: str | None = None,
     quick: bool = False,
     progress: Callable[[str], None] = lambda _: None,
     peaks: Peaks | None = None,
@@ -58,11 +57,11 @@ def measure(
     with Rig(pilot, gpu, host_bytes=rig_bytes, gpu_bytes=gpu_budget, clock=clock) as rig:
         benches: dict[Side, Bench] = {side: Bench(rig, side, spec, max(grid)) for side in (("cpu", "gpu") if gpu else ("cpu",))}
         progress("linears and attention")
-        sides = _measure_compute(benches, grid, budget_s, kv_dtype or spec.weight_dtype, peaks, clock)
+        sides = _measure_compute(benches, grid, budget_s, peaks, clock)
         link = None
         if gpu:
             progress("link: packets, small copies, hand-off, contention")
-            link = with_kv_copies(rig, benches["gpu"], measure_link(rig, spec), kv_dtype or spec.weight_dtype)
+            link = with_kv_copies(rig, benches["gpu"], measure_link(rig, spec))
             sides, link = with_contention(rig, benches, sides, link)
             sides = with_peers(rig, benches, sides)
         step_s = _measure_step(rig, benches)
@@ -102,22 +101,25 @@ def measure_scaled(
 
 
 def _measure_compute(
-    benches: dict[Side, Bench], grid: Sequence[int], budget_s: float, kv_dtype: str, peaks: Peaks, clock: Callable[[], float]
+    benches: dict[Side, Bench], grid: Sequence[int], budget_s: float, peaks: Peaks, clock: Callable[[], float]
 ) -> dict[Side, ComputeProfile]:  # fmt: skip
     """Both sides in the same rounds, so that a busy neighbour does not make one look slower than the other."""
     experiments = {
         (side, key): run
         for side, bench in benches.items()
-        for key, run in bench.experiments(grid, kv_dtype, budget_s / len(grid) / MIN_RUNS).items()
+        for key, run in bench.experiments(grid, budget_s / len(grid) / MIN_RUNS).items()
     }  # fmt: skip
     seconds = in_rounds(experiments, budget_s * sum(len(bench.spec.rate_keys) for bench in benches.values()), clock)
     sides: dict[Side, ComputeProfile] = {}
     for side, bench in benches.items():
-        linear, attention = bench.rates({key: found for (of, key), found in seconds.items() if of == side}, grid, kv_dtype)
+        of_side = {key: found for (of, key), found in seconds.items() if of == side}
+        own, *others = bench.kv_dtypes
+        attention = bench.attention_rates(of_side, own)
         read_rate, flop_rate = peaks(side)
         sides[side] = ComputeProfile(
-            name=side, linear=linear, attention_bytes_per_s=attention.bytes_per_s, attention_flops_per_s=attention.flops_per_s,
-            attention_seq_s=attention.seq_s, elementwise_bytes_per_s=bench.elementwise_rate(), task_s=bench.task_s(),
+            name=side, linear=bench.curves(of_side, grid), attention_bytes_per_s=attention.bytes_per_s, attention_flops_per_s=attention.flops_per_s,
+            attention_seq_s=attention.seq_s, kv_attention={kv_dtype: bench.attention_rates(of_side, kv_dtype) for kv_dtype in others},
+            elementwise_bytes_per_s=bench.elementwise_rate(), task_s=bench.task_s(),
             read_bytes_per_s=read_rate, flops_per_s=flop_rate,
         )  # fmt: skip
     return sides

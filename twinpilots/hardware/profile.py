@@ -41,12 +41,30 @@ class Curve:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionRates:
+    """Attention of one sequence and layer takes seq_s + max(KV bytes / bytes_per_s, FLOPs / flops_per_s)."""
+
+    bytes_per_s: float
+    flops_per_s: float
+    seq_s: float
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "bytes_per_s flops_per_s", above=0)
+        _check_numbers(self, "seq_s", least=0)
+
+    def faster(self, read: float, compute: float) -> AttentionRates:
+        """Reading ``read`` times as fast, everything else ``compute`` times."""
+        return AttentionRates(bytes_per_s=self.bytes_per_s * read, flops_per_s=self.flops_per_s * compute, seq_s=self.seq_s / compute)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ComputeProfile:
     """One processor. ``linear["fp16/out"]`` maps tokens to seconds per weight element (weights out of cache) for ops split along the output,
     ``"fp16/in"`` along the input; ``"q4_1/fast/out"`` where the CPU pilot rounds activations to 8 bits (`OpSpec.rate_key`).
 
-    Attention of one sequence and layer takes attention_seq_s + max(KV bytes / attention_bytes_per_s, FLOPs / attention_flops_per_s). ``task_s`` is the
-    fixed cost of one task. ``read_bytes_per_s`` and ``flops_per_s`` are the peaks of independent micro-benchmarks: only the hardware bound uses them.
+    The ``attention_`` fields are `AttentionRates` over KV of the weights' type; ``kv_attention["int8"]`` over another one, where that was measured (else it
+    has the same rates). ``task_s`` is the fixed cost of one task. ``read_bytes_per_s`` and ``flops_per_s`` are the peaks of independent micro-benchmarks: only
+    the hardware bound uses them.
     """
 
     name: str
@@ -60,6 +78,7 @@ class ComputeProfile:
     copy_slowdown: float = 1.0  # factor on this processor's times while the link runs at full rate
     copy_slowdown_computing: float | None = None  # the same where it computes from its caches: no memory to share (None: not known to differ)
     attention_seq_s: float = 0.0  # fixed cost of one sequence in attention: what counts when contexts are short
+    kv_attention: Mapping[str, AttentionRates] = field(default_factory=dict)
     peer_slowdown: float = 1.0  # factor on its memory-bound times while the other processor reads the same memory (1 where memories are apart)
 
     def __post_init__(self) -> None:
@@ -86,9 +105,20 @@ class ComputeProfile:
         """Seconds of a linear of ``elements`` weights at ``tokens`` tokens, without the fixed cost."""
         return elements * self.curve(rate_key)(tokens)
 
-    def attention_s(self, kv_bytes: float, flops: float, num_seqs: float = 1) -> float:
+    def attention_s(self, kv_bytes: float, flops: float, num_seqs: float = 1, *, kv_dtype: str = "") -> float:
         """Seconds of attention of ``num_seqs`` sequences that together read ``kv_bytes`` and compute ``flops``, without the task's fixed cost."""
+        rates = self.kv_attention.get(kv_dtype)
+        if rates is not None:
+            return num_seqs * rates.seq_s + max(kv_bytes / rates.bytes_per_s, flops / rates.flops_per_s)
         return num_seqs * self.attention_seq_s + max(kv_bytes / self.attention_bytes_per_s, flops / self.attention_flops_per_s)
+
+    def with_attention(self, read: float, compute: float) -> ComputeProfile:
+        """With attention over KV of every type `AttentionRates.faster`."""
+        own = AttentionRates(bytes_per_s=self.attention_bytes_per_s, flops_per_s=self.attention_flops_per_s, seq_s=self.attention_seq_s).faster(read, compute)
+        return replace(
+            self, attention_bytes_per_s=own.bytes_per_s, attention_flops_per_s=own.flops_per_s, attention_seq_s=own.seq_s,
+            kv_attention={name: rates.faster(read, compute) for name, rates in self.kv_attention.items()},
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +192,8 @@ class HardwareProfile:
             for processor in ("cpu", "gpu"):
                 if data[processor] is not None:
                     curves = {key: Curve(x=tuple(c["x"]), y=tuple(c["y"])) for key, c in data[processor]["linear"].items()}
-                    data[processor] = ComputeProfile(**{**data[processor], "linear": curves})
+                    rates = {key: AttentionRates(**each) for key, each in data[processor].get("kv_attention", {}).items()}
+                    data[processor] = ComputeProfile(**{**data[processor], "linear": curves, "kv_attention": rates})
             if data["link"] is not None:
                 data["link"] = LinkProfile(**data["link"])
             return HardwareProfile(**data)

@@ -37,6 +37,11 @@ class Pilot(Protocol):
 
     threads: int
 
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """The NUMA nodes on which what it reads should lie."""
+        ...
+
     def run(self, entry: Any, host: HostArena) -> None:
         """Runs one entry of instructions to its end."""
         ...

@@ -11,7 +11,7 @@ from enum import IntEnum
 
 import numpy as np
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_WAITS = 6
 NUM_ARGS = 20
 NUM_FLOATS = 4
@@ -47,7 +47,7 @@ class Dtype(IntEnum):
     FP32 = 0
     BF16 = 1
     FP16 = 2
-    Q8_0 = 3  # from here on: weights only
+    Q8_0 = 3  # from here to Q6_K: weights only
     Q4_0 = 4
     Q4_1 = 5
     Q4_Z32 = 6
@@ -55,6 +55,7 @@ class Dtype(IntEnum):
     Q4_Z128 = 8
     Q4_K = 9
     Q6_K = 10
+    INT8 = 11  # KV only: codes, and an fp32 scale per token, head and k or v
 
 
 class Activations(IntEnum):

@@ -11,12 +11,15 @@ from functools import cached_property
 from math import lcm
 from typing import Literal
 
+from twinpilots.config import KvDtype
 from twinpilots.model.weight_format import FORMATS, FormatName, WeightFormat
 
 WeightDtype = Literal["fp32", "bf16", "fp16"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 OpName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "fc1", "down_proj", "fc2", "lm_head"]
 BYTES_PER_WEIGHT: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+KV_SCALE_BYTES = 4  # of int8 KV: fp32, one per token, head, and k or v
+KV_PAGE_ALIGN_BYTES = 64  # of a page of int8 KV
 INPUT_SPLIT: tuple[OpName, ...] = ("o_proj", "down_proj", "fc2")  # split along the input, all others along the output
 
 
@@ -247,9 +250,23 @@ class ModelSpec:
         tables = self.hidden_size * (self.learned_positions + (0 if self.tied else self.vocab_size))
         return sum(op.rows * op.row_elements for op in self.ops(64)) + tables + self.small_bytes // 4
 
-    def kv_bytes_per_token(self, kv_bytes_per_element: int) -> int:
+    def kv_token_bytes(self, kv_dtype: KvDtype) -> int:
+        """Bytes of K and V of one token in one layer, the scales of int8 counted."""
+        if kv_dtype == "int8":
+            return 2 * (self.kv_size + KV_SCALE_BYTES * self.num_kv_heads)
+        return 2 * self.kv_size * BYTES_PER_WEIGHT[kv_dtype]
+
+    def kv_page_bytes(self, kv_dtype: KvDtype, page_size: int) -> int:
+        """Bytes of one page of one layer (docs/execution.md, "KV pages"): of int8 the codes, then the scales, on an address that suits them, rounded up."""
+        if kv_dtype != "int8":
+            return page_size * self.kv_token_bytes(kv_dtype)
+        codes, scales = 2 * self.kv_size * page_size, 2 * self.num_kv_heads * page_size * KV_SCALE_BYTES
+        scales_offset = -(-codes // KV_SCALE_BYTES) * KV_SCALE_BYTES
+        return -(-(scales_offset + scales) // KV_PAGE_ALIGN_BYTES) * KV_PAGE_ALIGN_BYTES
+
+    def kv_bytes_per_token(self, kv_dtype: KvDtype) -> int:
         """Bytes of K and V of one token over all layers."""
-        return 2 * self.kv_size * self.num_layers * kv_bytes_per_element
+        return self.kv_token_bytes(kv_dtype) * self.num_layers
 
     def attention_flops(self, query_tokens: float, context: float) -> float:
         """FLOPs of softmax(qK^T)V of one layer for ``query_tokens`` queries that each see ``context`` tokens."""

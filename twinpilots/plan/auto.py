@@ -14,7 +14,7 @@ from twinpilots.plan.draft import PAGE_TOKENS, Draft, Residency, chunk_choices, 
 from twinpilots.plan.memory import plan_memory
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Split
 from twinpilots.plan.pricing import bucket_seconds, price_phase, prompts_at_once, used_bucket
-from twinpilots.plan.problem import Place, Problem, fill, kv_element_bytes, no_cpu, sized
+from twinpilots.plan.problem import Place, Problem, fill, no_cpu, sized
 from twinpilots.plan.program import BLOCKS, Machine, PhaseTerms, Program, Shares, solve_program
 from twinpilots.plan.terms import Choice, MeanPass, decode_pass, planned_phases, planned_terms, prefill_pass
 
@@ -131,7 +131,8 @@ def _draft(problem: Problem, base: Draft, count: int, batches: int, decode_kv: H
 
 def _kv_bytes(problem: Problem, draft: Draft) -> int:
     """KV of all sequences of a draft, in whole pages."""
-    return PAGE_TOKENS * draft.num_seqs * pages_of(problem.workload.seq_len) * problem.spec.kv_bytes_per_token(kv_element_bytes(problem))
+    spec = problem.spec
+    return draft.num_seqs * pages_of(problem.workload.seq_len) * spec.num_layers * spec.kv_page_bytes(problem.kv_dtype, PAGE_TOKENS)
 
 
 def _budgets(problem: Problem, draft: Draft) -> tuple[float, float]:

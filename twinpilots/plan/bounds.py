@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from twinpilots.config import KvDtype
 from twinpilots.errors import LimitError
 from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
-from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.cost import attention_kv_bytes, linear_s
 from twinpilots.plan.load import PassLoad, SeqClass
 from twinpilots.plan.workload import Limits
@@ -32,14 +33,14 @@ class PassBound:
     bottleneck: Line
 
 
-def pass_bound(spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: PassLoad, kind: BoundKind, *, kv_dtype: str) -> PassBound:
+def pass_bound(spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: PassLoad, kind: BoundKind, *, kv_dtype: KvDtype) -> PassBound:
     """The least time of one pass over all shares resident | streamed | CPU of every op type and all places of the KV (the groups of ``load`` are ignored).
 
     Raises LimitError when weights and this load's KV do not fit both memories together.
     """
     from scipy.optimize import linprog
 
-    program = _Program(spec, profile, limits, load, kind, BYTES_PER_WEIGHT[kv_dtype])
+    program = _Program(spec, profile, limits, load, kind, kv_dtype)
     answer = linprog(program.objective, A_ub=program.rows, b_ub=program.limits, A_eq=program.equal_rows, b_eq=program.equal_to, method="highs")
     if answer.status != 0:
         need, given = program.bytes_needed, limits.gpu_bytes * (profile.gpu is not None) + limits.host_bytes
@@ -51,8 +52,8 @@ def pass_bound(spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: 
 class _Program:
     """Variables: T, then (resident, streamed, CPU) seconds-free shares of each op type, then the KV's (GPU, host with CPU attention, host streamed)."""
 
-    def __init__(self, spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: PassLoad, kind: BoundKind, kv_element: int) -> None:
-        self.spec, self.profile, self.kind, self.kv_element = spec, profile, kind, kv_element
+    def __init__(self, spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: PassLoad, kind: BoundKind, kv_dtype: KvDtype) -> None:
+        self.spec, self.profile, self.kind, self.kv_dtype = spec, profile, kind, kv_dtype
         head = spec.ops(64)[-1]
         counts = Counter(spec.format_classes)
         short = spec.one_layer_per_class
@@ -138,11 +139,11 @@ class _Program:
 
     def _attention(self, processor: ComputeProfile) -> float:
         def one(sequences: SeqClass, window: int | None) -> float:
-            kv_bytes = attention_kv_bytes(self.spec, sequences, window, self.kv_element)
+            kv_bytes = attention_kv_bytes(self.spec, sequences, window, self.kv_dtype)
             flops = self.spec.attention_flops(1, sequences.pairs(window))
             if self.kind == "hardware":
                 return max(kv_bytes / processor.read_bytes_per_s, flops / processor.flops_per_s)
-            return processor.attention_s(kv_bytes, flops)
+            return processor.attention_s(kv_bytes, flops, kv_dtype=self.kv_dtype)
 
         return self._over_layers(lambda c, window: c.num_seqs * one(c, window))
 
@@ -151,10 +152,10 @@ class _Program:
         return sum(windows.count(window) * of_layer(c, window) for window in set(windows) for c in self.classes)
 
     def _kv_memory(self) -> float:
-        return self._over_layers(lambda c, _: c.num_seqs * c.kv_len * 2 * self.spec.kv_size * self.kv_element)
+        return self._over_layers(lambda c, _: c.num_seqs * c.kv_len * self.spec.kv_token_bytes(self.kv_dtype))
 
     def _kv_read(self) -> float:
-        return self._over_layers(lambda c, window: c.num_seqs * attention_kv_bytes(self.spec, c, window, self.kv_element))
+        return self._over_layers(lambda c, window: c.num_seqs * attention_kv_bytes(self.spec, c, window, self.kv_dtype))
 
     def _kv_earlier(self) -> float:
-        return self._over_layers(lambda c, _: c.num_seqs * (c.kv_len - c.query_tokens) * 2 * self.spec.kv_size * self.kv_element)
+        return self._over_layers(lambda c, _: c.num_seqs * (c.kv_len - c.query_tokens) * self.spec.kv_token_bytes(self.kv_dtype))

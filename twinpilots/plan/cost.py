@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from twinpilots.config import KvDtype
 from twinpilots.hardware.profile import ComputeProfile, HardwareProfile, LinkProfile
-from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.load import GroupLoad, PassLoad, SeqClass
 from twinpilots.plan.plan import Plan
 from twinpilots.plan.tasks import Kind, Task
@@ -36,7 +37,7 @@ class CostModel:
     def __init__(self, spec: ModelSpec, plan: Plan, profile: HardwareProfile, load: PassLoad) -> None:
         self.spec, self.plan, self.profile, self.load = spec, plan, profile, load
         self.ops: dict[tuple[int, str], OpSpec] = {(op.layer, op.name): op for op in spec.ops(plan.unit_rows)}
-        self.kv_bytes = BYTES_PER_WEIGHT[plan.kv_dtype]
+        self.kv_dtype = plan.kv_dtype
         self._known: dict[tuple[object, ...], TaskCost] = {}
 
     def cost(self, task: Task) -> TaskCost:
@@ -87,27 +88,27 @@ def linear_s(op: OpSpec, rows: int, tokens: float, processor: ComputeProfile) ->
     return processor.linear_s(op.rate_key, rows * op.row_elements, tokens * op.active_frac)
 
 
-def attention_s(spec: ModelSpec, sequences: SeqClass, window: int | None, kv_element_bytes: int, processor: ComputeProfile) -> float:
+def attention_s(spec: ModelSpec, sequences: SeqClass, window: int | None, kv_dtype: KvDtype, processor: ComputeProfile) -> float:
     """One layer's attention of these sequences; the fixed cost excluded."""
-    kv_bytes = attention_kv_bytes(spec, sequences, window, kv_element_bytes)
-    return sequences.num_seqs * processor.attention_s(kv_bytes, spec.attention_flops(1, sequences.pairs(window)))
+    kv_bytes = attention_kv_bytes(spec, sequences, window, kv_dtype)
+    return sequences.num_seqs * processor.attention_s(kv_bytes, spec.attention_flops(1, sequences.pairs(window)), kv_dtype=kv_dtype)
 
 
-def attention_kv_bytes(spec: ModelSpec, sequences: SeqClass, window: int | None, kv_element_bytes: int) -> int:
+def attention_kv_bytes(spec: ModelSpec, sequences: SeqClass, window: int | None, kv_dtype: KvDtype) -> int:
     """Bytes of K and V that one layer's attention of one of these sequences reads."""
-    return 2 * spec.kv_size * kv_element_bytes * sequences.kv_read(window)
+    return spec.kv_token_bytes(kv_dtype) * sequences.kv_read(window)
 
 
-def rope_append_bytes(spec: ModelSpec, tokens: int, kv_element_bytes: int) -> int:
+def rope_append_bytes(spec: ModelSpec, tokens: int, kv_dtype: KvDtype) -> int:
     """q, k and v read and written back, k and v written to their pages."""
     width = spec.q_size + 2 * spec.kv_size
-    return tokens * (2 * ACTIVATION_BYTES * width + 2 * spec.kv_size * kv_element_bytes)
+    return tokens * (2 * ACTIVATION_BYTES * width + spec.kv_token_bytes(kv_dtype))
 
 
-def staged_kv_bytes(spec: ModelSpec, sequences: SeqClass, page_size: int, kv_element_bytes: int) -> int:
+def staged_kv_bytes(spec: ModelSpec, sequences: SeqClass, page_size: int, kv_dtype: KvDtype) -> int:
     """The whole pages of one layer that hold the earlier tokens of these sequences."""
-    earlier = -(-(sequences.kv_len - sequences.query_tokens) // page_size) * page_size
-    return sequences.num_seqs * earlier * 2 * spec.kv_size * kv_element_bytes
+    pages = -(-(sequences.kv_len - sequences.query_tokens) // page_size)
+    return sequences.num_seqs * pages * spec.kv_page_bytes(kv_dtype, page_size)
 
 
 # -- one function per kind of task ---------------------------------------------------------------------------------------------------------
@@ -125,8 +126,8 @@ def _linear(model: CostModel, task: Task) -> TaskCost:
 def _attend(model: CostModel, task: Task) -> TaskCost:
     processor, window = model.compute(task), model.spec.layers[task.layer].window
     classes = [c for group in model.groups(task) for c in group.classes]
-    seconds = processor.task_s + sum(attention_s(model.spec, c, window, model.kv_bytes, processor) for c in classes)
-    kv_bytes = sum(c.num_seqs * attention_kv_bytes(model.spec, c, window, model.kv_bytes) for c in classes)
+    seconds = processor.task_s + sum(attention_s(model.spec, c, window, model.kv_dtype, processor) for c in classes)
+    kv_bytes = sum(c.num_seqs * attention_kv_bytes(model.spec, c, window, model.kv_dtype) for c in classes)
     return TaskCost(seconds, dram_bytes=kv_bytes if task.queue == "cpu" else 0, memory_frac=float(all(c.query_tokens == 1 for c in classes)))
 
 
@@ -153,7 +154,7 @@ def _embed(model: CostModel, task: Task) -> TaskCost:
 
 
 def _rope_append(model: CostModel, task: Task) -> TaskCost:
-    return _elementwise(model, task, rope_append_bytes(model.spec, model.tokens(task), model.kv_bytes))
+    return _elementwise(model, task, rope_append_bytes(model.spec, model.tokens(task), model.kv_dtype))
 
 
 def _poison(model: CostModel, task: Task) -> TaskCost:
@@ -172,13 +173,13 @@ def _load(model: CostModel, task: Task) -> TaskCost:
 
 def _load_kv(model: CostModel, task: Task) -> TaskCost:
     classes = [c for group in model.groups(task) for c in group.classes]
-    num_bytes = sum(staged_kv_bytes(model.spec, c, model.plan.page_size, model.kv_bytes) for c in classes)
+    num_bytes = sum(staged_kv_bytes(model.spec, c, model.plan.page_size, model.kv_dtype) for c in classes)
     seconds = model.link.packet_s + model.link.load_kv_s + num_bytes / model.link.up_bytes_per_s
     return TaskCost(seconds, num_bytes, num_bytes, "kv")
 
 
 def _store_kv(model: CostModel, task: Task) -> TaskCost:
-    num_bytes = 2 * model.spec.kv_size * model.kv_bytes * model.tokens(task)
+    num_bytes = model.spec.kv_token_bytes(model.kv_dtype) * model.tokens(task)
     seconds = model.link.packet_s + model.link.store_kv_s + num_bytes / model.link.down_bytes_per_s
     return TaskCost(seconds, num_bytes, num_bytes, "kv")
 

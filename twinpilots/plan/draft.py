@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from twinpilots.config import KvDtype
 from twinpilots.errors import LimitError
 from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.memory import Templates, layer_template, plan_memory
@@ -37,7 +38,7 @@ class PlanOptions:
     """What the user may fix. None: the model's own dtype for KV, the workload's sequence length for ``max_model_len``."""
 
     unit_rows: int = 64
-    kv_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    kv_dtype: KvDtype | None = None
     max_model_len: int | None = None
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from twinpilots.plan.cost import attention_kv_bytes
 from twinpilots.plan.draft import PlanOptions
 from twinpilots.plan.plan import BucketPlan, Phase, Plan
 from twinpilots.plan.pricing import BUSY_ENOUGH, Price, PricedPass, waves_of
-from twinpilots.plan.problem import Problem, kv_element_bytes
+from twinpilots.plan.problem import Problem
 from twinpilots.plan.program import BLOCKS, PhaseTerms, Resource
 from twinpilots.plan.tasks import HOST_KV
 from twinpilots.plan.terms import Choice, planned_phases
@@ -101,14 +101,14 @@ def _busy(problem: Problem, plan: Plan, passes: list[PricedPass]) -> dict[str, f
 
 def dram_bytes(problem: Problem, plan: Plan, one: PricedPass) -> float:
     """Bytes that a pass takes from host memory: streamed rows, the CPU's rows once per micro-batch, KV that moves or is attended there."""
-    spec, element = problem.spec, kv_element_bytes(problem)
+    spec = problem.spec
     batches = len(one.load.micro_batches)
     weights = 0.0
     for op in spec.ops(plan.unit_rows):
         split = one.bucket.splits[op.layer][op.name]
         weights += op.row_bytes * (split.streamed + split.cpu * (batches if op.layer >= 0 else 1))
     attended = [c for group in one.load.groups(-1, HOST_KV, HOST_KV + 1) for c in group.classes]
-    kv = sum(c.num_seqs * attention_kv_bytes(spec, c, layer.window, element) for c in attended for layer in spec.layers)
+    kv = sum(c.num_seqs * attention_kv_bytes(spec, c, layer.window, problem.kv_dtype) for c in attended for layer in spec.layers)
     return weights + kv + one.timing.bytes["link_kv"]
 
 

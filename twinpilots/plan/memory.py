@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.packets import align
 from twinpilots.plan.plan import BucketPlan, Plan, Split
 
@@ -198,7 +198,7 @@ def small_tensor_bytes(spec: ModelSpec, max_model_len: int) -> int:
 
 def kv_page_bytes(spec: ModelSpec, plan: Plan) -> int:
     """Bytes of one page of one layer: K and V of ``page_size`` tokens."""
-    return 2 * spec.kv_size * plan.page_size * BYTES_PER_WEIGHT[plan.kv_dtype]
+    return spec.kv_page_bytes(plan.kv_dtype, plan.page_size)
 
 
 def gpu_kv_bytes(spec: ModelSpec, plan: Plan) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from twinpilots.config import KvDtype
 from twinpilots.model.spec import ModelSpec
 
 Policy = Literal["auto", "twinpilots", "flexgen", "hetegen", "layer-split", "stream", "cpu", "resident"]
@@ -78,7 +79,7 @@ class Plan:
     page_size: int
     gpu_pages: int
     host_pages: int
-    kv_dtype: Literal["fp32", "bf16", "fp16"]
+    kv_dtype: KvDtype
     max_num_seqs: int
     max_pass_tokens: int
     max_model_len: int

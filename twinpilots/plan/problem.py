@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from twinpilots.config import KvDtype
 from twinpilots.hardware.profile import HardwareProfile
-from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.cost import linear_s
 from twinpilots.plan.draft import (
     CHUNK_SHARE,
@@ -52,6 +53,10 @@ class Problem:
     @staticmethod
     def of(spec: ModelSpec, profile: HardwareProfile, workload: Workload, limits: Limits, options: PlanOptions) -> Problem:
         return Problem(spec=spec, profile=profile, workload=workload, limits=limits, options=options, templates=layer_templates(spec, options.unit_rows))
+
+    @property
+    def kv_dtype(self) -> KvDtype:
+        return self.options.kv_dtype or self.spec.weight_dtype
 
     @property
     def ops(self) -> Mapping[str, OpSpec]:
@@ -188,15 +193,11 @@ def attention_times(problem: Problem, tokens: float, seqs: int, context: float) 
     spec, profile = problem.spec, problem.profile
     gpu, link = profile.gpu, profile.link
     assert gpu is not None and link is not None
-    per_token = spec.kv_bytes_per_token(kv_element_bytes(problem)) / spec.num_layers
+    per_token = spec.kv_token_bytes(problem.kv_dtype)
     kv_bytes, flops = seqs * context * per_token, spec.attention_flops(tokens, context)
     up_s, down_s = kv_bytes / link.up_bytes_per_s, tokens * per_token / link.down_bytes_per_s
-    on_cpu, on_gpu = (side.attention_s(kv_bytes, flops, seqs) + side.task_s for side in (profile.cpu, gpu))
+    on_cpu, on_gpu = (side.attention_s(kv_bytes, flops, seqs, kv_dtype=problem.kv_dtype) + side.task_s for side in (profile.cpu, gpu))
     return on_cpu, up_s + down_s + on_gpu
-
-
-def kv_element_bytes(problem: Problem) -> int:
-    return BYTES_PER_WEIGHT[problem.options.kv_dtype or problem.spec.weight_dtype]
 
 
 def cpu_linear_s(problem: Problem, op: OpSpec, tokens: float) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from twinpilots.hardware.profile import HardwareProfile
-from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec
+from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.cost import CostModel, TaskCost, attention_s, linear_s, staged_kv_bytes
 from twinpilots.plan.expected import PassWork
 from twinpilots.plan.load import PassLoad
@@ -429,14 +429,13 @@ def _layer_work(spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: Hardwa
                 work[GPU] += profile.gpu.task_s + linear_s(op, split.gpu, count, profile.gpu)
         if profile.link:
             work[LINK_IN] += split.streamed * op.row_bytes / profile.link.up_bytes_per_s
-    kv_element_bytes = BYTES_PER_WEIGHT[plan.kv_dtype]
     for group in range(NUM_GROUPS):
         queue = CPU if group == HOST_KV or layer in plan.host_kv_layers else GPU
         processor = profile.cpu if queue == CPU else profile.gpu
         classes = [c for load_of in load.groups(-1, group, group + 1) for c in load_of.classes]
         if processor:
-            work[queue] += sum(attention_s(spec, c, spec.layers[layer].window, kv_element_bytes, processor) for c in classes)
+            work[queue] += sum(attention_s(spec, c, spec.layers[layer].window, plan.kv_dtype, processor) for c in classes)
         if profile.link and group == STREAMED_KV:
-            moved = sum(staged_kv_bytes(spec, c, plan.page_size, kv_element_bytes) for c in classes)
+            moved = sum(staged_kv_bytes(spec, c, plan.page_size, plan.kv_dtype) for c in classes)
             work[LINK_IN] += moved / profile.link.up_bytes_per_s
     return work

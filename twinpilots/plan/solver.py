@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
+from twinpilots.config import KvDtype
 from twinpilots.errors import LimitError, UserError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
@@ -65,7 +65,7 @@ def solve(
     *,
     policy: Policy = "auto",
     unit_rows: int | None = None,
-    kv_dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    kv_dtype: KvDtype | None = None,
     max_model_len: int | None = None,
     compare: bool = True,
     proportionate: bool = False,
@@ -192,7 +192,6 @@ def _bound(problem: Problem, waves: int, num_seqs: int, chunk: int, kind: BoundK
     seconds = 0.0
     for each in (prefill_pass(problem, num_seqs, chunk), decode_pass(problem, num_seqs)):
         loads = each.loads()
-        kv_dtype = problem.options.kv_dtype or problem.spec.weight_dtype
-        bounds = [pass_bound(problem.spec, problem.profile, problem.limits, load, kind, kv_dtype=kv_dtype).seconds for load in loads]
+        bounds = [pass_bound(problem.spec, problem.profile, problem.limits, load, kind, kv_dtype=problem.kv_dtype).seconds for load in loads]
         seconds += each.passes * sum(bounds) / len(bounds)
     return problem.workload.generated_tokens / (waves * seconds)

@@ -16,7 +16,7 @@ from twinpilots.plan.cost import ACTIVATION_BYTES, attention_kv_bytes, attention
 from twinpilots.plan.draft import PAGE_TOKENS
 from twinpilots.plan.load import NO_GROUP, GroupLoad, PassLoad, SeqClass
 from twinpilots.plan.pricing import CONTEXTS, PrefillShape, prefill_shape
-from twinpilots.plan.problem import Problem, kv_element_bytes
+from twinpilots.plan.problem import Problem
 from twinpilots.plan.program import PhaseTerms
 
 LinearTime = Callable[[OpSpec, float], float]  # (op, tokens) -> seconds of one layer's whole op
@@ -114,26 +114,26 @@ def _linears(problem: Problem, each: MeanPass, seconds: LinearTime) -> dict[str,
 
 def _attention_terms(problem: Problem, each: MeanPass, extra_s: float) -> dict[str, float]:
     """Attention of all sequences and layers on either device (with ``extra_s`` tasks' fixed cost), KV bytes read, streamed and new: means over the classes."""
-    spec, element = problem.spec, kv_element_bytes(problem)
+    spec, kv_dtype = problem.spec, problem.kv_dtype
     windows = Counter(layer.window for layer in spec.layers)
     found = dict.fromkeys(("attention_cpu_s", "attention_gpu_s", "kv_bytes", "streamed_kv_bytes"), 0.0)
     for c in each.sequences:
         for window, count in windows.items():
-            found["kv_bytes"] += count * c.num_seqs * attention_kv_bytes(spec, c, window, element)
-            found["attention_cpu_s"] += count * attention_s(spec, c, window, element, problem.profile.cpu)
-            found["attention_gpu_s"] += count * attention_s(spec, c, window, element, _gpu(problem.profile))
-        found["streamed_kv_bytes"] += spec.num_layers * staged_kv_bytes(spec, c, PAGE_TOKENS, element)
+            found["kv_bytes"] += count * c.num_seqs * attention_kv_bytes(spec, c, window, kv_dtype)
+            found["attention_cpu_s"] += count * attention_s(spec, c, window, kv_dtype, problem.profile.cpu)
+            found["attention_gpu_s"] += count * attention_s(spec, c, window, kv_dtype, _gpu(problem.profile))
+        found["streamed_kv_bytes"] += spec.num_layers * staged_kv_bytes(spec, c, PAGE_TOKENS, kv_dtype)
     mean = {name: value / len(each.sequences) for name, value in found.items()}
     mean["attention_cpu_s"] += extra_s * problem.profile.cpu.task_s
     mean["attention_gpu_s"] += extra_s * _gpu(problem.profile).task_s
-    mean["new_kv_bytes"] = each.tokens * spec.kv_bytes_per_token(element)
+    mean["new_kv_bytes"] = each.tokens * spec.kv_bytes_per_token(kv_dtype)
     return mean
 
 
 def _elementwise_s(problem: Problem, tokens: int, batches: int, processor: ComputeProfile) -> float:
     """Norms, residual adds and rotary of all layers: five tasks per layer and micro-batch."""
     spec = problem.spec
-    per_layer = tokens * spec.hidden_size * ACTIVATION_BYTES * (2 * 2 + 2 * 4) + rope_append_bytes(spec, tokens, kv_element_bytes(problem))
+    per_layer = tokens * spec.hidden_size * ACTIVATION_BYTES * (2 * 2 + 2 * 4) + rope_append_bytes(spec, tokens, problem.kv_dtype)
     return spec.num_layers * (5 * batches * processor.task_s + per_layer / processor.elementwise_bytes_per_s)
 
 

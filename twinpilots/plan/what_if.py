@@ -73,9 +73,8 @@ def _faster(cpu: ComputeProfile, gain: float, read_gain: float) -> ComputeProfil
     """A linear of one token only waits for its weights: that time shrinks by ``read_gain``, and no token count takes less."""
     linear = {key: Curve(x=curve.x, y=tuple(max(y / gain, curve.y[0] / read_gain) for y in curve.y)) for key, curve in cpu.linear.items()}
     return replace(
-        cpu, linear=linear, attention_bytes_per_s=cpu.attention_bytes_per_s * read_gain, attention_flops_per_s=cpu.attention_flops_per_s * gain,
-        elementwise_bytes_per_s=cpu.elementwise_bytes_per_s * read_gain, read_bytes_per_s=cpu.read_bytes_per_s * read_gain,
-        flops_per_s=cpu.flops_per_s * gain, attention_seq_s=cpu.attention_seq_s / gain,
+        cpu.with_attention(read_gain, gain), linear=linear, elementwise_bytes_per_s=cpu.elementwise_bytes_per_s * read_gain,
+        read_bytes_per_s=cpu.read_bytes_per_s * read_gain, flops_per_s=cpu.flops_per_s * gain,
     )  # fmt: skip
 
 

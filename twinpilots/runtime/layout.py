@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from twinpilots.device.memory import Purpose
 from twinpilots.kernels.abi import NULL, Space, address
-from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.packets import ALIGN_BYTES, align
 from twinpilots.plan.plan import Plan
 
@@ -73,7 +73,7 @@ def rope_table_sizes(spec: ModelSpec, max_model_len: int) -> dict[str, int]:
 
 def page_bytes(spec: ModelSpec, plan: Plan) -> int:
     """Bytes of one page of one layer: K and V of page_size tokens."""
-    return 2 * spec.kv_size * plan.page_size * BYTES_PER_WEIGHT[plan.kv_dtype]
+    return spec.kv_page_bytes(plan.kv_dtype, plan.page_size)
 
 
 @dataclass

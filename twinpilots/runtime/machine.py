@@ -15,8 +15,33 @@ from torch import Tensor
 
 from twinpilots.kernels.abi import INSN, NULL, Dtype, Meta, Space
 
-TORCH_DTYPES: dict[int, torch.dtype] = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16}
+TORCH_DTYPES: dict[int, torch.dtype] = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16, Dtype.INT8: torch.int8}
 OFFSET_MASK = (1 << 56) - 1
+SCALE_BYTES = 4  # of int8 KV: fp32
+
+
+class KvShape(NamedTuple):
+    """A page of one layer's KV (docs/execution.md, "KV pages")."""
+
+    page_size: int
+    kv_heads: int
+    head_dim: int
+    dtype: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.head_dim * TORCH_DTYPES[self.dtype].itemsize
+
+    @property
+    def scales_offset(self) -> int:
+        """Where an int8 page's scales begin."""
+        return -(-2 * self.kv_heads * self.page_size * self.row_bytes // SCALE_BYTES) * SCALE_BYTES
+
+    @property
+    def page_bytes(self) -> int:
+        if self.dtype != Dtype.INT8:
+            return 2 * self.kv_heads * self.page_size * self.row_bytes
+        return -(-(self.scales_offset + 2 * self.kv_heads * self.page_size * SCALE_BYTES) // 64) * 64
 
 
 class Insn(NamedTuple):
@@ -164,8 +189,13 @@ class Machine:
         start = self.batch.ints(which, index, index + 1)[0]
         return self.batch.ints(Meta.OFF_PAGE, start, start + count)
 
-    def kv_pages(self, address: int, page_stride: int, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: int) -> Tensor:
-        """[num_pages, 2 (k, v), G, page_size, D], no copy."""
-        kind = TORCH_DTYPES[dtype]
+    def kv_pages(self, address: int, page_stride: int, num_pages: int, shape: KvShape) -> Tensor:
+        """[num_pages, 2 (k, v), G, page_size, D] as stored, no copy."""
+        kind, (page_size, kv_heads, head_dim, _) = TORCH_DTYPES[shape.dtype], shape
         stride = (page_stride // kind.itemsize, kv_heads * page_size * head_dim, page_size * head_dim, head_dim, 1)
         return self.strided(address, kind, (num_pages, 2, kv_heads, page_size, head_dim), stride)
+
+    def kv_scales(self, address: int, page_stride: int, num_pages: int, shape: KvShape) -> Tensor:
+        """[num_pages, 2 (k, v), G, page_size] of int8 pages, no copy."""
+        stride = (page_stride // SCALE_BYTES, shape.kv_heads * shape.page_size, shape.page_size, 1)
+        return self.strided(address + shape.scales_offset, torch.float32, (num_pages, 2, shape.kv_heads, shape.page_size), stride)

@@ -9,6 +9,7 @@ Shapes: M rows (tokens or logits), K inputs, N outputs, P panels, D head_dim, G 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twinpilots.kernels.abi import NULL, Act, Dtype, Epilogue, Meta, NormKind, Op
-from twinpilots.runtime.machine import TORCH_DTYPES, Insn, Machine
+from twinpilots.runtime.machine import SCALE_BYTES, TORCH_DTYPES, Insn, KvShape, Machine
 from twinpilots.runtime.torch_quant import FORMAT_OF, panel_weights, rounded
 
 ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
@@ -171,10 +172,23 @@ def rope_append(m: Machine, insn: Insn) -> None:
         q.copy_(q_new)
     slot = m.batch.index(Meta.OFF_SLOT, first, last)
     num_pages = max(m.batch.ints(Meta.OFF_SLOT, first, last)) // page_size + 1
-    pages = m.kv_pages(kv, page_stride, num_pages, page_size, kv_heads, head_dim, kv_dtype)
+    shape = KvShape(page_size, kv_heads, head_dim, kv_dtype)
+    pages = m.kv_pages(kv, page_stride, num_pages, shape)
     page, offset = slot // page_size, slot % page_size
-    pages[page, 0, :, offset] = k.to(pages.dtype)
-    pages[page, 1, :, offset] = v.to(pages.dtype)
+    for which, new in enumerate((k, v)):
+        stored = new
+        if kv_dtype == Dtype.INT8:
+            stored, scales = kv_codes(new)
+            m.kv_scales(kv, page_stride, num_pages, shape)[page, which, :, offset] = scales
+        pages[page, which, :, offset] = stored.to(pages.dtype)
+
+
+def kv_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [.., D] as int8 KV keeps them: codes, and the scales [..] that bring them back (not a number where a row holds something that is not finite)."""
+    scales = x.abs().amax(-1) / 127
+    scales = scales.where(scales.isfinite(), torch.nan)
+    codes = (x / scales[..., None]).round().clamp(-127, 127)
+    return codes.where(scales[..., None] > 0, 0), scales
 
 
 def attend(m: Machine, insn: Insn) -> None:
@@ -189,8 +203,10 @@ def attend_sequence(m: Machine, insn: Insn, index: int) -> None:
     start = m.batch.ints(Meta.OFF_SEQ_PAGES, index, index + 1)[0]
     count = -(-kv_len // page_size)
     num_pages = max(m.batch.ints(Meta.OFF_PAGE, start, start + count)) + 1
-    view = m.kv_pages(kv, page_stride, num_pages, page_size, kv_heads, head_dim, kv_dtype)
-    pages = view[m.batch.index(Meta.OFF_PAGE, start, start + count)]  # [pages, 2, G, page_size, D]
+    shape, used = KvShape(page_size, kv_heads, head_dim, kv_dtype), m.batch.index(Meta.OFF_PAGE, start, start + count)
+    pages = m.kv_pages(kv, page_stride, num_pages, shape)[used]  # [pages, 2, G, page_size, D]
+    if kv_dtype == Dtype.INT8:
+        pages = pages * m.kv_scales(kv, page_stride, num_pages, shape)[used][..., None]
     keys, values = pages.permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)[:, :, :kv_len].float()
     step = max(1, SCORE_BYTES // (4 * heads * kv_len))
     for first in range(0, length, step):
@@ -251,7 +267,7 @@ def load(m: Machine, insn: Insn) -> None:
 
 def load_kv(m: Machine, insn: Insn) -> None:
     staging, home, page_stride, page_size, kv_heads, head_dim, dtype = insn.a[:7]
-    page_bytes = 2 * kv_heads * page_size * head_dim * TORCH_DTYPES[dtype].itemsize
+    page_bytes = KvShape(page_size, kv_heads, head_dim, dtype).page_bytes
     for index in m.sequences(insn, 1, 2):
         _, length, kv_len = m.sequence(index)
         count = -(-(kv_len - length) // page_size)
@@ -262,7 +278,8 @@ def load_kv(m: Machine, insn: Insn) -> None:
 def store_kv(m: Machine, insn: Insn) -> None:
     """Only the rows of this pass's tokens: a page's other rows are not this pass's to write."""
     staging, home, page_stride, page_size, kv_heads, head_dim, dtype = insn.a[:7]
-    row_bytes = head_dim * TORCH_DTYPES[dtype].itemsize
+    shape = KvShape(page_size, kv_heads, head_dim, dtype)
+    lines = [(0, shape.row_bytes)] + ([(shape.scales_offset, SCALE_BYTES)] if dtype == Dtype.INT8 else [])  # where they begin, and bytes per token and head
     for index in m.sequences(insn, 1, 2):
         _, length, kv_len = m.sequence(index)
         count = -(-kv_len // page_size)
@@ -270,10 +287,10 @@ def store_kv(m: Machine, insn: Insn) -> None:
         for page in range((kv_len - length) // page_size, count):
             fro, to = pages[page]
             lo, hi = max(kv_len - length - page * page_size, 0), min(kv_len - page * page_size, page_size)
-            for head in range(2 * kv_heads):  # keys' heads, then values' heads
-                at = (head * page_size + lo) * row_bytes
-                source = m.bytes_at(staging + fro * page_stride + at, (hi - lo) * row_bytes)
-                m.bytes_at(home + to * page_stride + at, (hi - lo) * row_bytes).copy_(source, non_blocking=True)
+            for head, (begin, num_bytes) in itertools.product(range(2 * kv_heads), lines):  # keys' heads, then values' heads
+                at, count_bytes = begin + (head * page_size + lo) * num_bytes, (hi - lo) * num_bytes
+                source = m.bytes_at(staging + fro * page_stride + at, count_bytes)
+                m.bytes_at(home + to * page_stride + at, count_bytes).copy_(source, non_blocking=True)
 
 
 def poison(m: Machine, insn: Insn) -> None:

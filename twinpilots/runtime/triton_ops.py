@@ -14,11 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from twinpilots.kernels.abi import DTYPE_CODES, NULL, Activations, Epilogue, Meta, Op
+from twinpilots.kernels.abi import DTYPE_CODES, NULL, Activations, Dtype, Epilogue, Meta, Op
 from twinpilots.kernels.triton import attention, cannot_build, multiplies, rowwise
 from twinpilots.kernels.triton.linear import Finish, linear
 from twinpilots.model.weight_format import FORMATS, WeightFormat
-from twinpilots.runtime.machine import TORCH_DTYPES, Insn, Machine
+from twinpilots.runtime.machine import SCALE_BYTES, TORCH_DTYPES, Insn, KvShape, Machine
 
 _LOG = logging.getLogger(__name__)
 SCRATCH_BYTES = 32 * 2**20  # partial sums; a launch that would need more is cut into fewer parts
@@ -92,7 +92,13 @@ def _linear_in(k: TritonOps, m: Machine, insn: Insn) -> int:
 
 def _pages(m: Machine, kv: int, page_stride: int, page_size: int, heads: int, kv_heads: int, head_dim: int, dtype: int) -> attention.Pages:
     stride = page_stride // TORCH_DTYPES[dtype].itemsize
-    return attention.Pages(kv=m.flat(kv, dtype, 1), stride=stride, page_size=page_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    scales = None
+    if dtype == Dtype.INT8:
+        scales = m.flat(kv + KvShape(page_size, kv_heads, head_dim, dtype).scales_offset, Dtype.FP32, 1)
+    return attention.Pages(
+        kv=m.flat(kv, dtype, 1), stride=stride, page_size=page_size, heads=heads, kv_heads=kv_heads, head_dim=head_dim, scales=scales,
+        scale_stride=page_stride // SCALE_BYTES,
+    )  # fmt: skip
 
 
 def _rope_append(_k: TritonOps, m: Machine, insn: Insn) -> int:

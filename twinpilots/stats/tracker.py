@@ -116,11 +116,8 @@ class Tracker:
                 points = sorted({*curve.x, *found.sizes()})
                 linear[key] = Curve(x=tuple(points), y=tuple(curve(x) * self.factor(resource, key, x) for x in points))
         attention, small = self._latest(resource, ATTENTION), self._latest(resource, SMALL)
-        return replace(
-            processor, linear=linear, attention_bytes_per_s=processor.attention_bytes_per_s / attention,
-            attention_flops_per_s=processor.attention_flops_per_s / attention, attention_seq_s=processor.attention_seq_s * attention,
-            elementwise_bytes_per_s=processor.elementwise_bytes_per_s / small,
-        )  # fmt: skip
+        corrected = processor.with_attention(1 / attention, 1 / attention)
+        return replace(corrected, linear=linear, elementwise_bytes_per_s=processor.elementwise_bytes_per_s / small)
 
     def _link(self, link: LinkProfile) -> LinkProfile:
         up, down = self._latest("link", UP), self._latest("link", DOWN)

@@ -1,4 +1,4 @@
-// ATTEND for some query tokens of one sequence and the query heads of one KV head. Included inside each instruction set's namespace.
+// ATTEND for some query tokens of one sequence and the query heads of one KV head, over KV in a float format. Included inside each instruction set's namespace.
 // Online softmax over blocks of 64 tokens that start at multiples of 64. What a row's numbers are made of depends on its position only: a score is W chains of
 // fused multiply-adds over the dims, added as a tree; a sum of values is one chain in ascending tokens; a block that is masked for a row leaves it as it is.
 // So a row's bits do not depend on the rows that it is computed with.
@@ -22,22 +22,40 @@ struct AttendBlock {
 // Whether keys and values are used where they lie: in whole pairs of vectors, and a quarter never crosses pages. Else a block is copied to fp32 first.
 static bool used_in_place(const KvArgs& kv) { return kv.head_dim % PAIR == 0 && kv.page_size % QUARTER == 0; }
 
-static AttendBlock attend_layout(const AttendArgs& a, int64_t queries) {
+// Parts of the thread's memory, in floats.
+struct Part {
+  float** at;
+  int64_t floats;
+};
+template <int N>
+static int64_t floats_of(const Part (&parts)[N]) {
+  int64_t floats = 0;
+  for (const Part& part : parts) floats += part.floats;
+  return round_up(floats, 16);
+}
+template <int N>
+static void place(const Part (&parts)[N], float* next) {
+  for (const Part& part : parts) {
+    *part.at = next;
+    next += part.floats;
+  }
+}
+
+static AttendBlock attend_sizes(const AttendArgs& a, int64_t queries) {
   AttendBlock b;
   b.group = a.heads / a.kv.kv_heads;
   b.rows = queries * b.group;
   b.dim = a.kv.head_dim;
   b.padded_dim = round_up(b.dim, PAIR);
-  const int64_t copied = used_in_place(a.kv) ? 0 : 2 * BLOCK * b.padded_dim;
-  const int64_t sizes[] = {b.rows * b.padded_dim, b.rows * BLOCK, b.rows * b.padded_dim, round_up(b.rows, 16), round_up(b.rows, 16), SCORE_ROWS * BLOCK * W, copied};
-  float** parts[] = {&b.q, &b.scores, &b.sums, &b.peak, &b.total, &b.lanes, &b.copy};
-  int64_t floats = 0;
-  for (int64_t size : sizes) floats += size;
-  float* next = (float*)thread_scratch(floats * sizeof(float));
-  for (int i = 0; i < 7; i++) {
-    *parts[i] = next;
-    next += sizes[i];
-  }
+  return b;
+}
+
+static AttendBlock attend_layout(const AttendArgs& a, int64_t queries) {
+  AttendBlock b = attend_sizes(a, queries);
+  const int64_t copied = used_in_place(a.kv) ? 0 : 2 * BLOCK * b.padded_dim, rows = round_up(b.rows, 16);
+  const Part parts[] = {{&b.q, b.rows * b.padded_dim}, {&b.scores, b.rows * BLOCK}, {&b.sums, b.rows * b.padded_dim}, {&b.peak, rows}, {&b.total, rows},
+                        {&b.lanes, SCORE_ROWS * BLOCK * W}, {&b.copy, copied}};
+  place(parts, (float*)thread_scratch(floats_of(parts) * sizeof(float)));
   if (!copied) b.copy = nullptr;
   return b;
 }
@@ -46,9 +64,9 @@ static char* token_row(const KvArgs& kv, const Sequence& s, int64_t token, int64
   return kv_row(kv, s.pages[token / kv.page_size], token % kv.page_size, which, head);
 }
 
-// Where the block at `base` lies. A quarter that no row sees is never read for its values, and its scores are masked: it gets a neighbour's place.
+// Where a block lies. A quarter that no row sees is never read for its values, and its scores are masked: it gets a neighbour's place.
 static void find_quarters(const KvArgs& kv, const Sequence& s, int64_t head, int64_t base, int64_t last, AttendBlock& b) {
-  b.row_bytes = b.dim * dtype_bytes(kv.dtype);
+  b.row_bytes = kv.row_bytes();
   const int64_t first = b.t0 / QUARTER;
   for (int64_t i = 0; i < QUARTERS; i++) {
     const int64_t t = i * QUARTER < b.t1 && i >= first ? i * QUARTER : first * QUARTER, next = base + BLOCK + i * QUARTER;
@@ -88,9 +106,9 @@ TP_INLINE void prefetch_row(const char* row, int64_t bytes) {
 }
 
 // Rows [from, to) of a block, counted through its quarters in turn.
-TP_INLINE void prefetch_rows(const char* const* quarters, int64_t from, int64_t to, int64_t row_bytes) {
-  for (int64_t i = from; i < to; i++)
-    if (quarters[i % QUARTERS]) prefetch_row(quarters[i % QUARTERS] + i / QUARTERS * row_bytes, row_bytes);
+TP_INLINE void prefetch_rows(const char* const* quarters, uint64_t from, uint64_t to, int64_t row_bytes) {
+  for (uint64_t i = from; i < to; i++)
+    if (quarters[i % QUARTERS]) prefetch_row(quarters[i % QUARTERS] + (int64_t)(i / QUARTERS) * row_bytes, row_bytes);
 }
 
 // ---- scores
@@ -147,7 +165,8 @@ static void score_rows(int64_t row, const AttendBlock& b) {
     int64_t tokens[4];
     const char* keys[4];
     for (int64_t j = 0; j < 4; j++) {
-      const int64_t t = tokens[j] = whole ? j * QUARTER + g : 4 * g + j, offset = t % QUARTER * b.row_bytes;
+      const uint64_t t = (uint64_t)(tokens[j] = whole ? j * QUARTER + g : 4 * g + j);
+      const int64_t offset = (int64_t)(t % QUARTER) * b.row_bytes;
       keys[j] = b.keys[t / QUARTER] + offset;
       if (row == 0 && !b.copy) prefetch_row(b.values[t / QUARTER] + offset, b.row_bytes);
     }
@@ -263,52 +282,81 @@ static void add_values(const AttendBlock& b) {
 
 // ---- a chunk
 
-// All tokens that some row sees, block by block.
-template <int D>
-static void attend_tokens(const AttendArgs& a, const Sequence& s, int64_t kv_head, int64_t query0, int64_t query1, AttendBlock& b) {
-  const int64_t context = s.kv_len - s.len, last = context + query1, first = a.window && context + query0 + 1 > a.window ? context + query0 + 1 - a.window : 0;
-  for (int64_t base = first / BLOCK * BLOCK; base < last; base += BLOCK) {
-    b.t0 = first > base ? first - base : 0;
-    b.t1 = last - base < BLOCK ? last - base : BLOCK;
-    if (b.copy) {
-      copy_block<D>(a.kv, s, kv_head, base, b);
-      score_block<FP32>(b);
-    } else {
-      find_quarters(a.kv, s, kv_head, base, last, b);
-      if (base == first / BLOCK * BLOCK) prefetch_rows(b.keys, 0, BLOCK, b.row_bytes);
-      score_block<D>(b);
-    }
-    for (int64_t r = 0; r < b.rows; r++) {
-      const int64_t position = context + query0 + r / b.group, start = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
-      const int64_t lo = start > base ? start - base : 0, hi = position + 1 - base;
-      softmax_row(a, b, r, lo < BLOCK ? lo : BLOCK, hi < 0 ? 0 : hi < BLOCK ? hi : BLOCK);
-    }
-    if (b.copy) add_values<FP32>(b);
-    else add_values<D>(b);
-  }
+static const float* query_of(const AttendArgs& a, const Sequence& s, const AttendBlock& b, int64_t kv_head, int64_t query0, int64_t row) {
+  return a.qkv + (s.row + query0 + row / b.group) * a.ld + (kv_head * b.group + row % b.group) * b.dim;
 }
 
-static void attend_block(const AttendArgs& a, const Sequence& s, int64_t kv_head, int64_t query0, int64_t query1) {
-  AttendBlock b = attend_layout(a, query1 - query0);
-  const bool woven = a.kv.dtype == BF16 && !b.copy;
-  const int64_t first_head = kv_head * b.group;
-  const float scale = query_scale(a);
+static void clear_rows(AttendBlock& b) {
   for (int64_t r = 0; r < b.rows; r++) {
-    float* q = b.q + r * b.padded_dim;
-    const float* from = a.qkv + (s.row + query0 + r / b.group) * a.ld + (first_head + r % b.group) * b.dim;
-    for (int64_t d = 0; d < b.dim; d++) q[d] = from[d] * scale;
-    for (int64_t d = b.dim; d < b.padded_dim; d++) q[d] = 0.0f;
-    if (woven) reorder<false>(q, b.dim);
     b.peak[r] = MASKED;
     b.total[r] = 0.0f;
   }
   __builtin_memset(b.sums, 0, b.rows * b.padded_dim * sizeof(float));
+}
+
+// A block begins at token `base`; some row sees its tokens [t0, t1). `last`: the end of all tokens that are seen.
+struct BlockSpan {
+  int64_t base, t0, t1, last;
+  bool is_first;
+};
+
+// All tokens that some row sees, block by block.
+template <class F>
+static void each_block(const AttendArgs& a, const Sequence& s, int64_t query0, int64_t query1, F&& attend) {
+  const int64_t context = s.kv_len - s.len, last = context + query1, first = a.window && context + query0 + 1 > a.window ? context + query0 + 1 - a.window : 0;
+  for (int64_t base = first / BLOCK * BLOCK; base < last; base += BLOCK)
+    attend(BlockSpan{base, first > base ? first - base : 0, last - base < BLOCK ? last - base : BLOCK, last, base == first / BLOCK * BLOCK});
+}
+
+static void softmax_block(const AttendArgs& a, const Sequence& s, int64_t query0, int64_t base, AttendBlock& b) {
+  for (int64_t r = 0; r < b.rows; r++) {
+    const int64_t position = s.kv_len - s.len + query0 + r / b.group, start = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
+    const int64_t lo = start > base ? start - base : 0, hi = position + 1 - base;
+    softmax_row(a, b, r, lo < BLOCK ? lo : BLOCK, hi < 0 ? 0 : hi < BLOCK ? hi : BLOCK);
+  }
+}
+
+static void finish_rows(const AttendArgs& a, const Sequence& s, const AttendBlock& b, int64_t kv_head, int64_t query0) {
+  for (int64_t r = 0; r < b.rows; r++) {
+    float* out = a.dst + (s.row + query0 + r / b.group) * a.dst_ld + (kv_head * b.group + r % b.group) * b.dim;
+    for (int64_t d = 0; d < b.dim; d++) out[d] = b.sums[r * b.padded_dim + d] / b.total[r];
+  }
+}
+
+template <int D>
+static void attend_tokens(const AttendArgs& a, const Sequence& s, int64_t kv_head, int64_t query0, int64_t query1, AttendBlock& b) {
+  clear_rows(b);
+  each_block(a, s, query0, query1, [&](const BlockSpan& span) {
+    b.t0 = span.t0;
+    b.t1 = span.t1;
+    if (b.copy) {
+      copy_block<D>(a.kv, s, kv_head, span.base, b);
+      score_block<FP32>(b);
+    } else {
+      find_quarters(a.kv, s, kv_head, span.base, span.last, b);
+      if (span.is_first) prefetch_rows(b.keys, 0, BLOCK, b.row_bytes);
+      score_block<D>(b);
+    }
+    softmax_block(a, s, query0, span.base, b);
+    if (b.copy) add_values<FP32>(b);
+    else add_values<D>(b);
+  });
+}
+
+static void attend_floats(const AttendArgs& a, const Sequence& s, int64_t kv_head, int64_t query0, int64_t query1) {
+  AttendBlock b = attend_layout(a, query1 - query0);
+  const bool woven = a.kv.dtype == BF16 && !b.copy;
+  const float scale = query_scale(a);
+  for (int64_t r = 0; r < b.rows; r++) {
+    float* q = b.q + r * b.padded_dim;
+    const float* from = query_of(a, s, b, kv_head, query0, r);
+    for (int64_t d = 0; d < b.dim; d++) q[d] = from[d] * scale;
+    for (int64_t d = b.dim; d < b.padded_dim; d++) q[d] = 0.0f;
+    if (woven) reorder<false>(q, b.dim);
+  }
   if (a.kv.dtype == BF16) attend_tokens<BF16>(a, s, kv_head, query0, query1, b);
   else if (a.kv.dtype == FP16) attend_tokens<FP16>(a, s, kv_head, query0, query1, b);
   else attend_tokens<FP32>(a, s, kv_head, query0, query1, b);
-  for (int64_t r = 0; r < b.rows; r++) {
-    float* out = a.dst + (s.row + query0 + r / b.group) * a.dst_ld + (first_head + r % b.group) * b.dim;
-    if (woven) reorder<true>(b.sums + r * b.padded_dim, b.dim);
-    for (int64_t d = 0; d < b.dim; d++) out[d] = b.sums[r * b.padded_dim + d] / b.total[r];
-  }
+  for (int64_t r = 0; woven && r < b.rows; r++) reorder<true>(b.sums + r * b.padded_dim, b.dim);
+  finish_rows(a, s, b, kv_head, query0);
 }

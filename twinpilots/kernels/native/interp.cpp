@@ -170,6 +170,7 @@ static bool known_weights(int64_t dtype, int64_t width) {
   return dtype >= FP32 && dtype <= Q6_K && (!is_quantized(dtype) || width % quant_format((int)dtype).block == 0);
 }
 static bool known_dtype(int64_t dtype) { return dtype == FP32 || dtype == BF16 || dtype == FP16; }
+static bool known_kv(int64_t dtype) { return known_dtype(dtype) || dtype == INT8; }
 
 // The rounded input is kept through this queue's instructions that write elsewhere. No other queue writes it in between: tests/unit/test_hazards.py.
 void Queue::forget_rounded(const Insn& insn) {
@@ -236,7 +237,7 @@ int Queue::rope_append(const Insn& insn) {
   const int64_t* a = insn.a;
   const KvArgs kv = {at(a[10]), a[11], a[12], a[8], a[9], (int)a[13]};
   const RopeArgs args = {ptr<float>(a[0]), a[1], ptr<float>(a[2]), ptr<float>(a[3]), ptr<float>(a[4]), ptr<float>(a[5]), a[6], a[7], kv, (float)insn.f[0]};
-  if (!known_dtype(a[13]) || a[12] <= 0 || a[6] > a[9] || a[6] % 2) return BAD_INSTRUCTION;
+  if (!known_kv(a[13]) || a[12] <= 0 || a[6] > a[9] || a[6] % 2) return BAD_INSTRUCTION;
   each_row(insn, (a[7] + 2 * a[8]) * a[9], [&](int64_t row) { kernels().rope_row(args, row, words(OFF_ROPE_ROW)[row], words(OFF_SLOT)[row]); });
   return OK;
 }
@@ -336,7 +337,7 @@ int Queue::attend(const Insn& insn) {
   const int64_t* a = insn.a;
   const KvArgs kv = {at(a[7]), a[8], a[9], a[5], a[6], (int)a[10]};
   const AttendArgs args = {ptr<float>(a[0]), a[1], ptr<const float>(a[2]), a[3], a[4], a[11], kv, (float)insn.f[0], (float)insn.f[1]};
-  if (!known_dtype(a[10]) || a[5] <= 0 || a[4] % a[5] || a[9] <= 0) return BAD_INSTRUCTION;
+  if (!known_kv(a[10]) || a[5] <= 0 || a[4] % a[5] || a[9] <= 0) return BAD_INSTRUCTION;
   const Rows s = sequences(insn, insn.glo, insn.ghi);
   const int64_t step = std::max<int64_t>(1, ATTEND_ROWS / (args.heads / kv.kv_heads));
   longest_first_.clear();
@@ -345,12 +346,16 @@ int Queue::attend(const Insn& insn) {
   std::sort(longest_first_.begin(), longest_first_.end(), [&](int64_t i, int64_t j) { return kv_tokens[i] != kv_tokens[j] ? kv_tokens[i] > kv_tokens[j] : i < j; });
   first_block_.assign(1, 0);
   for (int64_t i : longest_first_) first_block_.push_back(first_block_.back() + (words(OFF_SEQ_LEN)[i] + step - 1) / step);
-  const int64_t blocks = first_block_.back();
-  parallel(pool_, blocks * kv.kv_heads, [&](int64_t chunk) {
-    const int64_t block = chunk / kv.kv_heads, index = std::upper_bound(first_block_.begin(), first_block_.end(), block) - first_block_.begin() - 1;
+  const int64_t blocks = first_block_.back(), threads = pool_ ? pool_->threads() : 1;
+  int64_t rows = args.heads / kv.kv_heads, together = kv.dtype == INT8 ? ATTEND_HEADS : 1;  // wider elements make streams that are long enough
+  for (int64_t i = s.first; i < s.last; i++) rows = std::max(rows, std::min<int64_t>(words(OFF_SEQ_LEN)[i], step) * (args.heads / kv.kv_heads));
+  const auto groups = [&] { return (kv.kv_heads + together - 1) / together; };
+  while (together > 1 && (rows * together > ATTEND_ROWS || blocks * groups() < CHUNKS * threads)) together /= 2;
+  parallel(pool_, blocks * groups(), [&](int64_t chunk) {
+    const int64_t block = chunk / groups(), head = chunk % groups() * together, index = std::upper_bound(first_block_.begin(), first_block_.end(), block) - first_block_.begin() - 1;
     const Sequence sequence = this->sequence(longest_first_[(size_t)index], OFF_SEQ_PAGES);
     const int64_t query = (block - first_block_[(size_t)index]) * step;
-    kernels().attend_block(args, sequence, chunk % kv.kv_heads, query, std::min(query + step, sequence.len));
+    kernels().attend_block(args, sequence, head, std::min(head + together, kv.kv_heads), query, std::min(query + step, sequence.len));
   });
   return OK;
 }
@@ -384,16 +389,17 @@ int Queue::load(const Insn& insn) {
 
 // Whole pages, for every page that holds a token of an earlier pass.
 int Queue::load_kv(const Insn& insn) {
-  const int64_t *a = insn.a, page_bytes = 2 * a[4] * a[3] * a[5] * dtype_bytes((int)a[6]);
-  char *staging = at(a[0]), *home = at(a[1]);
-  if (!known_dtype(a[6]) || a[3] <= 0) return BAD_INSTRUCTION;
+  const int64_t* a = insn.a;
+  const KvArgs kv = {at(a[0]), a[2], a[3], a[4], a[5], (int)a[6]};
+  const char* home = at(a[1]);
+  if (!known_kv(a[6]) || kv.page_size <= 0) return BAD_INSTRUCTION;
   const Rows s = sequences(insn, 1, 2);
   if (s.first >= s.last) return OK;
   link_.begin(Direction::UP, false);  // somebody waits for it: no sleep may overshoot
   for (int64_t i = s.first; i < s.last; i++) {
     const Sequence to = sequence(i, OFF_SEQ_PAGES), from = sequence(i, OFF_SEQ_HOME);
-    const int64_t pages = (to.kv_len - to.len + a[3] - 1) / a[3];
-    for (int64_t p = 0; p < pages; p++) link_.copy(staging + to.pages[p] * a[2], home + from.pages[p] * a[2], page_bytes);
+    const int64_t pages = (to.kv_len - to.len + kv.page_size - 1) / kv.page_size;
+    for (int64_t p = 0; p < pages; p++) link_.copy(kv.base + to.pages[p] * kv.page_stride, home + from.pages[p] * kv.page_stride, kv.page_bytes());
   }
   link_.finish();
   return OK;
@@ -401,19 +407,22 @@ int Queue::load_kv(const Insn& insn) {
 
 // Only the rows of this pass's tokens: a page's other rows are not this pass's to write.
 int Queue::store_kv(const Insn& insn) {
-  const int64_t *a = insn.a, row_bytes = a[5] * dtype_bytes((int)a[6]), page_size = a[3];
-  char *staging = at(a[0]), *home = at(a[1]);
-  if (!known_dtype(a[6]) || page_size <= 0) return BAD_INSTRUCTION;
+  const int64_t* a = insn.a;
+  const KvArgs kv = {at(a[0]), a[2], a[3], a[4], a[5], (int)a[6]};
+  char* home = at(a[1]);
+  if (!known_kv(a[6]) || kv.page_size <= 0) return BAD_INSTRUCTION;
   const Rows s = sequences(insn, 1, 2);
   if (s.first >= s.last) return OK;
   link_.begin(Direction::DOWN, false);
   for (int64_t i = s.first; i < s.last; i++) {
     const Sequence from = sequence(i, OFF_SEQ_PAGES), to = sequence(i, OFF_SEQ_HOME);
     for (int64_t token = from.kv_len - from.len; token < from.kv_len;) {
-      const int64_t page = token / page_size, offset = token % page_size, count = std::min(page_size - offset, from.kv_len - token);
-      for (int64_t head = 0; head < 2 * a[4]; head++) {  // keys' heads, then values' heads
-        const int64_t at_row = (head * page_size + offset) * row_bytes;
-        link_.copy(home + to.pages[page] * a[2] + at_row, staging + from.pages[page] * a[2] + at_row, count * row_bytes);
+      const int64_t page = token / kv.page_size, offset = token % kv.page_size, count = std::min(kv.page_size - offset, from.kv_len - token);
+      char* target = home + to.pages[page] * kv.page_stride;
+      const char* source = kv.base + from.pages[page] * kv.page_stride;
+      for (int64_t line = 0; line < 2 * kv.kv_heads; line++) {  // keys' heads, then values' heads
+        link_.copy(target + kv.row_at(line, offset), source + kv.row_at(line, offset), count * kv.row_bytes());
+        if (kv.dtype == INT8) link_.copy(target + kv.scale_at(line, offset), source + kv.scale_at(line, offset), count * (int64_t)sizeof(float));
       }
       token += count;
     }

@@ -47,10 +47,21 @@ struct EmbedArgs {
   float scale;
 };
 
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+inline int64_t dtype_bytes(int dtype) { return dtype == FP32 ? 4 : dtype == INT8 ? 1 : 2; }
+
+// Pages of KV, all of one layer and tier: docs/execution.md has their layout.
 struct KvArgs {
   char* base;
   int64_t page_stride, page_size, kv_heads, head_dim;
   int dtype;
+
+  int64_t row_bytes() const { return head_dim * dtype_bytes(dtype); }
+  int64_t scales_offset() const { return round_up(2 * kv_heads * page_size * row_bytes(), sizeof(float)); }  // int8 only
+  int64_t page_bytes() const { return dtype == INT8 ? round_up(scales_offset() + 2 * kv_heads * page_size * (int64_t)sizeof(float), 64) : 2 * kv_heads * page_size * row_bytes(); }
+  // Where a token's row of one head begins, and its scale; `line`: of the keys' heads, then of the values' heads.
+  int64_t row_at(int64_t line, int64_t offset) const { return (line * page_size + offset) * row_bytes(); }
+  int64_t scale_at(int64_t line, int64_t offset) const { return scales_offset() + (line * page_size + offset) * (int64_t)sizeof(float); }
 };
 
 struct RopeArgs {
@@ -103,7 +114,7 @@ struct Kernels {
   void (*add_row)(float* x, const float* p, const float* q, const float* bias, const float* gain, const float* gain_bias, int64_t width, int kind, float eps);
   void (*embed_row)(float* dst, const EmbedArgs&, int64_t token, int64_t position);
   void (*rope_row)(const RopeArgs&, int64_t row, int64_t rope_row, int64_t slot);
-  void (*attend_block)(const AttendArgs&, const Sequence&, int64_t kv_head, int64_t query0, int64_t query1);
+  void (*attend_block)(const AttendArgs&, const Sequence&, int64_t kv_head0, int64_t kv_head1, int64_t query0, int64_t query1);
   double (*read_sum)(const void* data, int64_t bytes);
   void (*quantize_blocks)(int dtype, const float* weights, int64_t blocks, char* out);  // of 32 weights, to Q8_0 or Q4_1
   double (*fma_burn)(int64_t rounds);  // returns the floating-point operations done
@@ -126,8 +137,6 @@ extern const TileKernels kAmx, kAmxEmulated;  // beside kAvx512Vnni and kAvx2
 
 // Memory of the calling thread, at least `bytes` large, 64-byte aligned; grows, never shrinks. A later call invalidates an earlier one's contents.
 char* thread_scratch(size_t bytes);
-
-inline int64_t dtype_bytes(int dtype) { return dtype == FP32 ? 4 : 2; }
 
 // A quantised format (model/weight_format.py). A panel's block of w columns is block_bytes * w bytes, the first header * w of them scales.
 struct QuantFormat {
@@ -154,7 +163,7 @@ constexpr int64_t TILE_ROWS = 16, TILE_INPUTS = 32, TILE_ELEMENTS = TILE_ROWS * 
 inline int64_t split_block(int64_t width) { return (width + TILE_INPUTS - 1) / TILE_INPUTS * SPLIT_TERMS * TILE_ELEMENTS; }  // elements of 16 rows
 inline int64_t split_bytes(int64_t rows, int64_t width) { return (rows + TILE_ROWS - 1) / TILE_ROWS * split_block(width) * 2; }
 
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 constexpr int64_t ATTEND_ROWS = 64;  // query rows (tokens x heads of one KV head) that share a converted block of K and V
+constexpr int64_t ATTEND_HEADS = 4;  // KV heads that are attended block by block together: their rows in a page are one longer stream from memory
 
 }  // namespace tp

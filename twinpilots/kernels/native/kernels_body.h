@@ -8,6 +8,7 @@
 #include "rowwise.h"
 #include "attend.h"
 #include "quantize_block.h"
+#include "attend_int8.h"
 
 // Four streams at once, each prefetched a page ahead: one stream alone leaves memory channels idle.
 static double read_sum(const void* data, int64_t bytes) {

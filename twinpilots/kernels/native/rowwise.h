@@ -77,7 +77,7 @@ static void embed_row(float* dst, const EmbedArgs& a, int64_t token, int64_t pos
 }
 
 TP_INLINE char* kv_row(const KvArgs& kv, int64_t page, int64_t offset, int64_t which, int64_t head) {
-  return kv.base + page * kv.page_stride + ((which * kv.kv_heads + head) * kv.page_size + offset) * kv.head_dim * dtype_bytes(kv.dtype);
+  return kv.base + page * kv.page_stride + kv.row_at(which * kv.kv_heads + head, offset);
 }
 
 // Rotate-half on the first rotary_dim dims; products are rounded before they are added, as the reference does.
@@ -95,10 +95,34 @@ static void put_row(char* dst_, const float* src, int64_t n) {
   auto* dst = (typename Element<D>::T*)dst_;
   for (int64_t i = 0; i < n; i++) dst[i] = Element<D>::put(src[i]);
 }
-static void put_row_any(int dtype, char* dst, const float* src, int64_t n) {
-  if (dtype == BF16) return put_row<BF16>(dst, src, n);
-  if (dtype == FP16) return put_row<FP16>(dst, src, n);
-  put_row<FP32>(dst, src, n);
+// Codes and the scale that brings them back: largest magnitude / 127; not a number where the row holds something that is not finite.
+static float put_codes(int8_t* dst, const float* src, int64_t n) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
+  float top = 0.0f;
+  for (int64_t i = 0; i < n; i++) {
+    const float x = __builtin_fabsf(src[i]);
+    top = x > top || x != x ? x : top;
+  }
+  const float scale = top / 127.0f;
+  const bool finite = scale <= 3.4028235e38f, any = finite && scale > 0.0f;
+  for (int64_t i = 0; i < n; i++) {
+    const float code = any ? (src[i] / scale + magic) - magic : 0.0f;
+    dst[i] = (int8_t)(code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code);  // a scale below the normal numbers is coarse
+  }
+  return finite ? scale : bits_float(0x7fc00000);
+}
+static void put_kv(const KvArgs& kv, int64_t page, int64_t offset, int64_t which, int64_t head, const float* src) {
+  char* dst = kv_row(kv, page, offset, which, head);
+  if (kv.dtype == INT8) {
+    const float scale = put_codes((int8_t*)dst, src, kv.head_dim);
+    __builtin_memcpy(kv.base + page * kv.page_stride + kv.scale_at(which * kv.kv_heads + head, offset), &scale, sizeof scale);
+  } else if (kv.dtype == BF16) {
+    put_row<BF16>(dst, src, kv.head_dim);
+  } else if (kv.dtype == FP16) {
+    put_row<FP16>(dst, src, kv.head_dim);
+  } else {
+    put_row<FP32>(dst, src, kv.head_dim);
+  }
 }
 
 // Only the q columns are rewritten; k goes to its page through scratch, v straight.
@@ -116,7 +140,7 @@ static void rope_row(const RopeArgs& a, int64_t row, int64_t rope_row, int64_t s
     __builtin_memcpy(t, k, dim * sizeof(float));
     if (a.k_gain) norm_row(t, t, a.k_gain, nullptr, dim, RMS, a.eps);
     if (cos) rotate(t, cos, sin, a.rotary_dim);
-    put_row_any(a.kv.dtype, kv_row(a.kv, page, offset, 0, h), t, dim);
-    put_row_any(a.kv.dtype, kv_row(a.kv, page, offset, 1, h), v, dim);
+    put_kv(a.kv, page, offset, 0, h, t);
+    put_kv(a.kv, page, offset, 1, h, v);
   }
 }

@@ -3,9 +3,9 @@
 Owns the Triton kernels of ROPE_APPEND (one launch) and ATTEND (one launch for all sequences and heads of an instruction; where those are few, the context
 is split too, and a second kernel combines the parts in ascending order). Page tables and lengths are read from the pass's metadata (kernels/abi.py),
 which lies on the device. Sums and softmax are fp32; products are fp32 for fp32 KV, TF32 (whose mantissa is longer than bf16's, as long as fp16's) for
-16-bit KV. Knows nothing of instructions or arenas.
+16-bit and int8 KV, whose scales multiply scores and probabilities. Knows nothing of instructions or arenas.
 
-Shapes: D head_dim, G KV heads, R query heads per KV head; a page of one layer is [2 (k, v)][G][page_size][D].
+Shapes: D head_dim, G KV heads, R query heads per KV head; a page of one layer is [2 (k, v)][G][page_size][D], of int8 then [2][G][page_size] scales.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK_KEYS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Pages:
-    """The KV pages of one layer: ``kv`` points to page 0, pages lie ``stride`` elements apart."""
+    """The KV pages of one layer: ``kv`` points to page 0, pages lie ``stride`` elements apart. int8: ``scales`` to page 0's, ``scale_stride`` floats apart."""
 
     kv: Tensor
     stride: int
@@ -31,6 +31,8 @@ class Pages:
     heads: int
     kv_heads: int
     head_dim: int
+    scales: Tensor | None = None
+    scale_stride: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +53,19 @@ def _gain(gain, index, mask, inverse, on):
     return tl.where(on, tl.load(gain + index, mask=mask, other=0.0) * inverse, 1.0)
 
 
+@triton.jit
+def _codes(x, scale):
+    """Whole numbers in [-127, 127], nearest, ties to even; 0 where the scale is 0 or not a number."""
+    code = tl.div_rn(x, tl.where(scale > 0.0, scale, 1.0))
+    code = (code + 12582912.0) - 12582912.0  # 1.5 * 2^23: adding it rounds to an integer
+    return tl.where(scale > 0.0, tl.minimum(tl.maximum(code, -127.0), 127.0), 0.0)
+
+
 @triton.jit(do_not_specialize=["off_rope", "off_slot", "first"])
 def _rope_append(
-    qkv, ld, kv, stride, meta, off_rope, off_slot, first, q_gain, k_gain, cos, sin, eps,
+    qkv, ld, kv, stride, scales, scale_stride, meta, off_rope, off_slot, first, q_gain, k_gain, cos, sin, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
-    ROTATES: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr,
+    ROTATES: tl.constexpr, CODES: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Program (token row, head of q, k or v). One warp: it has loaded all of the head before it stores the first of it in place."""
     row = first + tl.program_id(0)
@@ -88,6 +98,12 @@ def _rope_append(
     line = (head - HEADS) * PAGE + slot % PAGE  # v's heads follow k's
     target = kv + (slot // PAGE).to(tl.int64) * stride + line * D
     kind = kv.dtype.element_ty
+    if CODES:
+        top = tl.maximum(tl.max(tl.abs(lo)), tl.maximum(tl.max(tl.abs(hi)), tl.max(tl.abs(rest))))
+        nothing = tl.sum(lo - lo) + tl.sum(hi - hi) + tl.sum(rest - rest)  # 0, or not a number where the head holds something that is not finite
+        scale = tl.div_rn(top, 127.0) + nothing
+        tl.store(scales + (slot // PAGE).to(tl.int64) * scale_stride + line, scale, mask=head >= HEADS)
+        lo, hi, rest = _codes(lo, scale), _codes(hi, scale), _codes(rest, scale)
     half, left = tl.where(is_q, 0, HALF), tl.where(is_q, 0, D - 2 * HALF)
     tl.store(target + index, lo.to(kind), mask=index < half)
     tl.store(target + HALF + index, hi.to(kind), mask=index < half)
@@ -99,10 +115,11 @@ def rope_append(qkv: Tensor, meta: Tensor, off_rope: int, off_slot: int, rows: r
     half = norms.half if norms.cos is not None else pages.head_dim // 2  # without rotation: any way of cutting a head will do
     unused = qkv
     _rope_append[(len(rows), pages.heads + 2 * pages.kv_heads)](
-        qkv, qkv.stride(0), pages.kv, pages.stride, meta, off_rope, off_slot, rows.start, _or(norms.q_gain, unused), _or(norms.k_gain, unused),
-        _or(norms.cos, unused), _or(norms.sin, unused), norms.eps, HEADS=pages.heads, KV_HEADS=pages.kv_heads, D=pages.head_dim, HALF=half,
-        PAGE=pages.page_size, Q_NORM=norms.q_gain is not None, K_NORM=norms.k_gain is not None, ROTATES=norms.cos is not None,
-        BH=triton.next_power_of_2(max(1, half)), BR=triton.next_power_of_2(max(1, pages.head_dim - 2 * half)), num_warps=1,
+        qkv, qkv.stride(0), pages.kv, pages.stride, _or(pages.scales, unused), pages.scale_stride, meta, off_rope, off_slot, rows.start,
+        _or(norms.q_gain, unused), _or(norms.k_gain, unused), _or(norms.cos, unused), _or(norms.sin, unused), norms.eps, HEADS=pages.heads,
+        KV_HEADS=pages.kv_heads, D=pages.head_dim, HALF=half, PAGE=pages.page_size, Q_NORM=norms.q_gain is not None, K_NORM=norms.k_gain is not None,
+        ROTATES=norms.cos is not None, CODES=pages.scales is not None, BH=triton.next_power_of_2(max(1, half)),
+        BR=triton.next_power_of_2(max(1, pages.head_dim - 2 * half)), num_warps=1,
     )  # fmt: skip
     return 1
 
@@ -113,9 +130,9 @@ def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["off_row", "off_len", "off_kv", "off_pages", "off_page", "first_seq", "q_tiles", "chunk", "row0", "num_rows"])
 def _attend(
-    q, ld_q, out, ld_out, kv, stride, meta, off_row, off_len, off_kv, off_pages, off_page, first_seq, q_tiles, chunk, row0, num_rows, sums, peaks,
-    scale, softcap, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    q, ld_q, out, ld_out, kv, stride, scales, scale_stride, meta, off_row, off_len, off_kv, off_pages, off_page, first_seq, q_tiles, chunk, row0, num_rows,
+    sums, peaks, scale, softcap, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    SPLIT: tl.constexpr, CODES: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence and tile of its queries, KV head, part of the context): online softmax over BK keys at a time.
 
@@ -144,10 +161,13 @@ def _attend(
         key = start + tl.arange(0, BK)
         ok = (key < end) & (key >= 0)
         page = tl.load(table + key // PAGE, mask=ok, other=0).to(tl.int64)
-        place = kv + (page * stride + (group * PAGE + key % PAGE) * D)[:, None] + dim[None, :]
+        line = group * PAGE + key % PAGE
+        place = kv + (page * stride + line * D)[:, None] + dim[None, :]
         there = ok[:, None] & (dim < D)[None, :]
-        keys = tl.load(place, mask=there, other=0.0).to(tl.float32)
+        keys = tl.load(place, mask=there, other=0).to(tl.float32)
         score = tl.dot(qs, tl.trans(keys), input_precision=PRECISION) * scale
+        if CODES:
+            score *= tl.load(scales + page * scale_stride + line, mask=ok, other=0.0)[None, :]
         if SOFTCAP:
             score = softcap * (1.0 - 2.0 / (tl.exp(2.0 * score / softcap) + 1.0))
         seen = ok[None, :] & (key[None, :] <= position[:, None])
@@ -157,9 +177,11 @@ def _attend(
         top = tl.maximum(peak, tl.max(score, 1))
         base = tl.where(top == float("-inf"), 0.0, top)  # a row that has seen no key yet
         weight, shrink = tl.exp(score - base[:, None]), tl.exp(peak - base)
-        values = tl.load(place + KV_HEADS * PAGE * D, mask=there, other=0.0).to(tl.float32)
-        acc = tl.dot(weight, values, acc * shrink[:, None], input_precision=PRECISION)
         total = total * shrink + tl.sum(weight, 1)
+        if CODES:
+            weight *= tl.load(scales + page * scale_stride + KV_HEADS * PAGE + line, mask=ok, other=0.0)[None, :]
+        values = tl.load(place + KV_HEADS * PAGE * D, mask=there, other=0).to(tl.float32)
+        acc = tl.dot(weight, values, acc * shrink[:, None], input_precision=PRECISION)
         peak = top
     if SPLIT:
         line = (part * num_rows + row - row0) * HEADS + head
@@ -223,9 +245,10 @@ def attend(
     q_tiles, num_rows, row0 = triton.cdiv(items, block_rows), len(attended.rows), attended.rows.start
     sums = scratch[2 * parts * num_rows * pages.heads :]
     _attend[(len(attended.sequences) * q_tiles, pages.kv_heads, parts)](
-        q, q.stride(0), out, out.stride(0), pages.kv, pages.stride, meta, *offsets, attended.sequences.start, q_tiles, chunk, row0, num_rows, sums, scratch,
-        scale, softcap, WINDOW=window, SOFTCAP=softcap != 0, HEADS=pages.heads, KV_HEADS=pages.kv_heads, D=pages.head_dim, PAGE=pages.page_size,
-        SPLIT=parts > 1, PRECISION="ieee" if exact else "tf32", BM=block_rows, BD=dims, BK=BLOCK_KEYS if dims <= 128 else 32,
+        q, q.stride(0), out, out.stride(0), pages.kv, pages.stride, _or(pages.scales, q), pages.scale_stride, meta, *offsets, attended.sequences.start,
+        q_tiles, chunk, row0, num_rows, sums, scratch, scale, softcap, WINDOW=window, SOFTCAP=softcap != 0, HEADS=pages.heads,
+        KV_HEADS=pages.kv_heads, D=pages.head_dim, PAGE=pages.page_size,
+        SPLIT=parts > 1, CODES=pages.scales is not None, PRECISION="ieee" if exact else "tf32", BM=block_rows, BD=dims, BK=BLOCK_KEYS if dims <= 128 else 32,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     if parts == 1:
