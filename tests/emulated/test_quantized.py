@@ -154,6 +154,7 @@ def test_a_profile_has_the_formats_of_the_model() -> None:
     profile = measure_machine("cpu", spec, quick=True, store=False)
     assert set(profile.cpu.linear) == set(spec.rate_keys) == {"q4_1/fast/out", "q4_1/fast/in", "q8_0/fast/out", "fp16/in"}
     assert all(0 < curve.y[0] < 1e-6 for curve in profile.cpu.linear.values())
+    assert profile.cpu.kv_attention.keys() == {"int8"}, "attention is measured over int8 KV, too"
 
 
 def test_kept_weights_and_a_second_quantisation_of_the_same_model_are_told_apart(quantised: Any) -> None:
