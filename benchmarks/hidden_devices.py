@@ -23,6 +23,7 @@ from twinpilots.model.weight_format import FORMATS
 
 QUEUE_NUMBERS = {"cpu": CPU, "gpu": GPU, "link_in": LINK_IN, "link_out": LINK_OUT}
 NAMES = {code: name for name, code in DTYPE_CODES.items()}
+KV_ELEMENT_BYTES = {**BYTES_PER_WEIGHT, "int8": 1}  # the scales beside int8 are too few to matter here
 HIDDEN_CORES = 4
 ProfileKind = Literal["full", "quick", "scaled"]  # scaled: the nearest preset at a few measured rates
 KINDS: tuple[ProfileKind, ...] = ("full", "quick", "scaled")
@@ -167,7 +168,7 @@ def _weights(machine: HiddenMachine, queue: int, rows: int, row_elements: int, d
 
 
 def _attend(machine: HiddenMachine, queue: int, a: list[int], batch: Batch) -> tuple[float, float]:
-    heads, kv_heads, head_dim, element = a[4], a[5], a[6], BYTES_PER_WEIGHT[NAMES[a[10]]]  # type: ignore[index]
+    heads, kv_heads, head_dim, element = a[4], a[5], a[6], KV_ELEMENT_BYTES[NAMES[a[10]]]
     found = []
     for query, length in batch.sequences:
         pairs = query * (length - query) + query * (query + 1) / 2

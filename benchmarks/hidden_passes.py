@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from benchmarks.hidden_devices import QUEUE_NUMBERS, host_bytes_of
 from benchmarks.hidden_machine import HiddenMachine, Job, Weather, play
-from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec, OpSpec
+from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.cost import cost_key
 from twinpilots.plan.expected import WorkKind, seconds_by_kind
 from twinpilots.plan.load import PassLoad
@@ -60,7 +60,7 @@ class _Pricer:
     def __init__(self, machine: HiddenMachine, spec: ModelSpec, plan: Plan) -> None:
         self.machine, self.spec, self.plan = machine, spec, plan
         self.ops: dict[tuple[int, str], OpSpec] = {(op.layer, op.name): op for op in spec.ops(plan.unit_rows)}
-        self.element = BYTES_PER_WEIGHT[plan.kv_dtype]
+        self.token_bytes = spec.kv_token_bytes(plan.kv_dtype)
         self.keys: dict[int, tuple[object, ...]] = {}
 
     def costs(self, schedule: Schedule, load: PassLoad) -> list[Cost]:
@@ -93,7 +93,7 @@ class _Pricer:
         for group in load.groups(task.mb, task.glo, task.ghi):
             for c in group.classes:
                 read = c.kv_read(window)
-                found += [(read, 2.0 * spec.kv_size * self.element * read, spec.attention_flops(1, c.pairs(window)))] * c.num_seqs
+                found += [(read, float(self.token_bytes * read), spec.attention_flops(1, c.pairs(window)))] * c.num_seqs
         return self.machine.processors[queue].attention_s(found), host_bytes_of(self.machine, queue, sum(kv_bytes for _, kv_bytes, _ in found))
 
     def norm(self, task: Task, load: PassLoad) -> Cost:
@@ -107,7 +107,7 @@ class _Pricer:
 
     def rope_append(self, task: Task, load: PassLoad) -> Cost:
         width = self.spec.q_size + 2 * self.spec.kv_size
-        return self.small(task, self.tokens(task, load) * (8.0 * width + 2.0 * self.spec.kv_size * self.element))
+        return self.small(task, self.tokens(task, load) * (8.0 * width + self.token_bytes))
 
     def poison(self, task: Task, load: PassLoad) -> Cost:  # noqa: ARG002 as the others
         return self.small(task, task.columns)
@@ -121,11 +121,11 @@ class _Pricer:
     def load_kv(self, task: Task, load: PassLoad) -> Cost:
         classes = [c for group in load.groups(task.mb, task.glo, task.ghi) for c in group.classes]
         pages = sum(c.num_seqs * -(-(c.kv_len - c.query_tokens) // self.plan.page_size) for c in classes)
-        num_bytes = 2.0 * self.spec.kv_size * self.element * pages * self.plan.page_size
+        num_bytes = self.token_bytes * pages * self.plan.page_size
         return self.machine.packet_time_s(num_bytes, pages=pages), num_bytes
 
     def store_kv(self, task: Task, load: PassLoad) -> Cost:
-        num_bytes = 2.0 * self.spec.kv_size * self.element * self.tokens(task, load)
+        num_bytes = self.token_bytes * self.tokens(task, load)
         num_seqs = sum(group.num_seqs for group in load.groups(task.mb, task.glo, task.ghi))
         return self.machine.packet_time_s(num_bytes, down=True, pages=num_seqs), num_bytes
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from math import ceil, log2
 
 from twinpilots.hardware.profile import HardwareProfile
-from twinpilots.model.spec import BYTES_PER_WEIGHT, ModelSpec
+from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.load import PassLoad, decode_load, prefill_load
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.simulate import PassEstimator
@@ -34,7 +34,7 @@ class MovePrices:
     def copy_s(self, num_tokens: int, *, up: bool) -> float:
         """Moving a sequence's whole pages, of all layers."""
         pages = ceil(num_tokens / self.plan.page_size)
-        num_bytes = 2 * self.spec.kv_size * self.plan.page_size * BYTES_PER_WEIGHT[self.plan.kv_dtype] * self.spec.num_layers * pages
+        num_bytes = self.spec.kv_page_bytes(self.plan.kv_dtype, self.plan.page_size) * self.spec.num_layers * pages
         return self._link.packet_s + num_bytes / (self._link.up_bytes_per_s if up else self._link.down_bytes_per_s)
 
     def pays_to_gpu(self, num_tokens: int, passes: int, *, num_gpu: int, num_host: int, context: int) -> bool:
