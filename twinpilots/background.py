@@ -13,7 +13,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Background:
         self._answer: tuple[Option, ...] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._lost = self._closing = False
+        self._cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()  # before the driver's thread takes its place on one of them
 
     @property
     def pid(self) -> int | None:
@@ -93,7 +94,7 @@ class Background:
 
     def _exchange(self, solve: Callable[[], Any]) -> Answer:
         if self._process is None:
-            self._process = _start()
+            self._process = _start(self._cpus)
         assert self._process.stdin is not None and self._process.stdout is not None
         write_frame(self._process.stdin, solve)
         answer = read_frame(self._process.stdout)
@@ -101,11 +102,15 @@ class Background:
         return answer
 
 
-def _start() -> subprocess.Popen[bytes]:
+def _start(cpus: Iterable[int]) -> subprocess.Popen[bytes]:
     package_root = str(Path(twinpilots.__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     # A process group of its own: Ctrl-C in the terminal is the driver's business. It ends with the end of its pipe, however the driver ends.
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "twinpilots.background_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=0
+        [sys.executable, "-P", "-m", "twinpilots.background_worker", *map(str, sorted(cpus))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        process_group=0,
     )

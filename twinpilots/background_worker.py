@@ -14,7 +14,7 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import IO, Any
@@ -61,10 +61,14 @@ def answered(call: Any) -> Answer:
     return Answer(value=value, cpu_s=time.process_time() - began, error=error)
 
 
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def resting() -> Iterator[None]:
     """Work in bursts, where there is no core to spare."""
-    if (os.cpu_count() or 1) >= SPARE_CORES:
+    if _num_cpus() >= SPARE_CORES:
         yield
         return
 
@@ -81,13 +85,14 @@ def resting() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
-def main() -> None:
+def main(cpus: Iterable[int]) -> None:
+    """``cpus``: where this process may run; the driver's thread, from which it was made, may be pinned to one of them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     writer: IO[bytes] = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print cannot break the frames
     with contextlib.suppress(OSError, AttributeError):  # a system without these: the solve then has the driver's own standing
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the driver's thread, from which this process was made, may be pinned
+        os.sched_setaffinity(0, cpus)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             call = read_frame(sys.stdin.buffer)
@@ -100,4 +105,4 @@ def main() -> None:
 if __name__ == "__main__":
     from twinpilots import background_worker  # under its own name, by which the parent knows its classes
 
-    background_worker.main()
+    background_worker.main(map(int, sys.argv[1:]))

@@ -53,6 +53,20 @@ def test_one_sleeping_process_answers_all_calls_and_goes_with_its_owner(backgrou
     assert not process.is_running()
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs processor affinity")
+def test_it_runs_where_the_process_may_even_when_a_pinned_thread_starts_it() -> None:
+    before = os.sched_getaffinity(0)
+    background = Background()
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        _answer(background, os.getpid)
+        assert background.pid is not None
+        assert os.sched_getaffinity(background.pid) == before
+    finally:
+        os.sched_setaffinity(0, before)
+        background.close()
+
+
 def test_a_call_that_fails_is_told_and_the_next_one_is_answered(background: Background, caplog: pytest.LogCaptureFixture) -> None:
     assert _answer(background, partial(int, "no number")) == ()
     assert "no number" in caplog.text
