@@ -214,7 +214,8 @@ class Session:
         self._planner.online.switched(time.perf_counter() - began)
 
     def close(self) -> None:
-        self.last_pass = None  # its view would outlive the memory
+        self.last_pass = None  # its view would outlive the memory, and so would those of passes that nobody asks about any more
+        self._unaccounted.clear()
         self._stack.close()
 
 

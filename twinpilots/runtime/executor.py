@@ -352,7 +352,7 @@ class Executor:
         if self._moves is not None:
             self._moves.release()
         self._placed.clear()
-        self._last = self._link_in = self._ahead = None
+        self._last = self._link_in = self._ahead = self.last_record = None
         self.host.close()
 
     def __enter__(self) -> Executor:
