@@ -44,8 +44,8 @@ MODEL = "smollm2-135m"
 WARM_PASSES = 60  # before the first event
 SETTLED = 20  # passes after an event by which the plan must have followed
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # CPU's part of the rows that are not resident
-SCREENED, ROUNDS, TURN, FRESH = 4, 6, 6, 2  # passes of every plan at first; turns of each of the best; passes of a turn; those that begin one and do not count
-FINALISTS = 3  # of the other plans, beside the one in force and the first one
+SCREENED, ROUNDS, TURN, FRESH = 4, 4, 6, 2  # passes of every plan at first; turns of each of the best; passes of a turn; those that begin one and do not count
+FINALISTS = 2  # of the other plans, beside the one in force and the first one
 GOOD = 0.88  # of the best plan's throughput
 SOLVER_PATIENCE_S = 10.0
 
@@ -240,7 +240,7 @@ class Box:
         found = {"in force": bucket, "first": self.first.bucket_for("decode", self.num_seqs)}
         for rates, profile in (("tracked", online.profile), ("offline", self.llm._profile)):
             found |= {f"{rates} {number}": option.bucket for number, option in enumerate(options(spec, profile, plan, bucket, load))}
-        for batches in (1, 2) if self.num_seqs > 1 else (1,):
+        for batches in sorted({1, bucket.micro_batches}):
             for share in SHARES:
                 grid = split_cpu(plan, replace(bucket, micro_batches=batches), share, share)
                 if tasks_allowance(spec, plan, grid) <= max(tasks_allowance(spec, plan, each) for each in plan.buckets):
@@ -248,16 +248,12 @@ class Box:
         return found
 
     def _under(self, bucket: BucketPlan, count: int) -> list[float]:
-        """Passes of another plan, with the adapting one back in force after them."""
+        """Passes of another plan, which then stays in force."""
         plan = self.session.plan
         now = plan.bucket_for("decode", self.num_seqs)
         if bucket is not now:
             self.session.set_plan(with_bucket(plan, now, bucket), "measured for comparison")
-        seconds = self.passes(count)
-        self.session.account()
-        if bucket is not now:
-            self.session.set_plan(plan, "measured for comparison")
-        return seconds
+        return self.passes(count)
 
     def await_search(self) -> None:
         deadline = time.perf_counter() + SOLVER_PATIENCE_S
@@ -269,12 +265,15 @@ class Box:
         """The planner sees nothing; a search that is under way ends first, for it would take the others' time."""
         self.session.account()
         self.await_search()
-        planner = self.llm._planner
+        planner, plan = self.llm._planner, self.session.plan
         online = planner.online
         planner.online = _Unseen(online.profile)  # type: ignore[assignment]
         try:
             yield
         finally:
+            self.session.account()
+            if self.session.plan is not plan:
+                self.session.set_plan(plan, "measured for comparison")
             planner.online = online
 
 
