@@ -133,7 +133,8 @@ class _Unseen:
 class Box:
     """A model that decodes on the emulated GPU; sequences come and go as a scenario says."""
 
-    def __init__(self, model: str, workload: Workload) -> None:
+    def __init__(self, model: str, workload: Workload, settle: int = SETTLED) -> None:
+        self._settle = settle
         self._stack = ExitStack()
         self.llm = self._stack.enter_context(LLM(model, device=DEVICE, max_num_seqs=workload.max_num_seqs, max_model_len=workload.seq_len, expected=workload))
         self.live: LiveEngine = self._stack.enter_context(self.llm.open_engine())
@@ -215,7 +216,7 @@ class Box:
     def compare(self, event: str) -> Stretch:
         """Passes of the plan that adapts and of the best others by turns, after it has had its time to follow."""
         self.afford_search()
-        self.passes(SETTLED)
+        self.passes(self._settle)
         others = self._others()
         with self._unseen():
             screened = {name: self._under(bucket, SCREENED)[FRESH - 1 :] for name, bucket in others.items()}
@@ -323,7 +324,7 @@ SCENARIOS: Mapping[str, tuple[Workload, Callable[[Box], Iterator[Stretch]]]] = {
 }
 
 
-def run_live(names: Sequence[str], model: str = MODEL, tell: Callable[[str], None] = lambda _: None) -> list[LiveOutcome]:
+def run_live(names: Sequence[str], model: str = MODEL, settle: int = SETTLED, tell: Callable[[str], None] = lambda _: None) -> list[LiveOutcome]:
     """The scenarios ``names``, each from the same offline profile, the stored one where there is one, without history."""
     found = []
     with closing(open_checkpoint(resolve_model(model, None))) as checkpoint:
@@ -338,7 +339,7 @@ def run_live(names: Sequence[str], model: str = MODEL, tell: Callable[[str], Non
             shutil.rmtree(folder / "twinpilots" / "history", ignore_errors=True)
             workload, events = SCENARIOS[name]
             outcome = LiveOutcome(scenario=name)
-            with Box(model, workload) as box:
+            with Box(model, workload, settle) as box:
                 for stretch in events(box):
                     outcome.stretches.append(stretch)
                     tell(f"{name}: {stretch.event}: {stretch.of_oracle:.3f} of {stretch.best}")
