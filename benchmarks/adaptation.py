@@ -5,6 +5,7 @@ drains from 64 sequences to one. The planner gets what a real pass reports (seco
 has wrong by up to 10 %. The oracle searches plans over the same memory at the true rates.
 
     python -m benchmarks.adaptation [--json] [--plot FILE]
+    python -m benchmarks.adaptation --live [--scenario NAME] [--model MODEL] [--settle PASSES] [--json]      # on this box (`adaptation_live`)
 """
 
 from __future__ import annotations
@@ -231,7 +232,7 @@ def plot(found: Sequence[tuple[Scenario, Outcome]], path: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(2, 2, figsize=(13, 8.5))
-    for axes, (scenario, outcome) in zip(panels.flat, found, strict=True):
+    for axes, (scenario, outcome) in zip(panels.flat, found, strict=False):
         axes.plot(outcome.oracle, color="0.55", linewidth=2.5, label="oracle (knows the rates)")
         axes.plot(outcome.frozen, color="tab:red", linewidth=1.2, linestyle="--", label="first plan kept")
         axes.plot(outcome.adaptive, color="tab:blue", linewidth=1.4, label="TwinPilots")
@@ -248,13 +249,35 @@ def plot(found: Sequence[tuple[Scenario, Outcome]], path: str) -> None:
     plt.close(figure)
 
 
+def _live(names: Sequence[str], model: str | None, settle: int, *, as_json: bool) -> int:
+    from benchmarks import adaptation_live as live  # the engine is needed only here
+
+    found = live.run_live(names, model or live.MODEL, settle, tell=lambda line: sys.stderr.write(line + "\n"))
+    sys.stdout.write((json.dumps([each.as_dict() for each in found], indent=1) if as_json else live.report(found)) + "\n")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adaptation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON list, a row per scenario")
     parser.add_argument("--plot", metavar="FILE", help="draw all scenarios (png, svg or pdf by ending)")
     parser.add_argument("--seed", type=int, default=1, help="of the noise and of the profile's errors (default: 1)")
+    parser.add_argument("--live", action="store_true", help="on this box with an emulated GPU, instead of the virtual clock")
+    parser.add_argument("--scenario", metavar="NAME", choices=[each.name for each in scenarios()], action="append", help="only this one (may be repeated)")
+    parser.add_argument("--model", metavar="MODEL", help="of the live run (default: smollm2-135m)")
+    parser.add_argument("--settle", type=int, metavar="PASSES", help=f"after an event, before live passes are judged (default: {SETTLED})")
     options = parser.parse_args(arguments)
-    found = [(scenario, run(scenario, options.seed)) for scenario in scenarios()]
+    if options.live and options.plot:
+        parser.error("--plot draws the virtual clock's scenarios; leave out --live")
+    if options.settle is not None and (options.settle < 1 or not options.live):
+        parser.error(f"--settle is for --live and at least 1, got {options.settle}")
+    if options.model and not options.live:
+        parser.error("--model is for --live; the virtual clock has its own")
+    wanted = options.scenario or [each.name for each in scenarios()]
+    if options.live:
+        return _live(wanted, options.model, options.settle or SETTLED, as_json=options.json)
+    chosen = [each for each in scenarios() if each.name in wanted]
+    found = [(scenario, run(scenario, options.seed)) for scenario in chosen]
     if options.plot:
         plot(found, options.plot)
     outcomes = [outcome for _, outcome in found]

@@ -79,9 +79,9 @@ def oracle_seconds(machine: VirtualMachine, plan: Plan, load: PassLoad) -> float
 
     told = min(seconds(option.bucket) for option in options(machine.spec, machine.truth, plan, bucket, load))
     best_s, mlp, rest, base = min(
-        ((seconds(_split(plan, each, mlp, rest)), mlp, rest, each) for each, mlp, rest in _grid(plan, bucket, sequences)), key=lambda found: found[:3]
+        ((seconds(split_cpu(plan, each, mlp, rest)), mlp, rest, each) for each, mlp, rest in _grid(plan, bucket, sequences)), key=lambda found: found[:3]
     )
-    finer = (seconds(_split(plan, base, min(1.0, max(0.0, mlp + step)), min(1.0, max(0.0, rest + step * (rest == mlp))))) for step in FINER)
+    finer = (seconds(split_cpu(plan, base, min(1.0, max(0.0, mlp + step)), min(1.0, max(0.0, rest + step * (rest == mlp))))) for step in FINER)
     return min(told, best_s, *finer)
 
 
@@ -96,7 +96,7 @@ def _grid(plan: Plan, bucket: BucketPlan, sequences: Sequences) -> Iterator[tupl
                 yield from ((base, mlp, rest) for rest in {0.0, mlp, 1.0})
 
 
-def _split(plan: Plan, bucket: BucketPlan, mlp: float, rest: float) -> BucketPlan:
+def split_cpu(plan: Plan, bucket: BucketPlan, mlp: float, rest: float) -> BucketPlan:
     """The CPU computes these parts of what is not resident, in whole units."""
 
     def moved(name: str, split: Split) -> Split:

@@ -32,6 +32,7 @@ DRIFT = 0.04  # of a pass's time: rates that changed less need no new plan
 BIG_DRIFT = 0.12  # is asked about at once, whatever came of the last asks
 LOAD_CHANGE = 1.25  # factor on tokens or context
 SURPRISE = 0.06  # measured / predicted of a pass beyond what the plan was made with, in log ratio
+BIG_SURPRISE = 0.3  # is asked about even when the run has not paid for it yet
 MIN_GAIN = 0.02  # of a pass's time: what a change must bring
 ALIKE = 0.4  # nearness below which two plans have too little in common for that,
 FAR_GAIN = 0.05  # and the gain that a change between them must bring
@@ -64,7 +65,8 @@ class PassSeen:
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """What a re-solve needs: pure data, good for another process. ``kept``: buckets that were in force before and are to be priced, too."""
+    """What a re-solve needs: pure data, good for another process. ``kept``: buckets that were in force before and are to be priced, too.
+    ``surprise``: measured / predicted of the bucket in force."""
 
     profile: HardwareProfile
     plan: Plan
@@ -73,6 +75,7 @@ class Ask:
     kept: tuple[BucketPlan, ...]
     driver_s: float
     reason: str
+    surprise: float = 1.0
 
 
 Solver = Callable[[Ask], tuple[Option, ...]]  # the bucket as it is first; picklable, for a runner may be another process
@@ -284,26 +287,29 @@ class Adaptation:
             return None
         if waited < SETTLE_PASSES or seen.remaining < SETTLE_PASSES or 0 < self._unsettled < MOST_UNSETTLED:
             return None
-        paid = self._credit_s >= self._runner.last_s
+        paid = self._credit_s >= min(self._runner.last_s, MOST_CREDIT_S)
         if state.made_for is None:
             return "first use" if paid else None
         drift, words = self.tracker.drift(state.made_at)
-        if drift > BIG_DRIFT and self._credit_s > -MOST_CREDIT_S:
+        on_credit = self._credit_s > -MOST_CREDIT_S
+        if drift > BIG_DRIFT and on_credit:
             return words
-        if not paid:
+        surprise = abs(state.log_outcome - state.made_outcome) if waited >= state.patience and state.num_ratios >= RECENT else 0.0
+        if not paid and not (surprise > BIG_SURPRISE and on_credit):
             return None
         if drift > DRIFT and waited >= state.patience:
             return words
         if load_change(state.made_for, seen.load) > LOAD_CHANGE:
             return f"{words_of(seen.load)} instead of {words_of(state.made_for)}"
-        if waited >= state.patience and state.num_ratios >= RECENT and abs(state.log_outcome - state.made_outcome) > max(SURPRISE, 2 * state.noise_log):
+        if surprise > max(SURPRISE, 2 * state.noise_log):
             return f"passes take {math.exp(state.log_outcome):.2f} of what was predicted"
         return None
 
     def _ask(self, state: _Bucket, seen: PassSeen, reason: str) -> None:
         ask = Ask(
-            profile=self.tracker.profile(), plan=seen.plan, bucket=seen.bucket, load=seen.load, kept=tuple(state.left), driver_s=seen.driver_s, reason=reason
-        )
+            profile=self.tracker.profile(), plan=seen.plan, bucket=seen.bucket, load=seen.load, kept=tuple(state.left), driver_s=seen.driver_s, reason=reason,
+            surprise=math.exp(state.log_outcome),
+        )  # fmt: skip
         self._asked = ask
         self.num_asks += 1
         state.asked_at, state.made_for, state.made_at, state.made_outcome = state.passes, seen.load, self.tracker.snapshot(), state.log_outcome
@@ -354,7 +360,8 @@ class Adaptation:
         left.append(ask.bucket)
         fresh = _Bucket(
             bucket=option.bucket, made_for=ask.load, made_at=state.made_at, asked_at=0, left=left,
-            made_outcome=self._log_outcome(option, state, state.log_outcome),
+            # What the search knew of, not what has come out since: passes that turn out slower than that are a reason to search again.
+            made_outcome=self._log_outcome(option, state, state.made_outcome),
             patience=min(MOST_PATIENCE, 2 * state.patience) if option.bucket in state.left else SETTLE_PASSES,
         )  # fmt: skip
         del self._buckets[id(ask.bucket)]

@@ -172,6 +172,6 @@ class OnlinePlanner:
 
 def resolve(spec: ModelSpec, ask: Ask) -> tuple[Option, ...]:
     """The bucket's options at the ask's rates: runs beside the passes, in another process."""
-    found = list(options(spec, ask.profile, ask.plan, ask.bucket, ask.load))
+    found = list(options(spec, ask.profile, ask.plan, ask.bucket, ask.load, surprise=ask.surprise))
     found += [option_of(spec, ask.profile, ask.plan, bucket, ask.load) for bucket in ask.kept]
     return tuple(Option(bucket=each.bucket, seconds=each.seconds + ask.driver_s, pilots=each.pilots) for each in found)

@@ -98,6 +98,28 @@ def test_a_busy_link_runs_at_its_rate() -> None:
         assert 0.9 <= best <= 1.02
 
 
+def test_the_link_can_change_its_rate_while_its_queue_runs() -> None:
+    with opened(DEMO, 10 * MIB, 64 * MIB) as (host, gpu):
+        src, _ = weights(host, 10 * MIB)
+        one = load(host, [(0, src, 10_000_000)])
+
+        def best_s(first_pass: int) -> float:
+            taken = []
+            for attempt in range(3):
+                began = time.perf_counter()
+                gpu.submit("link_in", entry(host, one, pass_id=first_pass + attempt))
+                gpu.wait("link_in", 10.0)
+                taken.append(time.perf_counter() - began)
+            return min(taken)
+
+        gpu.set_link_rates(up_bytes_per_s=1e8, down_bytes_per_s=1e8)
+        assert best_s(1) >= 0.1
+        gpu.set_link_rates(up_bytes_per_s=DEMO.up_bytes_per_s, down_bytes_per_s=DEMO.down_bytes_per_s)
+        assert best_s(4) < 0.05
+        with pytest.raises(ValueError, match="up_bytes_per_s must be a number of at least 0, got -1"):
+            gpu.set_link_rates(up_bytes_per_s=-1, down_bytes_per_s=0)
+
+
 def test_cancel_drops_what_waits_and_leaves_later_passes_alone() -> None:
     with opened() as (host, gpu):
         for number in (1, 2):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from tests.planning import DEMO, memory_of, smollm2, workload
-from twinpilots.adaptation import BIG_DRIFT, JUDGED_PASSES, MOST_PATIENCE, SETTLE_PASSES, Adaptation, Ask, Change, Inline, PassSeen, load_change
+from twinpilots.adaptation import BIG_DRIFT, JUDGED_PASSES, MOST_CREDIT_S, MOST_PATIENCE, SETTLE_PASSES, Adaptation, Ask, Change, Inline, PassSeen, load_change
 from twinpilots.plan.load import PassLoad, decode_load
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.rebalance import Option, options, pilots_of, shares_of
@@ -132,7 +132,7 @@ def test_a_change_that_was_a_loss_is_undone() -> None:
     driver.plan = replace(PLAN, buckets=tuple(CPU_ONLY if bucket is BUCKET else bucket for bucket in PLAN.buckets))
     driver.run(SETTLE_PASSES)
     assert pilots_of(driver.bucket) == "both"
-    driver.runner.last_s = 1e9
+    driver.runner.last_s, driver.adaptation._credit_s = 1e9, -2 * MOST_CREDIT_S
     driver.run(100)
     assert pilots_of(driver.bucket) == "cpu" and driver.changes[1:] == [SETTLE_PASSES + JUDGED_PASSES]
     assert driver.adaptation.history[1].reason == "the last change was a loss"
@@ -150,6 +150,58 @@ def test_noise_alone_changes_nothing() -> None:
     driver = Driver(truth_s={"both": 1.0, "cpu": 1.02}, belief_s={"both": 1.0, "cpu": 1.02}, noise=0.06)
     driver.run(500)
     assert len(driver.changes) <= 1 and len(driver.asked) < 500 / SETTLE_PASSES / 4
+
+
+class Late:
+    """A runner whose answers come ``wait`` looks later; a solve costs ``last_s``."""
+
+    def __init__(self, wait: int, last_s: float = 0.0) -> None:
+        self.wait, self.last_s, self._left = wait, last_s, 0
+
+    def submit(self, solve: Callable[[], tuple[Option, ...]]) -> None:
+        self._answer, self._left = solve(), self.wait
+
+    def collect(self) -> tuple[Option, ...] | None:
+        self._left -= 1
+        return self._answer if self._left < 0 else None
+
+
+def test_what_comes_out_during_a_search_is_a_reason_for_the_next_one() -> None:
+    other = rebuilt(BUCKET, 0.505)
+    driver = Driver(truth_s={"both": 1.0, "cpu": 2.0}, belief_s={"both": 1.0, "cpu": 2.0})
+
+    def solve(ask: Ask) -> tuple[Option, ...]:
+        """Like the real one: a plan for one pilot is shown only where two lose much."""
+        now, *others = driver.solve(ask)
+        return (now, Option(bucket=other, seconds=0.9, pilots="both"), *(others if ask.surprise > 2 else ()))
+
+    driver.adaptation = Adaptation(driver.tracker, solve, Late(12))
+    driver.run(SETTLE_PASSES)
+    driver.truth_s["both"] = 5.0  # the pilots now lose each other's time: no rate shows it, and the search that is under way knows nothing of it
+    driver.run(12)
+    assert shares_of(driver.bucket) == shares_of(other) and driver.asked[0].surprise == pytest.approx(1.0)
+    driver.run(40)
+    assert driver.asked[1].surprise == pytest.approx(5.0) and pilots_of(driver.bucket) == "cpu"
+
+
+def test_a_big_surprise_is_asked_about_on_credit_and_a_dear_search_is_not_the_last() -> None:
+    driver = Driver(truth_s={"both": 0.01, "cpu": 0.02}, belief_s={"both": 0.01, "cpu": 0.02})
+    driver.adaptation = Adaptation(driver.tracker, driver.solve, Late(0, last_s=MOST_CREDIT_S + 0.2))
+    driver.adaptation._credit_s = MOST_CREDIT_S
+    driver.run(30)
+    assert [ask.reason for ask in driver.asked] == ["first use"], "as dear as it is, what can be saved up pays for it"
+    driver.truth_s["both"] = 0.05
+    driver.run(30)
+    assert len(driver.asked) == 2 and "of what was predicted" in driver.asked[1].reason and driver.changes, "without money, for it is urgent"
+    driver.truth_s["cpu"] = 0.1
+    driver.run(60)
+    assert len(driver.asked) == 2, "but what may be owed has an end"
+
+
+def test_a_slow_plan_for_one_pilot_is_in_sight_when_two_lose_much_time_by_waiting() -> None:
+    load = decode_load(16, 0, 200, BUCKET)
+    kinds = [{option.pilots for option in options(SPEC, DEMO, PLAN, BUCKET, load, surprise=surprise)} for surprise in (1.0, 5.0)]
+    assert "stream" not in kinds[0] and "stream" in kinds[1]
 
 
 def test_drift_and_a_changed_load_are_asked_about_and_named() -> None:

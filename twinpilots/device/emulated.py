@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -189,6 +189,11 @@ class EmulatedGpu:
             part = result[start : start + PIPE_CHUNK_BYTES]
             part[:] = self._opened().call({"do": "read", "offset": offset + start, "num_bytes": part.nbytes})
         return result
+
+    def set_link_rates(self, *, up_bytes_per_s: float, down_bytes_per_s: float) -> None:
+        """Another speed of the link, for transfers that begin from now on: a machine that changes while it runs. Nobody is told."""
+        changed = replace(self.preset, up_bytes_per_s=up_bytes_per_s, down_bytes_per_s=down_bytes_per_s)  # checks the values
+        self._opened().call({"do": "link", "up_bytes_per_s": changed.up_bytes_per_s, "down_bytes_per_s": changed.down_bytes_per_s})
 
     def close(self) -> None:
         if self._child is not None:

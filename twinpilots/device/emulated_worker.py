@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from twinpilots.device.emulated import EmulatedPreset, Pipe
 from twinpilots.device.memory import HostArena, advise_huge_pages
 from twinpilots.kernels import native as native_module
 from twinpilots.kernels.abi import CONTROL
+
+if TYPE_CHECKING:
+    from twinpilots.runtime.interpreter import LinkRates
 
 PR_SET_PDEATHSIG = 1
 NAN_BYTE = 0xFF
@@ -43,37 +46,45 @@ class Worker:
         self.host = HostArena.attach(options["host_fd"], options["host_bytes"], num_events=options["host_events"])
         self._memory = mmap.mmap(-1, max(num_bytes, 1))
         advise_huge_pages(self._memory)
+        self._links: list[native_module.LiveLink | LinkRates] = []  # of the queues
         self.gpu: NDArray[np.uint8] = np.frombuffer(self._memory, dtype=np.uint8, count=num_bytes)
         self.gpu[:] = NAN_BYTE if self.adversarial_seed else 0  # a GPU's memory is there from the start: no page faults in measured passes
 
     def start(self) -> None:
         """Start one thread per queue."""
-        for queue in QUEUE_NAMES:
-            threading.Thread(target=self._run_queue, args=(queue,), name=queue, daemon=True).start()
+        for number, queue in enumerate(QUEUE_NAMES):
+            link = self._link(self.adversarial_seed * len(QUEUE_NAMES) + number if self.adversarial_seed else 0)
+            self._links.append(link)
+            threading.Thread(target=self._run_queue, args=(queue, link), name=queue, daemon=True).start()
 
-    def _run_queue(self, queue: QueueName) -> None:
+    def _link(self, seed: int) -> native_module.LiveLink | LinkRates:
+        if self.native is not None:
+            return native_module.LiveLink(native_module.LinkParams(**self.preset.link_rates(), adversarial_seed=seed))
+        from twinpilots.runtime.interpreter import LinkRates  # torch only without the native module: importing it takes seconds
+
+        return LinkRates(**self.preset.link_rates(), adversarial_seed=seed)
+
+    def _run_queue(self, queue: QueueName, link: native_module.LiveLink | LinkRates) -> None:
         assert CONTROL.fields is not None
         mailbox = int(CONTROL.fields[queue][1])
-        seed = self.adversarial_seed * len(QUEUE_NAMES) + QUEUE_NAMES.index(queue) if self.adversarial_seed else 0
         try:
-            if self.native is not None:
-                link = native_module.LinkParams(**self.preset.link_rates(), adversarial_seed=seed)
+            if isinstance(link, native_module.LiveLink):
+                assert self.native is not None
                 status = self.native.queue_loop(self.host.base, self.gpu.ctypes.data, mailbox, link=link)  # no pool: this thread computes alone
             else:
-                status = self._interpret(mailbox, seed)
+                status = self._interpret(mailbox, link)
         except BaseException:
             self.host.set_abort()
             raise
         if status != OK and not self.host.aborted:
             self.host.set_abort()
 
-    def _interpret(self, mailbox_offset: int, seed: int) -> int:
+    def _interpret(self, mailbox_offset: int, link: LinkRates) -> int:
         import torch
 
-        from twinpilots.runtime.interpreter import LinkRates, queue_loop  # torch only without the native module: importing it takes seconds
+        from twinpilots.runtime.interpreter import queue_loop
 
         torch.set_num_threads(1)
-        link = LinkRates(**self.preset.link_rates(), adversarial_seed=seed)
         return queue_loop(mailbox_offset, self.host.bytes, torch.from_numpy(self.gpu), link=link)
 
     def handle(self, header: Mapping[str, Any], payload: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
@@ -81,6 +92,9 @@ class Worker:
         do = header["do"]
         if do == "start":
             self.start()
+        elif do == "link":
+            for link in self._links:
+                link.set_rates(header["up_bytes_per_s"], header["down_bytes_per_s"])
         elif do == "write":
             self.gpu[header["offset"] : header["offset"] + payload.nbytes] = payload
         elif do == "read":

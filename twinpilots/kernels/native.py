@@ -47,6 +47,19 @@ class LinkParams:
         return _LinkParams(self.up_bytes_per_s, self.down_bytes_per_s, self.latency_s, self.adversarial_seed)
 
 
+class LiveLink:
+    """A link whose rates may change, from any thread, while a queue is served: transfers that begin later go at the new ones."""
+
+    def __init__(self, params: LinkParams) -> None:
+        self._params = params._c()
+
+    def set_rates(self, up_bytes_per_s: float, down_bytes_per_s: float) -> None:
+        self._params.up_bytes_per_s, self._params.down_bytes_per_s = up_bytes_per_s, down_bytes_per_s
+
+    def _c(self) -> _LinkParams:
+        return self._params
+
+
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tp_abi_version": (c_int, []),
     "tp_abi_layout": (c_int, [c_void_p, c_int]),
@@ -152,7 +165,7 @@ class Native:
             self._lib.tp_run(host_base, gpu_base or None, _address(entry), pool or None, None if params is None else ctypes.byref(params), mailbox_offset)
         )
 
-    def queue_loop(self, host_base: int, gpu_base: int, mailbox_offset: int, *, pool: int = 0, link: LinkParams | None = None) -> int:
+    def queue_loop(self, host_base: int, gpu_base: int, mailbox_offset: int, *, pool: int = 0, link: LinkParams | LiveLink | None = None) -> int:
         """Serve a mailbox on the calling thread until abort (ABORTED) or an entry with flag 1 (0)."""
         params = None if link is None else link._c()
         return int(self._lib.tp_queue_loop(host_base, gpu_base or None, mailbox_offset, pool or None, None if params is None else ctypes.byref(params)))

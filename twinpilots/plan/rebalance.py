@@ -84,9 +84,11 @@ class Sequences:
         return pass_load(bucket, self.gpu, self.host, prompt=bucket.phase == "prefill", logit_rows=self.logit_rows)
 
 
-def options(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, load: PassLoad) -> tuple[Option, ...]:
+def options(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, load: PassLoad, *, surprise: float = 1.0) -> tuple[Option, ...]:
     """Ways to run passes like ``load`` over the memory that ``plan`` has laid out: the bucket as it is first, then others of promise in no order.
 
+    ``surprise``: measured / predicted of the bucket as it is. What two pilots lose by waiting for each other is in no rate, so the more they have lost, the
+    slower a plan for one may look and still be of promise.
     Only the bucket as it is where nothing can move: without two pilots, or without a ring to stream through.
     """
     search = _Search(spec, profile, plan, bucket, Sequences.of(load))
@@ -94,7 +96,7 @@ def options(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: Bucke
     if not (plan.uses_gpu and plan.uses_cpu) or plan.ring_bytes == 0 or plan.host_kv_layers or profile.gpu is None or profile.link is None:
         return (now,)
     found = [option for option in (*search.single(), search.shared()) if option is not None and option.bucket != bucket]
-    in_sight = HOPELESS * min([now.seconds, *(option.seconds for option in found)])
+    in_sight = HOPELESS * max(1.0, surprise) * min([now.seconds, *(option.seconds for option in found)])
     return (now, *(search.priced(option.bucket) for option in found if option.seconds <= in_sight))
 
 

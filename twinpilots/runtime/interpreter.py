@@ -28,14 +28,17 @@ POLL_S = 50e-6
 WAIT_TIMEOUT_S = 120.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class LinkRates:
-    """The emulated link, as native's LinkParams. Rates of 0: unthrottled. ``adversarial_seed`` other than 0: instructions start randomly late."""
+    """The emulated link, as native's LinkParams and LiveLink. Rates of 0: unthrottled. ``adversarial_seed`` other than 0: instructions start randomly late."""
 
     up_bytes_per_s: float = 0.0
     down_bytes_per_s: float = 0.0
     latency_s: float = 0.0
     adversarial_seed: int = 0
+
+    def set_rates(self, up_bytes_per_s: float, down_bytes_per_s: float) -> None:
+        self.up_bytes_per_s, self.down_bytes_per_s = up_bytes_per_s, down_bytes_per_s
 
 
 class Sync(Protocol):

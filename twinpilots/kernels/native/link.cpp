@@ -23,12 +23,12 @@ static void wait_until(int64_t when) {
   }
 }
 
-int64_t Link::due() const { return start_ + (int64_t)((params_.latency_s + (rate_ > 0 ? (double)bytes_ / rate_ : 0.0)) * 1e9); }
+int64_t Link::due() const { return start_ + (int64_t)((params_->latency_s + (rate_ > 0 ? (double)bytes_ / rate_ : 0.0)) * 1e9); }
 
 // A pipelined transfer right behind another starts at that one's deadline, not when its sleeper woke: a busy link stays at its rate.
 void Link::begin(Direction direction, bool pipelined) {
   const int64_t now = now_ns();
-  rate_ = direction == Direction::UP ? params_.up_bytes_per_s : params_.down_bytes_per_s;
+  __atomic_load(direction == Direction::UP ? &params_->up_bytes_per_s : &params_->down_bytes_per_s, &rate_, __ATOMIC_RELAXED);
   bytes_ = 0;
   pipelined_ = pipelined;
   start_ = pipelined && end_ && now - end_ < CARRY_LIMIT_NS ? std::min(end_, now) : now;
@@ -45,7 +45,7 @@ void Link::copy(void* dst, const void* src, int64_t bytes) {
 
 // Pipelined transfers sleep to the end: what a sleep overshoots, the next one catches up, and a spinning link would take the GPU's one core from computing.
 void Link::finish() {
-  if (rate_ > 0 || params_.latency_s > 0) {
+  if (rate_ > 0 || params_->latency_s > 0) {
     if (pipelined_) {
       sleep_until_ns(due());
     } else {
