@@ -137,7 +137,7 @@ def run_small(seed: int, number: int) -> str:
     from twinpilots import LLM, SamplingParams
 
     rng = random.Random(f"run {seed} {number}")
-    limits = {"gpu_memory": log_uniform(rng, 4e6, 3e8), "host_memory": log_uniform(rng, 2e8, 2e9)}
+    limits = {"gpu_memory": log_uniform(rng, 4e6, PRESETS["demo"].gpu_memory_bytes), "host_memory": log_uniform(rng, 2e8, 2e9)}
     policy = rng.choice(POLICIES)
     prompts = [[rng.randrange(1000) for _ in range(rng.randint(1, 60))] for _ in range(rng.randint(1, 6))]
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
