@@ -150,6 +150,8 @@ def run_small(seed: int, number: int) -> str:
             asked = named_limits(str(error))
             if not asked:
                 return f"{limits}, {policy}: {error}"
+            if asked.get("gpu_bytes", 0) > PRESETS["demo"].gpu_memory_bytes:
+                return ""  # no limit would do on this card
             limits |= {name.replace("bytes", "memory"): size for name, size in asked.items()}
     return f"{limits}, {policy}: refused with the limits that it asked for"
 
