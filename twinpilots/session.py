@@ -99,7 +99,8 @@ class Session:
         self._stats.weights = shares
         self._batch: StepBatch | None = None
         self._unaccounted: list[_PassRun] = []
-        self._unaccounted_ns = self._charge_ns = 0
+        self._unaccounted_ns = 0
+        self._owed_ns = self._charge_ns = 0  # what accounting took and no pass was charged with yet, and what each of the next ones is
         self._moving_ns = 0  # of steps in which nothing but KV moved: the next pass is charged with them
         self.last_pass: tuple[StepBatch, np.ndarray] | None = None  # its logits are a view, valid until the next pass
         self._trace: Recorder | None = None  # takes in every pass while there is one
@@ -119,7 +120,9 @@ class Session:
 
     def step(self, *, partial: bool | Container[str] = True) -> list[RequestOutput]:
         """One pass, timed as the user feels it: scheduling and sampling included. ``partial`` as in `Engine.step`."""
-        began_ns = time.perf_counter_ns() - self._charge_ns
+        charge_ns = min(self._charge_ns, self._owed_ns)
+        self._owed_ns -= charge_ns
+        began_ns = time.perf_counter_ns() - charge_ns
         outputs = self.engine.step(partial=partial)
         ended_ns = time.perf_counter_ns()
         record = self.executor.last_record
@@ -162,7 +165,8 @@ class Session:
         for run in runs:
             tracing_ns += self._account(run, plan)
         if runs:
-            self._charge_ns = (time.perf_counter_ns() - began_ns - tracing_ns) // len(runs)
+            taken_ns = time.perf_counter_ns() - began_ns - tracing_ns
+            self._owed_ns, self._charge_ns = self._owed_ns + taken_ns, taken_ns // len(runs)
 
     def _account(self, run: _PassRun, plan: Plan) -> int:
         """One pass under ``plan``. Returns what the trace's part took (ns)."""
