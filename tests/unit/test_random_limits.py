@@ -40,6 +40,12 @@ def test_auto_refuses_truly() -> None:
     assert refusal is not None and named_limits(refusal) and not untruth(short, refusal)
 
 
+def test_a_chunk_that_is_not_the_smallest_may_need_least() -> None:
+    case = replace(random_case(7, 304), policy="layer-split")
+    refusal = case.plans(case.limits)
+    assert refusal is not None and not untruth(case, refusal)
+
+
 def test_a_false_refusal_is_seen() -> None:
     case = replace(small_case(5, "cpu"), limits=Limits(gpu_bytes=0, host_bytes=1 << 20))
     refusal = case.plans(case.limits)

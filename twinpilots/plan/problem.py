@@ -174,10 +174,11 @@ def best_or_error(problem: Problem, base: Draft, place: Place) -> Plan:
 def runs_one(problem: Problem, base: Draft, place: Place) -> bool:
     """Whether one sequence fits at all: in the smallest chunks, with a ring by the rule or the smallest one.
 
-    The smallest ring takes less of the GPU, but more of the host: it has more packets, and so more instructions.
+    The smallest ring takes less of the GPU, but more of the host: it has more packets, and so more instructions. Nor is the smallest chunk always the least
+    of both: what it leaves of the GPU may go to rows whose other copy the host then needs as well.
     """
-    smallest = [list(choices)[-1] for choices in (drafts(problem, base), drafts(problem, base, smallest_ring=True), tight_drafts(problem, base))]
-    plans = (place(problem, draft, 1) for draft in smallest)
+    smallest = [list(choices)[-1] for choices in (drafts(problem, base), drafts(problem, base, smallest_ring=True))]
+    plans = (place(problem, draft, 1) for draft in (*smallest, *tight_drafts(problem, base)))
     return any(plan is not None and problem.fits(plan) for plan in plans)
 
 
