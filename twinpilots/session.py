@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -30,6 +30,7 @@ from twinpilots.planner import Planner, pass_load_of
 from twinpilots.progress import Progress
 from twinpilots.request import RequestOutput
 from twinpilots.runtime.batch import StepBatch
+from twinpilots.runtime.chain import Int32
 from twinpilots.runtime.engine import Engine
 from twinpilots.runtime.executor import Executor, PassRecord, weight_shares
 from twinpilots.runtime.kv_cache import KvCache
@@ -49,8 +50,10 @@ class _PassRun:
 
     batch: StepBatch
     record: PassRecord
+    number: int  # in its chain, from 0
     began_ns: int
     ended_ns: int
+    seconds: float
 
 
 class CheckpointWeights:
@@ -94,10 +97,11 @@ class Session:
         pricing = KvPricing(spec, lambda: self.plan, lambda: planner.online.profile) if moves else None
         self.scheduler = Scheduler(plan, kv, recompute_beyond=switch, pricing=pricing)
         eos = checkpoint.generation_config["eos_token_ids"]
-        self.engine = Engine(self, self.scheduler, kv, vocab_size=spec.vocab_size, eos_token_ids=eos, tokenizer=tokenizer, seed=config.seed)
+        self.engine = Engine(self, self.scheduler, kv, vocab_size=spec.vocab_size, eos_token_ids=eos, tokenizer=tokenizer, seed=config.seed, chainer=self)
         shares = weight_shares(spec, plan, plan.bucket_for("decode", plan.max_num_seqs))
         self._stats.weights = shares
         self._batch: StepBatch | None = None
+        self._records: list[PassRecord] = []  # of the step's passes
         self._unaccounted: list[_PassRun] = []
         self._unaccounted_ns = 0
         self._owed_ns = self._charge_ns = 0  # what accounting took and no pass was charged with yet, and what each of the next ones is
@@ -109,8 +113,24 @@ class Session:
         """The engine's executor: remembers the batch for the report. One without items only moves KV."""
         self._batch = batch if batch.items else None
         logits = self.executor.execute(batch, more=more)
+        self._records = [] if self.executor.last_record is None else [self.executor.last_record]
         self.last_pass = batch, logits
         return logits
+
+    def most_passes(self) -> int:
+        """The engine's chainer: a chain's length now."""
+        return self.executor.most_passes()
+
+    def execute_chain(self, batch: StepBatch, stops: Sequence[Int32]) -> Int32:
+        """The engine's chainer: remembers the batch, and each pass's record."""
+        tokens, self._records = self.executor.execute_chain(batch, stops)
+        self._batch = batch
+        self.last_pass = batch, self.executor.logits(len(batch.items))
+        return tokens
+
+    def hurry(self) -> None:
+        """From any thread: somebody wants a word with whoever drives. A chain that runs ends after the pass that it is in."""
+        self.executor.hurry()
 
     @contextmanager
     def driving(self) -> Iterator[None]:
@@ -119,17 +139,16 @@ class Session:
             yield
 
     def step(self, *, partial: bool | Container[str] = True) -> list[RequestOutput]:
-        """One pass, timed as the user feels it: scheduling and sampling included. ``partial`` as in `Engine.step`."""
-        charge_ns = min(self._charge_ns, self._owed_ns)
-        self._owed_ns -= charge_ns
-        began_ns = time.perf_counter_ns() - charge_ns
+        """One pass, or a chain of passes, timed as the user feels it: scheduling and sampling included. ``partial`` as in `Engine.step`."""
+        began_ns = time.perf_counter_ns()
         outputs = self.engine.step(partial=partial)
         ended_ns = time.perf_counter_ns()
-        record = self.executor.last_record
-        if self._batch is not None and record is not None:
-            self._unaccounted.append(_PassRun(self._batch, record, began_ns - self._moving_ns, ended_ns))
+        if self._batch is not None and self._records:
+            charge_ns = min(self._charge_ns * len(self._records), self._owed_ns)
+            self._owed_ns -= charge_ns
+            self._unaccounted += _passes(self._batch, self._records, began_ns - charge_ns - self._moving_ns, ended_ns)
             self._unaccounted_ns += ended_ns - began_ns
-            self._batch, self._moving_ns = None, 0
+            self._batch, self._records, self._moving_ns = None, [], 0
         else:
             self._moving_ns += ended_ns - began_ns
         if self._trace is not None or self._unaccounted_ns >= ACCOUNT_EVERY_NS or not self.engine.has_unfinished():
@@ -170,16 +189,16 @@ class Session:
 
     def _account(self, run: _PassRun, plan: Plan) -> int:
         """One pass under ``plan``. Returns what the trace's part took (ns)."""
-        batch, seconds = run.batch, (run.ended_ns - run.began_ns) * 1e-9
+        batch, seconds = run.batch, run.seconds
         report, work_s = self.executor.report(run.record)
         if plan is not self.plan:  # a pass before it has changed the plan: what it was predicted to take is forgotten
             self._stats.add(replace(report, seconds=seconds))
             return 0
-        online, load = self._planner.online, pass_load_of(batch)
+        online, load = self._planner.online, pass_load_of(batch, run.number)
         predicted = online.predict(plan, batch.bucket, load)  # before this pass's own times become known to the planner
         tracing_ns = time.perf_counter_ns()
         if self._trace is not None:
-            self._trace.add(functools.partial(self._traced, batch, load, report, predicted.seconds, run.began_ns, run.ended_ns))
+            self._trace.add(functools.partial(self._traced, run, load, report, predicted.seconds))
         tracing_ns = time.perf_counter_ns() - tracing_ns
         self._stats.add(replace(report, seconds=seconds, predicted_s=predicted.seconds, predicted_busy_s=predicted.busy_s))
         done = PassDone(
@@ -194,13 +213,12 @@ class Session:
         return tracing_ns
 
     def _traced(
-        self, batch: StepBatch, load: PassLoad, report: PassReport, predicted_s: float, began_ns: int, ended_ns: int, number: int
+        self, run: _PassRun, load: PassLoad, report: PassReport, predicted_s: float, number: int
     ) -> TracedPass:  # fmt: skip
-        times = self.executor.pass_times()
-        assert times is not None
         return TracedPass(
-            number=number, began_ns=began_ns, ended_ns=ended_ns, num_prompt_tokens=report.num_prompt_tokens, num_generated=report.num_generated,
-            predicted_s=predicted_s, times=times, plan=self.plan, bucket=batch.bucket, load=load, profile=self._planner.profile,
+            number=number, began_ns=run.began_ns, ended_ns=run.ended_ns, num_prompt_tokens=report.num_prompt_tokens, num_generated=report.num_generated,
+            predicted_s=predicted_s, times=self.executor.pass_times(run.record), plan=self.plan, bucket=run.batch.bucket, load=load,
+            profile=self._planner.profile,
         )  # fmt: skip
 
     def set_plan(self, plan: Plan, reason: str) -> None:
@@ -221,6 +239,16 @@ class Session:
         self.last_pass = None  # its view would outlive the memory, and so would those of passes that nobody asks about any more
         self._unaccounted.clear()
         self._stack.close()
+
+
+def _passes(batch: StepBatch, records: list[PassRecord], began_ns: int, ended_ns: int) -> list[_PassRun]:
+    """The passes of one step. What was done around them is shared out evenly in their seconds; in a trace it lies where it was."""
+    around_s = (ended_ns - began_ns) * 1e-9 - sum([record.seconds for record in records])
+    runs, end_ns = [], began_ns
+    for number, record in enumerate(records):
+        begin_ns, end_ns = end_ns, record.ended_ns if number + 1 < len(records) else ended_ns
+        runs.append(_PassRun(batch, record, number, begin_ns, end_ns, record.seconds + around_s / len(records)))
+    return runs
 
 
 def longrope_switch(spec: ModelSpec) -> int | None:
