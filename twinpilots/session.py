@@ -22,8 +22,9 @@ from twinpilots.machine import open_machine
 from twinpilots.model.checkpoint import Checkpoint
 from twinpilots.model.spec import ModelSpec
 from twinpilots.model.tokenizer import Tokenizer
-from twinpilots.online import PassDone
+from twinpilots.online import PassDone, PassPrediction
 from twinpilots.plan.difference import difference
+from twinpilots.plan.expected import WorkKind
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import Plan
 from twinpilots.planner import Planner, pass_load_of
@@ -35,7 +36,7 @@ from twinpilots.runtime.engine import Engine
 from twinpilots.runtime.executor import Executor, PassRecord, weight_shares
 from twinpilots.runtime.kv_cache import KvCache
 from twinpilots.runtime.scheduler import Scheduler
-from twinpilots.runtime.stats import EngineStats, PassReport, WeightShares
+from twinpilots.runtime.stats import DEVICES, BusySeconds, EngineStats, WeightShares
 from twinpilots.trace import Recorder, TracedPass
 
 logger = logging.getLogger(__name__)
@@ -45,15 +46,22 @@ PREPARE_S = 0.6  # what loading may spend on compiling programs ahead
 
 
 @dataclass(frozen=True, slots=True)
-class _PassRun:
-    """A pass that is not accounted for yet."""
+class _Step:
+    """A pass, or a chain of passes, that is not accounted for yet."""
 
     batch: StepBatch
-    record: PassRecord
-    number: int  # in its chain, from 0
+    records: list[PassRecord]
     began_ns: int
     ended_ns: int
-    seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return (self.ended_ns - self.began_ns) * 1e-9
+
+    @property
+    def bounds_ns(self) -> list[int]:
+        """Where each pass began, and the last one ended; what was done before and after the passes is the first one's and the last one's."""
+        return [self.began_ns, *[record.ended_ns for record in self.records[:-1]], self.ended_ns]
 
 
 class CheckpointWeights:
@@ -102,7 +110,7 @@ class Session:
         self._stats.weights = shares
         self._batch: StepBatch | None = None
         self._records: list[PassRecord] = []  # of the step's passes
-        self._unaccounted: list[_PassRun] = []
+        self._unaccounted: list[_Step] = []
         self._unaccounted_ns = 0
         self._owed_ns = self._charge_ns = 0  # what accounting took and no pass was charged with yet, and what each of the next ones is
         self._moving_ns = 0  # of steps in which nothing but KV moved: the next pass is charged with them
@@ -146,7 +154,7 @@ class Session:
         if self._batch is not None and self._records:
             charge_ns = min(self._charge_ns * len(self._records), self._owed_ns)
             self._owed_ns -= charge_ns
-            self._unaccounted += _passes(self._batch, self._records, began_ns - charge_ns - self._moving_ns, ended_ns)
+            self._unaccounted.append(_Step(self._batch, self._records, began_ns - charge_ns - self._moving_ns, ended_ns))
             self._unaccounted_ns += ended_ns - began_ns
             self._batch, self._records, self._moving_ns = None, [], 0
         else:
@@ -164,7 +172,7 @@ class Session:
     @property
     def num_tokens(self) -> tuple[int, int]:
         """(prompt tokens computed, tokens generated) so far, as `stats` will have it: for those who ask after every pass."""
-        records = [run.record for run in self._unaccounted]
+        records = [record for step in self._unaccounted for record in step.records]
         prompt, generated = sum(record.num_prompt_tokens for record in records), sum(record.num_generated for record in records)
         return self._stats.prompt_tokens + prompt, self._stats.generated_tokens + generated
 
@@ -179,46 +187,75 @@ class Session:
         Some at a time, because the first is the dearest (`Executor.report`); what it takes is charged to as many passes that follow.
         """
         began_ns, tracing_ns = time.perf_counter_ns(), 0
-        runs, self._unaccounted, self._unaccounted_ns = self._unaccounted, [], 0
+        steps, self._unaccounted, self._unaccounted_ns = self._unaccounted, [], 0
         plan = self.plan
-        for run in runs:
-            tracing_ns += self._account(run, plan)
-        if runs:
+        for step in steps:
+            tracing_ns += self._account(step, plan)
+        if steps:
             taken_ns = time.perf_counter_ns() - began_ns - tracing_ns
-            self._owed_ns, self._charge_ns = self._owed_ns + taken_ns, taken_ns // len(runs)
+            self._owed_ns, self._charge_ns = self._owed_ns + taken_ns, taken_ns // sum([len(step.records) for step in steps])
 
-    def _account(self, run: _PassRun, plan: Plan) -> int:
-        """One pass under ``plan``. Returns what the trace's part took (ns)."""
-        batch, seconds = run.batch, run.seconds
-        report, work_s = self.executor.report(run.record)
+    def _account(self, step: _Step, plan: Plan) -> int:
+        """One step's passes under ``plan``. Returns what the trace's part took (ns)."""
+        report, work_s = self.executor.report(step.records)
         if plan is not self.plan:  # a pass before it has changed the plan: what it was predicted to take is forgotten
-            self._stats.add(replace(report, seconds=seconds))
+            self._stats.add(replace(report, seconds=step.seconds))
             return 0
-        online, load = self._planner.online, pass_load_of(batch, run.number)
-        predicted = online.predict(plan, batch.bucket, load)  # before this pass's own times become known to the planner
-        tracing_ns = time.perf_counter_ns()
-        if self._trace is not None:
-            self._trace.add(functools.partial(self._traced, run, load, report, predicted.seconds))
-        tracing_ns = time.perf_counter_ns() - tracing_ns
-        self._stats.add(replace(report, seconds=seconds, predicted_s=predicted.seconds, predicted_busy_s=predicted.busy_s))
-        done = PassDone(
-            plan=plan, bucket=batch.bucket, load=load, schedule=run.record.placed.program.schedule, work_s=work_s, seconds=seconds,
-            driver_s=seconds - report.seconds, remaining=self.scheduler.passes_left(batch.bucket.phase),
-        )  # fmt: skip
-        change = None if batch.moves else online.after_pass(done, predicted)  # a copy beside it is no part of what the pass was predicted to take
-        if online.tracker.num_passes % STORE_PASSES == 0:
-            self._planner.store_history()
-        if change is not None:
-            self.set_plan(change.plan, change.reason)
+        expected = self._expected(step, plan)  # before the passes' own times become known to the planner
+        predicted = [prediction for _, prediction in expected]
+        tracing_ns = self._trace_step(step, expected)
+        busy_s = BusySeconds(**{name: sum([getattr(prediction.busy_s, name) for prediction in predicted]) for name in DEVICES})
+        predicted_s = sum([prediction.seconds for prediction in predicted])
+        self._stats.add(replace(report, seconds=step.seconds, predicted_s=predicted_s, predicted_busy_s=busy_s))
+        self._teach(step, plan, expected, work_s, (step.seconds - report.seconds) / len(step.records))
         return tracing_ns
 
+    def _expected(self, step: _Step, plan: Plan) -> list[tuple[PassLoad, PassPrediction]]:
+        """Each pass's load, and what it was predicted to take. Most of a chain's passes are alike to the cost model."""
+        found: list[tuple[PassLoad, PassPrediction]] = []
+        last = pass_load_of(step.batch, len(step.records) - 1)
+        for number in range(len(step.records)):
+            if not found or found[-1][0] is not last:
+                load = pass_load_of(step.batch, number)
+                load = last if load == last else load
+                found.append((load, self._planner.online.predict(plan, step.batch.bucket, load)))
+            else:
+                found.append(found[-1])
+        return found
+
+    def _teach(
+        self, step: _Step, plan: Plan, expected: list[tuple[PassLoad, PassPrediction]], work_s: list[dict[WorkKind, float]], driver_s: float
+    ) -> None:  # fmt: skip
+        """The planner learns from every pass, and may answer with another plan. ``driver_s``: each pass's share of what was done around them."""
+        batch, online = step.batch, self._planner.online
+        remaining = self.scheduler.passes_left(batch.bucket.phase)
+        for record, (load, prediction), work in zip(step.records, expected, work_s, strict=True):
+            done = PassDone(
+                plan=plan, bucket=batch.bucket, load=load, schedule=record.placed.program.schedule, work_s=work, seconds=record.seconds + driver_s,
+                driver_s=driver_s, remaining=remaining,
+            )  # fmt: skip
+            change = None if batch.moves else online.after_pass(done, prediction)  # a copy beside it is no part of what the pass was predicted to take
+            if online.tracker.num_passes % STORE_PASSES == 0:
+                self._planner.store_history()
+            if change is not None:
+                self.set_plan(change.plan, change.reason)
+                return
+
+    def _trace_step(self, step: _Step, expected: list[tuple[PassLoad, PassPrediction]]) -> int:
+        """Returns what it took (ns)."""
+        if self._trace is None:
+            return 0
+        began_ns, bounds_ns = time.perf_counter_ns(), step.bounds_ns
+        for number, (record, (load, prediction)) in enumerate(zip(step.records, expected, strict=True)):
+            self._trace.add(functools.partial(self._traced, step.batch, record, load, prediction.seconds, *bounds_ns[number : number + 2]))
+        return time.perf_counter_ns() - began_ns
+
     def _traced(
-        self, run: _PassRun, load: PassLoad, report: PassReport, predicted_s: float, number: int
+        self, batch: StepBatch, record: PassRecord, load: PassLoad, predicted_s: float, began_ns: int, ended_ns: int, number: int
     ) -> TracedPass:  # fmt: skip
         return TracedPass(
-            number=number, began_ns=run.began_ns, ended_ns=run.ended_ns, num_prompt_tokens=report.num_prompt_tokens, num_generated=report.num_generated,
-            predicted_s=predicted_s, times=self.executor.pass_times(run.record), plan=self.plan, bucket=run.batch.bucket, load=load,
-            profile=self._planner.profile,
+            number=number, began_ns=began_ns, ended_ns=ended_ns, num_prompt_tokens=record.num_prompt_tokens, num_generated=record.num_generated,
+            predicted_s=predicted_s, times=self.executor.pass_times(record), plan=self.plan, bucket=batch.bucket, load=load, profile=self._planner.profile,
         )  # fmt: skip
 
     def set_plan(self, plan: Plan, reason: str) -> None:
@@ -239,16 +276,6 @@ class Session:
         self.last_pass = None  # its view would outlive the memory, and so would those of passes that nobody asks about any more
         self._unaccounted.clear()
         self._stack.close()
-
-
-def _passes(batch: StepBatch, records: list[PassRecord], began_ns: int, ended_ns: int) -> list[_PassRun]:
-    """The passes of one step. What was done around them is shared out evenly in their seconds; in a trace it lies where it was."""
-    around_s = (ended_ns - began_ns) * 1e-9 - sum([record.seconds for record in records])
-    runs, end_ns = [], began_ns
-    for number, record in enumerate(records):
-        begin_ns, end_ns = end_ns, record.ended_ns if number + 1 < len(records) else ended_ns
-        runs.append(_PassRun(batch, record, number, begin_ns, end_ns, record.seconds + around_s / len(records)))
-    return runs
 
 
 def longrope_switch(spec: ModelSpec) -> int | None:

@@ -32,7 +32,7 @@ def test_loads_that_ran_ahead_for_another_bucket_are_timed_once(zoo_model: ZooMo
             assert loads.times[0, 1] >= ended_ns and (loads.times[1:, 1] >= loads.times[:-1, 2]).all(), (
                 "one load after another, in this pass and since the last"
             )
-            assert loads.num_bytes.sum() == rig.executor.report(record)[0].bytes.link_weights > 0
+            assert loads.num_bytes.sum() == rig.executor.report([record])[0].bytes.link_weights > 0
             ended_ns = int(loads.times[-1, 2])
             buckets.add(found.queues["gpu"].rows.max())
     assert {1, 2} <= buckets, "the batch shrank to where other buckets serve it"

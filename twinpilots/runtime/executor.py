@@ -31,7 +31,7 @@ from twinpilots.runtime.compile import Compiler, Program
 from twinpilots.runtime.interrupts import Interrupts
 from twinpilots.runtime.kv_moves import KvMoves
 from twinpilots.runtime.layout import Layout, lay_out, page_bytes
-from twinpilots.runtime.stats import PassReport, PassTimes, QueueTimes, WeightShares
+from twinpilots.runtime.stats import BytesMoved, PassReport, PassTimes, QueueTimes, WeightShares
 from twinpilots.runtime.weights import OFFSET_MASK, TensorSource, load_weights
 
 NUM_EVENTS = 1 << 16
@@ -348,22 +348,24 @@ class Executor:
             (ended_ns - began_ns) * 1e-9, ended_ns, batch.num_prompt_tokens, batch.num_generated, moved_bytes, moved_s,
         )  # fmt: skip
 
-    def report(self, record: PassRecord) -> tuple[PassReport, dict[WorkKind, float]]:
-        """What a pass did, and what its work took by kind, waits excluded.
+    def report(self, records: Sequence[PassRecord]) -> tuple[PassReport, list[dict[WorkKind, float]]]:
+        """What a pass did, or a chain's passes together, and what the work of each took by kind, waits excluded.
 
         Passes are best summed up some at a time: after a pass this code lies in no cache, and costs a small model's pass a tenth of its time.
         """
-        accounts, times = record.placed.accounts, record.times
-        by_class = {account.queue: account.seconds(times[account.queue]) for account in accounts}
-        moved, busy = bytes_moved(accounts, record.meta, page_bytes(self.spec, self.plan), self.plan.page_size), busy_seconds(by_class)
-        if record.moved_bytes:
-            moved, busy = replace(moved, link_kv=moved.link_kv + record.moved_bytes), replace(busy, link=busy.link + record.moved_s)
+        first, accounts = records[0], records[0].placed.accounts
+        by_class = {account.queue: account.seconds([record.times[account.queue] for record in records]) for account in accounts}
+        moved = bytes_moved(accounts, first.meta, page_bytes(self.spec, self.plan), self.plan.page_size)
+        assert len(records) == 1 or moved == BytesMoved(), "passes are chained where nothing crosses a link"
+        busy = busy_seconds({queue: seconds.sum(axis=0) for queue, seconds in by_class.items()})
+        if first.moved_bytes:
+            moved, busy = replace(moved, link_kv=moved.link_kv + first.moved_bytes), replace(busy, link=busy.link + first.moved_s)
         report = PassReport(
-            seconds=record.seconds, predicted_s=None, busy_s=busy, bytes=moved, weights=record.placed.shares,
-            num_prompt_tokens=record.num_prompt_tokens, num_generated=record.num_generated,
-            weight_wait_s=sum(account.weight_wait_s(times[account.queue]) for account in accounts if len(account.streamed)),
+            seconds=sum([record.seconds for record in records]), predicted_s=None, busy_s=busy, bytes=moved, weights=first.placed.shares,
+            num_prompt_tokens=sum([record.num_prompt_tokens for record in records]), num_generated=sum([record.num_generated for record in records]),
+            passes=len(records), weight_wait_s=sum(account.weight_wait_s(first.times[account.queue]) for account in accounts if len(account.streamed)),
         )  # fmt: skip
-        return report, work_seconds(accounts, by_class)
+        return report, [work_seconds(accounts, {queue: seconds[number] for queue, seconds in by_class.items()}) for number in range(len(records))]
 
     def pass_times(self, record: PassRecord) -> PassTimes:
         """A pass's times and what its tasks worked on, for a trace."""
