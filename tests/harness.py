@@ -65,11 +65,12 @@ def greedy_references(path: Path, prompts: Sequence[list[int]], n: int) -> list[
 
 
 class Rig:
-    """An engine on a plan; ``logits[request]`` are the rows that its tokens were chosen from. ``device``: another GPU than the emulated one (gpu_check)."""
+    """An engine on a plan; ``logits[request]`` are the rows that its tokens were chosen from, but for chained passes, of which ``most_passes`` may follow
+    each other. ``device``: another GPU than the emulated one (gpu_check)."""
 
     def __init__(
         self, path: Path | Checkpoint, plan: Plan, *, adversarial_seed: int = 0, poison: bool = True, runner: Any = None, device: GpuDevice | None = None,
-        growth_tokens: int = GROWTH_TOKENS, pricing: Any = None,
+        growth_tokens: int = GROWTH_TOKENS, pricing: Any = None, most_passes: int = 1,
     ) -> None:  # fmt: skip
         with ExitStack() as stack:
             self.checkpoint = open_checkpoint(path) if isinstance(path, str | Path) else path
@@ -83,7 +84,9 @@ class Rig:
             switch = longrope_switch(spec)
             self.kv = KvCache(plan, share_prefixes=switch is None)
             self.scheduler = Scheduler(plan, self.kv, growth_tokens=growth_tokens, recompute_beyond=switch, pricing=pricing)
-            self.engine = Engine(self, self.scheduler, self.kv, vocab_size=spec.vocab_size)
+            self._most_passes = most_passes
+            self.chains: list[int] = []  # the passes of each
+            self.engine = Engine(self, self.scheduler, self.kv, vocab_size=spec.vocab_size, chainer=self)
             self.logits: dict[str, list[np.ndarray]] = {}
             self._stack = stack.pop_all()
 
@@ -95,6 +98,14 @@ class Rig:
             if item.is_last:
                 self.logits.setdefault(item.sequence.request_id, []).append(logits[row - 1].copy())
         return logits
+
+    def most_passes(self) -> int:
+        return self._most_passes  # whatever passes take
+
+    def execute_chain(self, batch: Any, stops: Any) -> np.ndarray:
+        tokens, _ = self.executor.execute_chain(batch, stops)
+        self.chains.append(len(tokens))
+        return tokens
 
     def set_plan(self, plan: Plan) -> None:
         self.scheduler.set_plan(plan)

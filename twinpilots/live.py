@@ -85,8 +85,8 @@ class LiveEngine:
         self._live.add(request_id)
 
     def step(self, *, partial: bool | Container[str] = True) -> list[RequestOutput]:
-        """One pass: the outputs of every request that got a token; without ``partial``, of those that it finished, and of the requests that it names. Nothing
-        to do: []."""
+        """One pass, or a chain of passes: the outputs of every request that got a token; without ``partial``, of those that it finished, and of the requests
+        that it names. Nothing to do: []."""
         session = self._session()
         if session is not self._driven:
             self._driving.close()
@@ -95,6 +95,12 @@ class LiveEngine:
         outputs = session.step(partial=partial)
         self._live.difference_update(output.request_id for output in outputs if output.finished)
         return outputs
+
+    def hurry(self) -> None:
+        """From any thread: passes that are chained return to whoever drives after the one that runs."""
+        driven = self._driven
+        if driven is not None:
+            driven.hurry()
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now, at any point; its output so far, or None when it is not (or no longer) here."""

@@ -251,14 +251,15 @@ def freeze(plan: Plan) -> Plan:
     return replace(plan, buckets=buckets)
 
 
-def pass_load_of(batch: StepBatch) -> PassLoad:
-    """The batch as the cost model sees it; sequences of a group with one query token count as alike, at their mean context."""
+def pass_load_of(batch: StepBatch, number: int = 0) -> PassLoad:
+    """The batch as the cost model sees it, in the pass of that number in its chain; sequences of a group with one query token count as alike, at their mean
+    context."""
     micro_batches = []
     for groups in batch.micro_batches:
         loads = []
         for group in groups:
             decoding = [item for item in group if item.num_tokens == 1]
-            mean = _rounded(sum(item.end for item in decoding) / len(decoding)) if decoding else 0
+            mean = _rounded(number + sum([item.end for item in decoding]) / len(decoding)) if decoding else 0
             loads.append(GroupLoad.of([(1, mean)] * len(decoding) + [(i.num_tokens, max(i.num_tokens, _rounded(i.end))) for i in group if i.num_tokens > 1]))
         micro_batches.append((loads[0], loads[1], loads[2]))
     return PassLoad(tuple(micro_batches), batch.num_logits)

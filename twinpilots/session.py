@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -22,19 +22,21 @@ from twinpilots.machine import open_machine
 from twinpilots.model.checkpoint import Checkpoint
 from twinpilots.model.spec import ModelSpec
 from twinpilots.model.tokenizer import Tokenizer
-from twinpilots.online import PassDone
+from twinpilots.online import PassDone, PassPrediction
 from twinpilots.plan.difference import difference
+from twinpilots.plan.expected import WorkKind
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import Plan
 from twinpilots.planner import Planner, pass_load_of
 from twinpilots.progress import Progress
 from twinpilots.request import RequestOutput
 from twinpilots.runtime.batch import StepBatch
+from twinpilots.runtime.chain import Int32
 from twinpilots.runtime.engine import Engine
 from twinpilots.runtime.executor import Executor, PassRecord, weight_shares
 from twinpilots.runtime.kv_cache import KvCache
 from twinpilots.runtime.scheduler import Scheduler
-from twinpilots.runtime.stats import EngineStats, PassReport, WeightShares
+from twinpilots.runtime.stats import DEVICES, BusySeconds, EngineStats, WeightShares
 from twinpilots.trace import Recorder, TracedPass
 
 logger = logging.getLogger(__name__)
@@ -44,13 +46,22 @@ PREPARE_S = 0.6  # what loading may spend on compiling programs ahead
 
 
 @dataclass(frozen=True, slots=True)
-class _PassRun:
-    """A pass that is not accounted for yet."""
+class _Step:
+    """A pass, or a chain of passes, that is not accounted for yet."""
 
     batch: StepBatch
-    record: PassRecord
+    records: list[PassRecord]
     began_ns: int
     ended_ns: int
+
+    @property
+    def seconds(self) -> float:
+        return (self.ended_ns - self.began_ns) * 1e-9
+
+    @property
+    def bounds_ns(self) -> list[int]:
+        """Where each pass began, and the last one ended; what was done before and after the passes is the first one's and the last one's."""
+        return [self.began_ns, *[record.ended_ns for record in self.records[:-1]], self.ended_ns]
 
 
 class CheckpointWeights:
@@ -94,11 +105,12 @@ class Session:
         pricing = KvPricing(spec, lambda: self.plan, lambda: planner.online.profile) if moves else None
         self.scheduler = Scheduler(plan, kv, recompute_beyond=switch, pricing=pricing)
         eos = checkpoint.generation_config["eos_token_ids"]
-        self.engine = Engine(self, self.scheduler, kv, vocab_size=spec.vocab_size, eos_token_ids=eos, tokenizer=tokenizer, seed=config.seed)
+        self.engine = Engine(self, self.scheduler, kv, vocab_size=spec.vocab_size, eos_token_ids=eos, tokenizer=tokenizer, seed=config.seed, chainer=self)
         shares = weight_shares(spec, plan, plan.bucket_for("decode", plan.max_num_seqs))
         self._stats.weights = shares
         self._batch: StepBatch | None = None
-        self._unaccounted: list[_PassRun] = []
+        self._records: list[PassRecord] = []  # of the step's passes
+        self._unaccounted: list[_Step] = []
         self._unaccounted_ns = 0
         self._owed_ns = self._charge_ns = 0  # what accounting took and no pass was charged with yet, and what each of the next ones is
         self._moving_ns = 0  # of steps in which nothing but KV moved: the next pass is charged with them
@@ -109,8 +121,24 @@ class Session:
         """The engine's executor: remembers the batch for the report. One without items only moves KV."""
         self._batch = batch if batch.items else None
         logits = self.executor.execute(batch, more=more)
+        self._records = [] if self.executor.last_record is None else [self.executor.last_record]
         self.last_pass = batch, logits
         return logits
+
+    def most_passes(self) -> int:
+        """The engine's chainer: a chain's length now."""
+        return self.executor.most_passes()
+
+    def execute_chain(self, batch: StepBatch, stops: Sequence[Int32]) -> Int32:
+        """The engine's chainer: remembers the batch, and each pass's record."""
+        tokens, self._records = self.executor.execute_chain(batch, stops)
+        self._batch = batch
+        self.last_pass = batch, self.executor.logits(len(batch.items))
+        return tokens
+
+    def hurry(self) -> None:
+        """From any thread: somebody wants a word with whoever drives. A chain that runs ends after the pass that it is in."""
+        self.executor.hurry()
 
     @contextmanager
     def driving(self) -> Iterator[None]:
@@ -119,17 +147,16 @@ class Session:
             yield
 
     def step(self, *, partial: bool | Container[str] = True) -> list[RequestOutput]:
-        """One pass, timed as the user feels it: scheduling and sampling included. ``partial`` as in `Engine.step`."""
-        charge_ns = min(self._charge_ns, self._owed_ns)
-        self._owed_ns -= charge_ns
-        began_ns = time.perf_counter_ns() - charge_ns
+        """One pass, or a chain of passes, timed as the user feels it: scheduling and sampling included. ``partial`` as in `Engine.step`."""
+        began_ns = time.perf_counter_ns()
         outputs = self.engine.step(partial=partial)
         ended_ns = time.perf_counter_ns()
-        record = self.executor.last_record
-        if self._batch is not None and record is not None:
-            self._unaccounted.append(_PassRun(self._batch, record, began_ns - self._moving_ns, ended_ns))
+        if self._batch is not None and self._records:
+            charge_ns = min(self._charge_ns * len(self._records), self._owed_ns)
+            self._owed_ns -= charge_ns
+            self._unaccounted.append(_Step(self._batch, self._records, began_ns - charge_ns - self._moving_ns, ended_ns))
             self._unaccounted_ns += ended_ns - began_ns
-            self._batch, self._moving_ns = None, 0
+            self._batch, self._records, self._moving_ns = None, [], 0
         else:
             self._moving_ns += ended_ns - began_ns
         if self._trace is not None or self._unaccounted_ns >= ACCOUNT_EVERY_NS or not self.engine.has_unfinished():
@@ -145,7 +172,7 @@ class Session:
     @property
     def num_tokens(self) -> tuple[int, int]:
         """(prompt tokens computed, tokens generated) so far, as `stats` will have it: for those who ask after every pass."""
-        records = [run.record for run in self._unaccounted]
+        records = [record for step in self._unaccounted for record in step.records]
         prompt, generated = sum(record.num_prompt_tokens for record in records), sum(record.num_generated for record in records)
         return self._stats.prompt_tokens + prompt, self._stats.generated_tokens + generated
 
@@ -160,47 +187,75 @@ class Session:
         Some at a time, because the first is the dearest (`Executor.report`); what it takes is charged to as many passes that follow.
         """
         began_ns, tracing_ns = time.perf_counter_ns(), 0
-        runs, self._unaccounted, self._unaccounted_ns = self._unaccounted, [], 0
+        steps, self._unaccounted, self._unaccounted_ns = self._unaccounted, [], 0
         plan = self.plan
-        for run in runs:
-            tracing_ns += self._account(run, plan)
-        if runs:
+        for step in steps:
+            tracing_ns += self._account(step, plan)
+        if steps:
             taken_ns = time.perf_counter_ns() - began_ns - tracing_ns
-            self._owed_ns, self._charge_ns = self._owed_ns + taken_ns, taken_ns // len(runs)
+            self._owed_ns, self._charge_ns = self._owed_ns + taken_ns, taken_ns // sum([len(step.records) for step in steps])
 
-    def _account(self, run: _PassRun, plan: Plan) -> int:
-        """One pass under ``plan``. Returns what the trace's part took (ns)."""
-        batch, seconds = run.batch, (run.ended_ns - run.began_ns) * 1e-9
-        report, work_s = self.executor.report(run.record)
+    def _account(self, step: _Step, plan: Plan) -> int:
+        """One step's passes under ``plan``. Returns what the trace's part took (ns)."""
+        report, work_s = self.executor.report(step.records)
         if plan is not self.plan:  # a pass before it has changed the plan: what it was predicted to take is forgotten
-            self._stats.add(replace(report, seconds=seconds))
+            self._stats.add(replace(report, seconds=step.seconds))
             return 0
-        online, load = self._planner.online, pass_load_of(batch)
-        predicted = online.predict(plan, batch.bucket, load)  # before this pass's own times become known to the planner
-        tracing_ns = time.perf_counter_ns()
-        if self._trace is not None:
-            self._trace.add(functools.partial(self._traced, batch, load, report, predicted.seconds, run.began_ns, run.ended_ns))
-        tracing_ns = time.perf_counter_ns() - tracing_ns
-        self._stats.add(replace(report, seconds=seconds, predicted_s=predicted.seconds, predicted_busy_s=predicted.busy_s))
-        done = PassDone(
-            plan=plan, bucket=batch.bucket, load=load, schedule=run.record.placed.program.schedule, work_s=work_s, seconds=seconds,
-            driver_s=seconds - report.seconds, remaining=self.scheduler.passes_left(batch.bucket.phase),
-        )  # fmt: skip
-        change = None if batch.moves else online.after_pass(done, predicted)  # a copy beside it is no part of what the pass was predicted to take
-        if online.tracker.num_passes % STORE_PASSES == 0:
-            self._planner.store_history()
-        if change is not None:
-            self.set_plan(change.plan, change.reason)
+        expected = self._expected(step, plan)  # before the passes' own times become known to the planner
+        predicted = [prediction for _, prediction in expected]
+        tracing_ns = self._trace_step(step, expected)
+        busy_s = BusySeconds(**{name: sum([getattr(prediction.busy_s, name) for prediction in predicted]) for name in DEVICES})
+        predicted_s = sum([prediction.seconds for prediction in predicted])
+        self._stats.add(replace(report, seconds=step.seconds, predicted_s=predicted_s, predicted_busy_s=busy_s))
+        self._teach(step, plan, expected, work_s, (step.seconds - report.seconds) / len(step.records))
         return tracing_ns
 
+    def _expected(self, step: _Step, plan: Plan) -> list[tuple[PassLoad, PassPrediction]]:
+        """Each pass's load, and what it was predicted to take. Most of a chain's passes are alike to the cost model."""
+        found: list[tuple[PassLoad, PassPrediction]] = []
+        last = pass_load_of(step.batch, len(step.records) - 1)
+        for number in range(len(step.records)):
+            if not found or found[-1][0] is not last:
+                load = pass_load_of(step.batch, number)
+                load = last if load == last else load
+                found.append((load, self._planner.online.predict(plan, step.batch.bucket, load)))
+            else:
+                found.append(found[-1])
+        return found
+
+    def _teach(
+        self, step: _Step, plan: Plan, expected: list[tuple[PassLoad, PassPrediction]], work_s: list[dict[WorkKind, float]], driver_s: float
+    ) -> None:  # fmt: skip
+        """The planner learns from every pass, and may answer with another plan. ``driver_s``: each pass's share of what was done around them."""
+        batch, online = step.batch, self._planner.online
+        remaining = self.scheduler.passes_left(batch.bucket.phase)
+        for record, (load, prediction), work in zip(step.records, expected, work_s, strict=True):
+            done = PassDone(
+                plan=plan, bucket=batch.bucket, load=load, schedule=record.placed.program.schedule, work_s=work, seconds=record.seconds + driver_s,
+                driver_s=driver_s, remaining=remaining,
+            )  # fmt: skip
+            change = None if batch.moves else online.after_pass(done, prediction)  # a copy beside it is no part of what the pass was predicted to take
+            if online.tracker.num_passes % STORE_PASSES == 0:
+                self._planner.store_history()
+            if change is not None:
+                self.set_plan(change.plan, change.reason)
+                return
+
+    def _trace_step(self, step: _Step, expected: list[tuple[PassLoad, PassPrediction]]) -> int:
+        """Returns what it took (ns)."""
+        if self._trace is None:
+            return 0
+        began_ns, bounds_ns = time.perf_counter_ns(), step.bounds_ns
+        for number, (record, (load, prediction)) in enumerate(zip(step.records, expected, strict=True)):
+            self._trace.add(functools.partial(self._traced, step.batch, record, load, prediction.seconds, *bounds_ns[number : number + 2]))
+        return time.perf_counter_ns() - began_ns
+
     def _traced(
-        self, batch: StepBatch, load: PassLoad, report: PassReport, predicted_s: float, began_ns: int, ended_ns: int, number: int
+        self, batch: StepBatch, record: PassRecord, load: PassLoad, predicted_s: float, began_ns: int, ended_ns: int, number: int
     ) -> TracedPass:  # fmt: skip
-        times = self.executor.pass_times()
-        assert times is not None
         return TracedPass(
-            number=number, began_ns=began_ns, ended_ns=ended_ns, num_prompt_tokens=report.num_prompt_tokens, num_generated=report.num_generated,
-            predicted_s=predicted_s, times=times, plan=self.plan, bucket=batch.bucket, load=load, profile=self._planner.profile,
+            number=number, began_ns=began_ns, ended_ns=ended_ns, num_prompt_tokens=record.num_prompt_tokens, num_generated=record.num_generated,
+            predicted_s=predicted_s, times=self.executor.pass_times(record), plan=self.plan, bucket=batch.bucket, load=load, profile=self._planner.profile,
         )  # fmt: skip
 
     def set_plan(self, plan: Plan, reason: str) -> None:

@@ -98,7 +98,7 @@ def test_copies_count_as_kv_over_the_link(zoo_model: ZooModel) -> None:
             nonlocal counted, moved
             logits = execute(batch, more=more)
             if batch.items and rig.executor.last_record is not None:
-                counted += rig.executor.report(rig.executor.last_record)[0].bytes.link_kv
+                counted += rig.executor.report([rig.executor.last_record])[0].bytes.link_kv
             moved += sum(len(move.source) for move in batch.moves)
             return logits
 

@@ -25,15 +25,14 @@ def test_loads_that_ran_ahead_for_another_bucket_are_timed_once(zoo_model: ZooMo
             rig.engine.add_request(str(number), prompt, SamplingParams(temperature=0.0, max_tokens=3 * (number + 1), ignore_eos=True))
         while rig.engine.has_unfinished():
             rig.engine.step()
-            found = rig.executor.pass_times()
-            assert found is not None
+            record = rig.executor.last_record
+            assert record is not None
+            found = rig.executor.pass_times(record)
             loads = found.queues["link_in"]
             assert loads.times[0, 1] >= ended_ns and (loads.times[1:, 1] >= loads.times[:-1, 2]).all(), (
                 "one load after another, in this pass and since the last"
             )
-            record = rig.executor.last_record
-            assert record is not None
-            assert loads.num_bytes.sum() == rig.executor.report(record)[0].bytes.link_weights > 0
+            assert loads.num_bytes.sum() == rig.executor.report([record])[0].bytes.link_weights > 0
             ended_ns = int(loads.times[-1, 2])
             buckets.add(found.queues["gpu"].rows.max())
     assert {1, 2} <= buckets, "the batch shrank to where other buckets serve it"

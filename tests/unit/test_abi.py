@@ -42,7 +42,9 @@ def test_enumerations_agree(enum: type[IntEnum]) -> None:
     assert enumerators(enum.__name__) == {member.name: int(member) for member in enum}
 
 
-@pytest.mark.parametrize("name, dtype", [("Insn", program.INSN), ("Entry", program.ENTRY), ("Mailbox", program.MAILBOX), ("Control", program.CONTROL)])
+@pytest.mark.parametrize(
+    "name, dtype", [("Insn", program.INSN), ("Entry", program.ENTRY), ("Mailbox", program.MAILBOX), ("Control", program.CONTROL), ("Chain", program.CHAIN)]
+)
 def test_records_agree(name: str, dtype: np.dtype) -> None:
     assert record(name) == dtype
 

@@ -105,6 +105,17 @@ class CpuPilot:
         """
         with nullcontext() if self._pinned_thread == threading.get_ident() else self.caller_pinned():
             status = self._run(entry, host)
+        self._check(status, entry, host)
+
+    def run_chain(self, entry: np.void | NDArray[Any], chain: NDArray[Any], host: HostArena) -> None:
+        """Run the passes of one CHAIN record from ``entry`` on, as `run` does one. Only with the native module."""
+        assert self.native is not None, "only the native module chains passes"
+        with nullcontext() if self._pinned_thread == threading.get_ident() else self.caller_pinned():
+            status = self.native.run_chain(host.base, entry, chain, pool=self._pool)
+        self._check(status, entry, host)
+
+    @staticmethod
+    def _check(status: int, entry: np.void | NDArray[Any], host: HostArena) -> None:
         if status != OK:
             host.set_abort()  # the other queues must not wait for events that this one will never record
             reason = REASONS.get(status, f"status {status}")

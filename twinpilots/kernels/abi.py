@@ -11,7 +11,7 @@ from enum import IntEnum
 
 import numpy as np
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_WAITS = 6
 NUM_ARGS = 20
 NUM_FLOATS = 4
@@ -117,6 +117,23 @@ ENTRY = np.dtype(
         ("pass_id", "<i4"),
         ("first_pass", "<i4"),  # waits with offset -1 are skipped when pass_id == first_pass
         ("flags", "<i4"),
+    ]
+)
+# Decoding passes that follow each other without the driver in between (docs/execution.md, "Chained passes"). Pointers are plain ones of this process.
+CHAIN = np.dtype(
+    [
+        ("logits", "<i8"),  # address of fp32 [sequences][width]: where the program leaves them
+        ("width", "<i8"),
+        ("stop_ids", "<i8"),  # pointer to int32: the tokens that end a sequence, one sequence's after the other's
+        ("stop_ends", "<i8"),  # pointer to int32 [sequences]: where each one's end
+        ("tokens", "<i8"),  # pointer to int32 [passes][sequences]: what was chosen
+        ("times", "<i8"),  # pointer to int64 [passes][count][3]: as ENTRY.trace
+        ("ended_ns", "<i8"),  # pointer to int64 [passes]: when each pass and its choice were over
+        ("budget_ns", "<i8"),  # no pass begins that would, taking as long as the one before, end later after the first began
+        ("passes", "<i4"),  # at most
+        ("done", "<i4"),  # out: passes whose tokens count
+        ("page_size", "<i4"),
+        ("hurry", "<u4"),  # not 0: the pass that runs is the last one; any thread may set it meanwhile
     ]
 )
 MAILBOX_ENTRIES = 64

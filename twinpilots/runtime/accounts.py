@@ -72,9 +72,11 @@ class QueueAccount:
             copies=_alike(insns[ops == Op.COPY]), kv_copies=_alike(insns[(ops == Op.LOAD_KV) | (ops == Op.STORE_KV)]), streamed=np.array(streamed, np.intp),
         )  # fmt: skip
 
-    def seconds(self, times: np.ndarray) -> np.ndarray:
-        """Seconds of work per class, from int64 [instructions][3]: wait began, work began, work ended (ns)."""
-        return np.bincount(self.classes, times[:, 2] - times[:, 1], len(self.kinds)) * 1e-9
+    def seconds(self, times: Sequence[np.ndarray]) -> np.ndarray:
+        """Seconds of work [passes][classes], from each pass's int64 [instructions][3]: wait began, work began, work ended (ns)."""
+        count = len(self.kinds)
+        classes = np.concatenate([self.classes + count * number for number in range(len(times))])
+        return np.bincount(classes, np.concatenate([each[:, 2] - each[:, 1] for each in times]), count * len(times)).reshape(-1, count) * 1e-9
 
     def weight_wait_s(self, times: np.ndarray) -> float:
         """Seconds that instructions over streamed weights waited, from the same array."""

@@ -28,7 +28,8 @@ Int32 = NDArray[np.int32]
 class BatchItem(NamedTuple):
     """Positions [start, start + num_tokens) of one sequence; logits are wanted for the last ``num_logits`` of them.
 
-    ``pages`` hold the sequence's first start + num_tokens tokens in its home tier; ``is_chunk``: prompt tokens, as opposed to decoding.
+    ``pages`` hold the sequence's first start + num_tokens tokens in its home tier, and one more for each pass that is chained to this one; ``is_chunk``:
+    prompt tokens, as opposed to decoding.
     """
 
     sequence: Sequence
@@ -54,11 +55,13 @@ MicroBatch = tuple[tuple[BatchItem, ...], tuple[BatchItem, ...], tuple[BatchItem
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
     """One pass. Logit rows follow the row order: ``items[i]`` has ``items[i].num_logits`` of them. ``moves``: KV that changes tiers meanwhile, of sequences
-    that sit this pass out; a pass of nothing else has no items."""
+    that sit this pass out; a pass of nothing else has no items. ``passes`` > 1: a chain of so many at most, in each of which every item decodes one token
+    more."""
 
     bucket: BucketPlan
     micro_batches: tuple[MicroBatch, ...]
     moves: tuple[KvMove, ...] = ()
+    passes: int = 1
 
     @cached_property
     def items(self) -> tuple[BatchItem, ...]:
@@ -134,34 +137,39 @@ def write_metadata(batch: StepBatch, out: Int32, spec: ModelSpec, plan: Plan) ->
 
 
 class MetadataWriter:
-    """Writes pass after pass into ``out``. Where the same sequences decode one token more each, only what grew is touched."""
+    """Writes pass after pass into ``out``. Where the same sequences decode on in the same pages, only what grew is touched. Chained passes have advanced
+    positions in ``out`` themselves."""
 
     def __init__(self, out: Int32, spec: ModelSpec, plan: Plan) -> None:
         self.out, self._spec, self._plan = out, spec, plan
         self._may_grow = not any(rope.long_inv_freq for rope in spec.ropes)  # a sequence that outgrows longrope's table changes more than its lengths
-        self._next: list[tuple[int, int, int]] | None = None  # what the items of a pass that continues this one look like
+        self._seen: list[tuple[int, int]] | None = None  # the sequences of the last pass, when all decoded, and how many pages they were given
         self._groups: list[list[int]] = []
 
     def write(self, batch: StepBatch) -> None:
         """Fill ``out``. Raises ValueError when the pass does not fit."""
         items = batch.items
         groups = [[len(group) for group in groups] for groups in batch.micro_batches]
-        seen = [(id(item.sequence), item.start, len(item.pages)) for item in items]
         decoding = self._may_grow and all(item.num_tokens == 1 == item.num_logits for item in items)
-        page_size = self._plan.page_size
-        if decoding and seen == self._next and groups == self._groups and all(item.start % page_size for item in items):
-            self._grow(items)
-        else:
-            self._next = None
+        seen = [(id(item.sequence), len(item.pages)) for item in items]
+        if not (decoding and seen == self._seen and groups == self._groups and self._grow(items)):
+            self._seen = None
             write_metadata(batch, self.out, self._spec, self._plan)
         if decoding:
-            self._next, self._groups = [(key, start + 1, pages) for key, start, pages in seen], groups
+            self._seen, self._groups = seen, groups
 
-    def _grow(self, items: tuple[BatchItem, ...]) -> None:
-        out, count = self.out, len(items)
+    def _grow(self, items: tuple[BatchItem, ...]) -> bool:
+        """False, changing nothing, when somebody has not gone on, or into another page."""
+        out, count, size = self.out, len(items), self._plan.page_size
+        starts = np.array([item.start for item in items], np.int32)
+        positions = out[out[Meta.OFF_POSITION] : out[Meta.OFF_POSITION] + count]
+        if ((starts <= positions) | (starts // size != positions // size)).any():
+            return False
+        grown = starts - positions
         for word in (Meta.OFF_POSITION, Meta.OFF_ROPE_ROW, Meta.OFF_SLOT, Meta.OFF_SEQ_KV):
-            out[out[word] : out[word] + count] += 1
+            out[out[word] : out[word] + count] += grown
         out[out[Meta.OFF_TOKEN] : out[Meta.OFF_TOKEN] + count] = [item.sequence.tokens[item.start] for item in items]
+        return True
 
 
 def _exclusive_sum(values: Int32) -> Int32:

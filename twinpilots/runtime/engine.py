@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from twinpilots.model.tokenizer import Tokenizer
 from twinpilots.request import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams, Sequence, Status, TokenLogprobs
 from twinpilots.runtime.batch import BatchItem, StepBatch
+from twinpilots.runtime.chain import Int32, stops_of
 from twinpilots.runtime.kv_cache import KvCache
 from twinpilots.runtime.output_text import OutputText
 from twinpilots.runtime.sampler import Sampler, token_logprobs
@@ -37,13 +38,27 @@ class Executor(Protocol):
         ...
 
 
+class Chainer(Protocol):
+    """Runs decoding passes one after another, for executors that can."""
+
+    def most_passes(self) -> int:
+        """How many a chain may have now; 1: none."""
+        ...
+
+    def execute_chain(self, batch: StepBatch, stops: SequenceABC[Int32]) -> Int32:
+        """Tokens [passes, items]: of ``batch.passes`` passes, or of fewer when a token of an item's ``stops`` came or time was up. None at all when the
+        first pass's logits are not finite."""
+        ...
+
+
 @dataclass(eq=False, slots=True)
 class _Output:
-    """One sequence's results so far."""
+    """One sequence's results so far. ``stops``: the tokens that end it, None when it must not be chained."""
 
     sequence: Sequence
     text: OutputText | None
     logprobs: list[TokenLogprobs] | None
+    stops: Int32 | None
     cumulative_logprob: float = 0.0
 
 
@@ -61,13 +76,14 @@ class _Request:
 
 
 class Engine:
-    """Requests in, outputs out. ``tokenizer`` None: no text, no stop strings."""
+    """Requests in, outputs out. ``tokenizer`` None: no text, no stop strings. ``chainer`` None: one pass at a time."""
 
     def __init__(
         self, executor: Executor, scheduler: Scheduler, kv: KvCache, *, vocab_size: int, eos_token_ids: SequenceABC[int] = (),
-        tokenizer: Tokenizer | None = None, seed: int = 0,
+        tokenizer: Tokenizer | None = None, seed: int = 0, chainer: Chainer | None = None,
     ) -> None:  # fmt: skip
         self.executor = executor
+        self.chainer = chainer
         self.scheduler = scheduler
         self.kv = kv
         self.vocab_size = vocab_size
@@ -79,6 +95,7 @@ class Engine:
         self._owner: dict[Sequence, tuple[_Request, _Output]] = {}
         self._num_arrived = 0
         self.last_sampled: tuple[str, ...] = ()  # the requests that got a token in the last pass, once per sequence
+        self.last_passes = 0  # of the last step
 
     # -- requests in -------------------------------------------------------------------------------------------------------------------------
 
@@ -99,7 +116,7 @@ class Engine:
             if params.prompt_logprobs is not None and index == 0:
                 sequence.logits_from = 0
             text = OutputText(self.tokenizer, params, tokens) if self.tokenizer is not None else None
-            outputs.append(_Output(sequence, text, None if params.logprobs is None else []))
+            outputs.append(_Output(sequence, text, None if params.logprobs is None else [], stops_of(params, self.eos_token_ids)))
         request = _Request(request_id, prompt, tuple(tokens), outputs, None if params.prompt_logprobs is None else [None])
         self._requests[request_id] = request
         for output in outputs:
@@ -133,11 +150,11 @@ class Engine:
     def has_unfinished(self) -> bool:
         return bool(self._requests)
 
-    # -- one pass ------------------------------------------------------------------------------------------------------------------------------
+    # -- one step ------------------------------------------------------------------------------------------------------------------------------
 
     def step(self, *, partial: bool | Container[str] = True) -> list[RequestOutput]:
-        """Run one pass; the outputs so far of every request that got a token, in order of arrival; without ``partial``, of those that are finished alone, or
-        also of the requests that it names.
+        """Run one pass, or a chain of decoding passes; the outputs so far of every request that got a token, in order of arrival; without ``partial``, of
+        those that are finished alone, or also of the requests that it names.
         An error leaves the sequences as before the pass."""
         batch = self.scheduler.schedule()
         while batch is not None and not batch.items:  # nobody can run before KV has changed tiers
@@ -146,22 +163,47 @@ class Engine:
             batch = self.scheduler.schedule()
         if batch is None:
             return []
-        following = self.scheduler.predict_next(batch)
+        touched = self._chain(batch) or self._pass(batch)
+        every, some = (partial, ()) if isinstance(partial, bool) else (False, partial)
+        wanted = [request for request in touched.values() if every or not request.unfinished or request.request_id in some]
+        return [self._snapshot(request) if request.unfinished else self._close(request) for request in wanted]
+
+    def _pass(self, batch: StepBatch) -> dict[str, _Request]:
+        """One pass; the requests that got a token."""
+        following = self.scheduler.predict_next(batch) if self.scheduler.plan.uses_gpu else None  # without a GPU nothing is loaded ahead
         logits = self.executor.execute(batch, more=following is not None and following.splits == batch.bucket.splits)
         sampled, rows = self._sampled_rows(batch)
         picked = logits if rows == list(range(len(logits))) else logits[rows]
         tokens = self.sampler.sample(picked, [item.sequence for item in sampled])
         self.scheduler.commit(batch)
         self._collect_prompt_logprobs(batch, logits)
-        self.last_sampled = tuple(item.sequence.request_id for item in sampled)
+        self.last_sampled, self.last_passes = tuple(item.sequence.request_id for item in sampled), 1
         touched: dict[str, _Request] = {}
         for item, token, row in zip(sampled, tokens, picked, strict=True):
             request, output = self._owner[item.sequence]
             self._accept(request, output, token, row)
             touched[request.request_id] = request
-        every, some = (partial, ()) if isinstance(partial, bool) else (False, partial)
-        wanted = [request for request in touched.values() if every or not request.unfinished or request.request_id in some]
-        return [self._snapshot(request) if request.unfinished else self._close(request) for request in wanted]
+        return touched
+
+    def _chain(self, batch: StepBatch) -> dict[str, _Request]:
+        """The pass and those that may be chained to it; the requests that got tokens: none when it must run alone."""
+        most = 1 if self.chainer is None else self.chainer.most_passes()
+        if self.chainer is None or most < 2:
+            return {}
+        owners = [self._owner[item.sequence] for item in batch.items]
+        stops = [output.stops for _, output in owners if output.stops is not None]
+        batch = self.scheduler.chained(batch, most) if len(stops) == len(owners) else batch
+        if batch.passes < 2:
+            return {}
+        tokens = self.chainer.execute_chain(batch, stops)
+        if not len(tokens):
+            return {}  # the pass by itself will say why
+        columns: list[list[int]] = tokens.T.tolist()
+        self.scheduler.commit_chain(batch, columns)
+        self.last_sampled, self.last_passes = tuple([request.request_id for request, _ in owners]), len(tokens)
+        for (request, output), new in zip(owners, columns, strict=True):
+            self._accept_chain(request, output, new)
+        return {request.request_id: request for request, _ in owners}
 
     @staticmethod
     def _sampled_rows(batch: StepBatch) -> tuple[list[BatchItem], list[int]]:
@@ -213,6 +255,14 @@ class Engine:
             reason, stop = "stop", found
         if reason != "stop" and sequence.params.structured_outputs is not None and self.sampler.has_ended(sequence):
             reason = "stop"
+        if reason is not None:
+            self._finish(request, output, reason, stop)
+
+    def _accept_chain(self, request: _Request, output: _Output, tokens: list[int]) -> None:
+        """A chain's tokens, of which only the last can end the sequence."""
+        reason, stop = self._why_finished(output.sequence, tokens[-1])
+        if output.text is not None:
+            output.text.add_all(tokens[:-1] if reason == "stop" else tokens)
         if reason is not None:
             self._finish(request, output, reason, stop)
 

@@ -7,7 +7,7 @@ the schedule; this file adds only the fence between passes. Knows nothing of req
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -26,11 +26,12 @@ from twinpilots.plan.schedule import expand
 from twinpilots.plan.tasks import PassShape, Queue
 from twinpilots.runtime.accounts import QueueAccount, busy_seconds, bytes_moved, instruction_bytes, instruction_rows, work_seconds
 from twinpilots.runtime.batch import MetadataWriter, StepBatch, metadata_words
+from twinpilots.runtime.chain import Chain, Int32, most_passes
 from twinpilots.runtime.compile import Compiler, Program
 from twinpilots.runtime.interrupts import Interrupts
 from twinpilots.runtime.kv_moves import KvMoves
 from twinpilots.runtime.layout import Layout, lay_out, page_bytes
-from twinpilots.runtime.stats import PassReport, PassTimes, QueueTimes, WeightShares
+from twinpilots.runtime.stats import BytesMoved, PassReport, PassTimes, QueueTimes, WeightShares
 from twinpilots.runtime.weights import OFFSET_MASK, TensorSource, load_weights
 
 NUM_EVENTS = 1 << 16
@@ -59,6 +60,7 @@ class PassRecord:
     times: dict[Queue, np.ndarray]
     meta: np.ndarray
     seconds: float
+    ended_ns: int
     num_prompt_tokens: int
     num_generated: int
     moved_bytes: int  # KV that changed tiers in this pass, or alone since the pass before,
@@ -95,6 +97,8 @@ class Executor:
         self._metadata = MetadataWriter(self._meta, spec, plan)
         logits, vocab = self.host_layout.buffers["logits"]
         self._logits = self.host.view(logits & OFFSET_MASK, np.float32, (plan.max_num_seqs, vocab))
+        chains = self.gpu is None and runner is None and pilot.native is not None
+        self._chain = Chain(logits, vocab, plan.page_size) if chains else None
         moves_at = self.host.alloc(kv_move_bytes(spec, plan), "programs")
         self._program_bytes = (self.host.num_bytes - self.host.used) // 64 * 64 - SPARE_BYTES
         self._program_area = self.host.alloc(self._program_bytes, "programs")
@@ -112,7 +116,6 @@ class Executor:
         self._ahead: tuple[Placed, int] | None = None  # what link_in is already doing for the next pass: (its program, pass id)
         self._link_in: Placed | None = None  # whose weight stream the last pass had: another program's with the same stream, when link_in ran ahead
         self.interrupts = Interrupts(self.host.set_abort)
-        self._last: Placed | None = None
         self.last_record: PassRecord | None = None
         self.plan_changes = 0
 
@@ -131,17 +134,50 @@ class Executor:
         """
         if not batch.items:
             self._move_alone(batch)
-            return self._logits[:0]
+            return self.logits(0)
         placed = self._program(batch.bucket, self._shape(batch))
         self._metadata.write(batch)
-        began = time.perf_counter()
+        began_ns = time.perf_counter_ns()
         with self.interrupts.held():
             self._start_moves(batch)
             self._run(placed, more)
-        seconds = time.perf_counter() - began
-        self._last = placed
-        self.last_record = self._record(placed, batch, seconds)
-        return self._logits[: batch.num_logits]
+        self.last_record = self._record(placed, batch, began_ns, time.perf_counter_ns())
+        return self.logits(batch.num_logits)
+
+    def logits(self, rows: int) -> np.ndarray:
+        """The first ``rows`` of the last pass's logits: a view, valid until the next pass."""
+        return self._logits[:rows]
+
+    def most_passes(self) -> int:
+        """How many passes a chain may have now; 1: none."""
+        return most_passes(self.last_record.seconds) if self._chain is not None and self.last_record is not None else 1
+
+    def execute_chain(self, batch: StepBatch, stops: Sequence[Int32]) -> tuple[Int32, list[PassRecord]]:
+        """Runs up to ``batch.passes`` decoding passes: the tokens chosen [passes run, items], and each pass's record. An item's ``stops`` end the chain, as
+        do time, `hurry`, and logits that are not finite, whose pass does not count. Raises as `execute`."""
+        assert self._chain is not None, "only a CPU pilot alone chains passes"
+        placed = self._program(batch.bucket, self._shape(batch))
+        self._metadata.write(batch)
+        first_pass, _ = self._take_stream(placed)
+        chain = self._chain.begin(batch, stops, len(placed.program.queues["cpu"]))
+        meta = self._meta[: self._meta[Meta.NUM_WORDS]].copy()
+        began_ns = time.perf_counter_ns()
+        with self.interrupts.held():
+            self.pilot.run_chain(self._entry(placed, "cpu", self._pass_id, first_pass), self._chain.record, self.host)
+        done = self._chain.end(chain)
+        self._pass_id += batch.passes - 1  # also those that were not run: an id whose events may be set is never used again
+        seconds = np.diff(done.ended_ns, prepend=began_ns) * 1e-9
+        records = [
+            PassRecord(placed, {"cpu": times}, meta, pass_s, ended_ns, 0, len(batch.items), 0, 0.0)
+            for times, pass_s, ended_ns in zip(done.times, seconds.tolist(), done.ended_ns.tolist(), strict=True)
+        ]
+        self.last_record = records[-1] if records else None
+        return done.tokens, records
+
+    def hurry(self) -> None:
+        """From any thread: the chain that runs ends after the pass that it is in."""
+        if self._chain is not None:
+            self._chain.hurry()
 
     def _start_moves(self, batch: StepBatch) -> None:
         """KV that changes tiers is copied while the pass runs, before link_out's part of it."""
@@ -302,46 +338,46 @@ class Executor:
 
     # -- what a pass took ----------------------------------------------------------------------------------------------------------------
 
-    def _record(self, placed: Placed, batch: StepBatch, seconds: float) -> PassRecord:
+    def _record(self, placed: Placed, batch: StepBatch, began_ns: int, ended_ns: int) -> PassRecord:
         moved_bytes, moved_s = self._alone_bytes, self._alone_s
         if self._moves is not None:
             moved_bytes, moved_s = moved_bytes + self._moves.num_bytes, moved_s + self._moves.seconds
             self._alone_bytes, self._alone_s = 0, 0.0
         return PassRecord(
             placed, {account.queue: self._times(placed, account.queue).copy() for account in placed.accounts}, self._meta[: self._meta[Meta.NUM_WORDS]].copy(),
-            seconds, batch.num_prompt_tokens, batch.num_generated, moved_bytes, moved_s,
+            (ended_ns - began_ns) * 1e-9, ended_ns, batch.num_prompt_tokens, batch.num_generated, moved_bytes, moved_s,
         )  # fmt: skip
 
-    def report(self, record: PassRecord) -> tuple[PassReport, dict[WorkKind, float]]:
-        """What a pass did, and what its work took by kind, waits excluded.
+    def report(self, records: Sequence[PassRecord]) -> tuple[PassReport, list[dict[WorkKind, float]]]:
+        """What a pass did, or a chain's passes together, and what the work of each took by kind, waits excluded.
 
         Passes are best summed up some at a time: after a pass this code lies in no cache, and costs a small model's pass a tenth of its time.
         """
-        accounts, times = record.placed.accounts, record.times
-        by_class = {account.queue: account.seconds(times[account.queue]) for account in accounts}
-        moved, busy = bytes_moved(accounts, record.meta, page_bytes(self.spec, self.plan), self.plan.page_size), busy_seconds(by_class)
-        if record.moved_bytes:
-            moved, busy = replace(moved, link_kv=moved.link_kv + record.moved_bytes), replace(busy, link=busy.link + record.moved_s)
+        first, accounts = records[0], records[0].placed.accounts
+        by_class = {account.queue: account.seconds([record.times[account.queue] for record in records]) for account in accounts}
+        moved = bytes_moved(accounts, first.meta, page_bytes(self.spec, self.plan), self.plan.page_size)
+        assert len(records) == 1 or moved == BytesMoved(), "passes are chained where nothing crosses a link"
+        busy = busy_seconds({queue: seconds.sum(axis=0) for queue, seconds in by_class.items()})
+        if first.moved_bytes:
+            moved, busy = replace(moved, link_kv=moved.link_kv + first.moved_bytes), replace(busy, link=busy.link + first.moved_s)
         report = PassReport(
-            seconds=record.seconds, predicted_s=None, busy_s=busy, bytes=moved, weights=record.placed.shares,
-            num_prompt_tokens=record.num_prompt_tokens, num_generated=record.num_generated,
-            weight_wait_s=sum(account.weight_wait_s(times[account.queue]) for account in accounts if len(account.streamed)),
+            seconds=sum([record.seconds for record in records]), predicted_s=None, busy_s=busy, bytes=moved, weights=first.placed.shares,
+            num_prompt_tokens=sum([record.num_prompt_tokens for record in records]), num_generated=sum([record.num_generated for record in records]),
+            passes=len(records), weight_wait_s=sum(account.weight_wait_s(first.times[account.queue]) for account in accounts if len(account.streamed)),
         )  # fmt: skip
-        return report, work_seconds(accounts, by_class)
+        return report, [work_seconds(accounts, {queue: seconds[number] for queue, seconds in by_class.items()}) for number in range(len(records))]
 
-    def pass_times(self) -> PassTimes | None:
-        """A copy of the last pass's times and what its tasks worked on, for a trace; None before the first pass."""
-        placed, page = self._last, page_bytes(self.spec, self.plan)
-        if placed is None:
-            return None
+    def pass_times(self, record: PassRecord) -> PassTimes:
+        """A pass's times and what its tasks worked on, for a trace."""
+        program, meta, page = record.placed.program, record.meta, page_bytes(self.spec, self.plan)
         queues = {
             queue: QueueTimes(
-                times=self._times(placed, queue).copy(), rows=instruction_rows(insns, self._meta),
-                num_bytes=instruction_bytes(insns, self._meta, page, self.plan.page_size),
+                times=times, rows=instruction_rows(program.queues[queue], meta),
+                num_bytes=instruction_bytes(program.queues[queue], meta, page, self.plan.page_size),
             )
-            for queue, insns in placed.program.queues.items() if len(insns)
+            for queue, times in record.times.items()
         }  # fmt: skip
-        return PassTimes(schedule=placed.program.schedule, queues=queues)
+        return PassTimes(schedule=program.schedule, queues=queues)
 
     def close(self) -> None:
         """Stops the device's queues and returns all memory."""
@@ -352,7 +388,7 @@ class Executor:
         if self._moves is not None:
             self._moves.release()
         self._placed.clear()
-        self._last = self._link_in = self._ahead = self.last_record = None
+        self._link_in = self._ahead = self.last_record = None
         self.host.close()
 
     def __enter__(self) -> Executor:

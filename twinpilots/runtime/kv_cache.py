@@ -210,6 +210,19 @@ class KvCache:
         table.append(pool.take(missing))
         return True
 
+    def extend_all(self, ends: SequenceABC[tuple[Sequence, int]]) -> bool:
+        """`extend` for several sequences of one tier at once: for all of them, or for none."""
+        missing = [(self._tables[sequence], self.pages_for(num_tokens) - self._tables[sequence].count) for sequence, num_tokens in ends]
+        wanted = sum([max(0, count) for _, count in missing])
+        pool = self.pools[missing[0][0].tier]
+        assert all(self.pools[table.tier] is pool for table, _ in missing), "pages of one tier at a time"
+        if wanted > pool.num_free:
+            return False
+        for table, count in missing:
+            if count > 0:
+                table.append(pool.take(count))
+        return True
+
     def pages(self, sequence: Sequence, num_tokens: int) -> Pages:
         """The pages of the first ``num_tokens`` tokens, in order (a view)."""
         table = self._tables[sequence]

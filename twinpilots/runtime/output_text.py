@@ -33,6 +33,11 @@ class OutputText:
             return None
         return self._append(self._detokenizer.add((token,)), num_output_tokens <= self._min_tokens)
 
+    def add_all(self, tokens: SequenceABC[int]) -> None:
+        """Append tokens of a sequence without stop strings."""
+        assert not self._stops, "a stop string is looked for after every token"
+        self._waiting += tokens
+
     def close(self) -> str | None:
         """Append what the detokenizer held back; the stop string found in it, if any."""
         self._catch_up()

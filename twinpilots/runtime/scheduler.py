@@ -50,6 +50,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # by arrival
         self.migration = Migration(plan, kv, pricing)
         self.num_preemptions = 0
+        self._is_short = False  # somebody has lost their pages for the pass that was scheduled last
         self.num_moves: Counter[Tier] = Counter()  # sequences whose KV has changed tiers, by where it went
         self.prompt_budget: int | None = None  # prompt tokens of a pass in which others decode; None: as many as it holds
 
@@ -128,13 +129,39 @@ class Scheduler:
             if sequence.status is Status.RUNNING:
                 self._bring(sequence, draft)
         newcomers.admit()
-        if self.migration.pricing is not None and not self.migration.moves and self.num_preemptions == num_preemptions:
+        self._is_short = self.num_preemptions != num_preemptions
+        if self.migration.pricing is not None and not self.migration.moves and not self._is_short:
             self._bring_home(draft)
         moves = tuple(self.migration.moves.values())
         assert draft.items or moves or not self.has_unfinished(), f"nothing can run, yet {len(self.running)} sequences run, {len(self.waiting)} wait"
         if not draft.items:
             return StepBatch(bucket=bucket_of(self.plan, ()), micro_batches=(), moves=moves) if moves else None
         return replace(deal(self.plan, list(draft.items.values())), moves=moves)
+
+    def chained(self, batch: StepBatch, most: int) -> StepBatch:
+        """The batch as a chain of at most ``most`` passes, where nothing can change between them: all that run decode, nobody's length limit ends it,
+        and the pages are there without taking anybody's. Else as it is.
+
+        Who waits could not come in now, so not before somebody ends, which ends a chain. A first token is not kept waiting for others.
+        """
+        items, end = batch.items, 0
+        if most < 2 or self._is_short or batch.moves or self.recompute_beyond is not None or len(items) != len(self.running):
+            return batch
+        passes = most
+        for sequence, start, num_tokens, num_logits, _, _ in items:
+            end = len(sequence.tokens)
+            if not num_tokens == 1 == num_logits or start + 1 != end or end == sequence.num_prompt_tokens:
+                return batch
+            passes = min(passes, sequence.max_len - end)
+        while passes > 1 and not self.kv.extend_all([(item.sequence, item.start + passes) for item in items]):
+            passes //= 2
+        if passes < 2:
+            return batch
+        kv, micro_batches = self.kv, []
+        for groups in batch.micro_batches:
+            first, second, third = (tuple([item._replace(pages=kv.pages(item.sequence, item.start + passes)) for item in group]) for group in groups)
+            micro_batches.append((first, second, third))
+        return replace(batch, micro_batches=tuple(micro_batches), passes=passes)
 
     def _bring_home(self, draft: _Draft) -> None:
         """GPU pages that nobody else will want go to the decoding host sequence that has most left to do, if that pays."""
@@ -201,12 +228,20 @@ class Scheduler:
             move.sequence.tier = move.to
             self.num_moves[move.to] += 1
         for item in batch.items:
-            sequence, end = item.sequence, item.start + item.num_tokens
-            sequence.num_computed = end
-            self.waiting.charge(sequence.client, max(0, end - max(item.start, sequence.num_seen)), int(item.is_last))
-            if end > sequence.num_seen:
-                sequence.num_seen = end
-            self.kv.computed(sequence, end)
+            self._computed(item.sequence, item.start, item.start + item.num_tokens, int(item.is_last))
+
+    def commit_chain(self, batch: StepBatch, tokens: list[list[int]]) -> None:
+        """The batch's passes have run, as many as each item got tokens."""
+        for item, new in zip(batch.items, tokens, strict=True):
+            item.sequence.tokens += new
+            self._computed(item.sequence, item.start, item.start + len(new), len(new))
+
+    def _computed(self, sequence: Sequence, start: int, end: int, num_generated: int) -> None:
+        sequence.num_computed = end
+        self.waiting.charge(sequence.client, max(0, end - max(start, sequence.num_seen)), num_generated)
+        if end > sequence.num_seen:
+            sequence.num_seen = end
+        self.kv.computed(sequence, end)
 
     def append(self, sequence: Sequence, token: int) -> None:
         """A new token of a running sequence."""

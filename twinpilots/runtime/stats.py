@@ -45,7 +45,8 @@ class WeightShares:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassReport:
-    """What one pass did. ``predicted_s`` is None when nothing was predicted: such a pass is left out of both rates. ``predicted_busy_s`` goes with it."""
+    """What one pass did, or several of one program together; ``weights`` are each one's. ``predicted_s`` is None when nothing was predicted: such a pass is
+    left out of both rates. ``predicted_busy_s`` goes with it."""
 
     seconds: float
     predicted_s: float | None
@@ -55,6 +56,7 @@ class PassReport:
     num_prompt_tokens: int
     num_generated: int
     predicted_busy_s: BusySeconds | None = None
+    passes: int = 1
     weight_wait_s: float = 0.0  # how long the GPU's linears over streamed weights waited before they began
 
 
@@ -111,15 +113,15 @@ class EngineStats:
         self.prompt_tokens += report.num_prompt_tokens
         self.generated_tokens += report.num_generated
         self.seconds += report.seconds
-        self.passes += 1
+        self.passes += report.passes
         self.weight_wait_s += report.weight_wait_s
         if report.predicted_s is not None:
             self._predicted_s += report.predicted_s
             self._compared_s += report.seconds
             self._compared_tokens += report.num_generated
-        for total, part in ((self._bytes, report.bytes), (self._busy_s, report.busy_s), (self._weights, report.weights)):
+        for total, part, times in ((self._bytes, report.bytes, 1), (self._busy_s, report.busy_s, 1), (self._weights, report.weights, report.passes)):
             for name in total:
-                total[name] += getattr(part, name)
+                total[name] += times * getattr(part, name)
         for name in self._predicted_busy_s if report.predicted_busy_s is not None else ():
             self._predicted_busy_s[name] += getattr(report.predicted_busy_s, name)
 

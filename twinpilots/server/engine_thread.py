@@ -36,7 +36,11 @@ class Served(Protocol):
     def has_unfinished(self) -> bool: ...
 
     def step(self, streamed: Container[str]) -> PassFacts:
-        """One pass. Growing outputs are wanted of ``streamed`` requests, finished ones of all."""
+        """One pass, or a short chain of passes. Growing outputs are wanted of ``streamed`` requests, finished ones of all."""
+        ...
+
+    def hurry(self) -> None:
+        """From any thread: let a step that runs return after the pass it is in."""
         ...
 
     def rest(self) -> None:
@@ -74,6 +78,7 @@ class EngineThread:
         self._streamed: set[str] = set()
         self._tickets: dict[str, Ticket] = {}  # the loop's own, by request id
         self._stop_wanted = False
+        self._served: Served | None = None  # to be hurried, by whoever has a command
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="twinpilots-engine", daemon=True)
 
@@ -107,6 +112,7 @@ class EngineThread:
         for job in jobs:
             self._tickets[job.request_id] = ticket
             self._commands.put(partial(self._add, job=job))
+        self._hurry()
         return ticket
 
     def drain(self) -> None:
@@ -119,6 +125,7 @@ class EngineThread:
         self.drain()
         self._stop_wanted = True
         self._commands.put(None)
+        self._hurry()
 
     def join(self, timeout_s: float) -> bool:
         """Whether the thread has ended within the time."""
@@ -132,6 +139,12 @@ class EngineThread:
         unfinished = tuple(ticket.unfinished)
         if unfinished:
             self._commands.put(partial(self._abort, request_ids=unfinished))
+            self._hurry()
+
+    def _hurry(self) -> None:
+        """After a command was put: who steps hears of it after the pass that runs."""
+        if self._served is not None:
+            self._served.hurry()
 
     def _deliver(self, facts: PassFacts) -> None:
         self._on_pass(facts)
@@ -161,7 +174,7 @@ class EngineThread:
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            served = self._open_served()
+            served = self._served = self._open_served()
             try:
                 self._call(self._opened)
                 self._serve(served)

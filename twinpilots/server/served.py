@@ -50,12 +50,16 @@ class ServedLLM:
         assert last_pass is not None
         items = last_pass[0].items
         chunks = [item.num_tokens for item in items if item.is_chunk]
-        self._pacer.observe(seconds, sum(chunks), len(items) - len(chunks))
-        self.view.after_pass(last_pass[0])
+        passes = max(1, session.engine.last_passes)
+        self._pacer.observe(seconds / passes, sum(chunks), len(items) - len(chunks))
+        self.view.after_passes(last_pass[0], passes)
         return PassFacts(
             ended_s=time.monotonic(), outputs=tuple(outputs), scheduled=tuple(dict.fromkeys(item.sequence.request_id for item in items)),
-            sampled=session.engine.last_sampled,
+            sampled=session.engine.last_sampled, passes=passes,
         )  # fmt: skip
+
+    def hurry(self) -> None:
+        self._live.hurry()
 
     def rest(self) -> None:
         self.view.publish()

@@ -69,7 +69,7 @@ class Telemetry:
 
     def on_pass(self, facts: PassFacts) -> None:
         now_s, observe = facts.ended_s, self.histograms
-        observe["iteration_tokens_total"].observe(len(facts.sampled))
+        observe["iteration_tokens_total"].observe(len(facts.sampled), facts.passes)
         for request_id in facts.scheduled:
             times = self._live.get(request_id)
             if times is not None and times.scheduled_s is None:
@@ -83,7 +83,7 @@ class Telemetry:
                 times.first_s = now_s
                 observe["time_to_first_token_seconds"].observe(now_s - times.arrived_s)
             else:
-                observe["inter_token_latency_seconds"].observe(now_s - times.last_s)
+                observe["inter_token_latency_seconds"].observe((now_s - times.last_s) / facts.passes, facts.passes)
             times.last_s = now_s
         for output in facts.outputs:
             if output.finished:

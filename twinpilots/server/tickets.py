@@ -30,12 +30,14 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassFacts:
-    """What one pass did, for the loop: who was in it, who got a token, and the outputs that somebody waits for. ``ended_s``: monotonic clock."""
+    """What one pass did, or ``passes`` that were chained, for the loop: who was in it, who got a token in each, and the outputs that somebody waits for.
+    ``ended_s``: monotonic clock."""
 
     ended_s: float
     scheduled: tuple[str, ...]
     sampled: tuple[str, ...]
     outputs: tuple[RequestOutput, ...]
+    passes: int = 1
 
 
 class Ticket:

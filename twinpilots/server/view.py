@@ -143,13 +143,13 @@ class View:
         self._last_totals = self._totals()
         self.newest = self._snapshot()
 
-    def after_pass(self, batch: StepBatch) -> None:
-        """Counts the pass; publishes when it is time."""
+    def after_passes(self, batch: StepBatch, passes: int) -> None:
+        """Counts the pass, or the chain of so many; publishes when it is time."""
         self._bucket = batch.bucket
         tokens = sum(item.num_tokens for item in batch.items)
         self._now = {"phase": batch.bucket.phase, "tokens": tokens, "sequences": len(batch.items), "micro_batches": len(batch.micro_batches)}
         on_host = sum(item.end for item in batch.items if item.sequence.tier == "host")
-        self._host_kv_bytes += on_host * self._kv_bytes_per_token
+        self._host_kv_bytes += passes * on_host * self._kv_bytes_per_token
         if time.monotonic() - self._last_s >= SAMPLE_S:
             self.publish()
 

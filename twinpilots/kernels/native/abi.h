@@ -5,13 +5,14 @@
 
 namespace tp {
 
-constexpr int ABI_VERSION = 3;
+constexpr int ABI_VERSION = 4;
 constexpr int MAX_WAITS = 6;
 constexpr int NUM_ARGS = 20;
 constexpr int64_t NULL_ADDRESS = -1;
 constexpr int MAX_MICRO_BATCHES = 8;
 constexpr int MAILBOX_ENTRIES = 64;
 constexpr int64_t EVENTS_OFFSET = 16384;
+constexpr int EVENT_START = 0;     // set when a pass's metadata is in place
 constexpr int32_t ENTRY_QUIT = 1;  // Entry.flags: the queue loop returns after this entry
 
 enum Op : int32_t {
@@ -100,6 +101,23 @@ enum Meta : int32_t {
   HEADER = 16 + 8 * MAX_MICRO_BATCHES,
 };
 
+// Decoding passes that follow each other without the driver in between. Not part of the arena: passed by the caller of tp_run_chain, in whose process its
+// pointers point.
+struct Chain {
+  int64_t logits;     // address of fp32 [sequences][width]: where the program leaves them
+  int64_t width;
+  int64_t stop_ids;   // pointer to int32: the tokens that end a sequence, one sequence's after the other's
+  int64_t stop_ends;  // pointer to int32 [sequences]: where each one's end
+  int64_t tokens;     // pointer to int32 [passes][sequences]: what was chosen
+  int64_t times;      // pointer to int64 [passes][count][3]: as Entry.trace
+  int64_t ended_ns;   // pointer to int64 [passes]: when each pass and its choice were over
+  int64_t budget_ns;  // no pass begins that would, taking as long as the one before, end later after the first began
+  int32_t passes;     // at most
+  int32_t done;       // out: passes whose tokens count
+  int32_t page_size;
+  uint32_t hurry;     // not 0: the pass that runs is the last one; any thread may set it meanwhile
+};
+
 // The emulated link; rates of 0 mean unthrottled. Not part of the arena: passed by the caller of tp_run / tp_queue_loop.
 struct LinkParams {
   double up_bytes_per_s;
@@ -109,6 +127,7 @@ struct LinkParams {
 };
 
 static_assert(sizeof(Insn) == 272 && sizeof(Entry) == 40 && sizeof(Mailbox) == 16 + 40 * MAILBOX_ENTRIES, "records are packed by construction");
+static_assert(sizeof(Chain) == 80, "as CHAIN");
 static_assert(sizeof(Control) <= EVENTS_OFFSET, "event slots follow the control block");
 
 }  // namespace tp

@@ -95,9 +95,8 @@ void Queue::dawdle() {
   sleep_until_ns(now_ns() + (int64_t)(z >> 8) % limit);
 }
 
-int Queue::run(const Entry& entry) {
+int Queue::run(const Entry& entry, int64_t (*trace)[3]) {
   const Insn* insns = ptr<const Insn>(entry.insns);
-  int64_t(*trace)[3] = ptr<int64_t[3]>(entry.trace);
   meta_ = ptr<const int32_t>(entry.meta);
   rounded_of_ = {};
   for (int32_t i = 0; i < entry.count; i++) {

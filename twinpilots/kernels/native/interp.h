@@ -26,7 +26,8 @@ class Queue {
  public:
   Queue(void* host, void* gpu, int64_t mailbox_offset, Pool* pool, const LinkParams* link);
 
-  int run(const Entry& entry);  // a Result
+  int run(const Entry& entry) { return run(entry, ptr<int64_t[3]>(entry.trace)); }  // a Result
+  int run_chain(Entry entry, Chain& chain);  // chain.cpp; `entry` is the first pass, pass ids count up from there
   int loop();                   // entries of the mailbox until abort or ENTRY_QUIT
   Mailbox* mailbox() const { return box_; }
 
@@ -42,6 +43,8 @@ class Queue {
       return src == o.src && ld == o.ld && first == o.first && last == o.last && width == o.width && bits == o.bits && code_bytes == o.code_bytes;
     }
   };
+  int run(const Entry& entry, int64_t (*trace)[3]);
+  bool choose(const Chain& chain, int64_t sequences, int32_t* tokens);
   int wait_for(const Insn& insn, const Entry& entry);
   int wait_event(int event, int32_t value, int32_t pass_id);
   int execute(const Insn& insn);

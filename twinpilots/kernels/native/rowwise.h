@@ -144,3 +144,37 @@ static void rope_row(const RopeArgs& a, int64_t row, int64_t rope_row, int64_t s
     put_kv(a.kv, page, offset, 1, h, v);
   }
 }
+
+// A row of logits is as long as the vocabulary, and comes from the caches: four chains of comparisons, then a look for where the best one lies.
+static int64_t argmax_row(const float* x, int64_t n) {
+  constexpr int CHAINS = 4;
+  const vf lowest = splat(-__builtin_inff());
+  vf best[CHAINS] = {lowest, lowest, lowest, lowest};
+  vi odd = {};
+  int64_t i = 0;
+  for (; i + CHAINS * W <= n; i += CHAINS * W)
+#pragma GCC unroll 4
+    for (int c = 0; c < CHAINS; c++) {
+      const vf v = load(x + i + c * W);
+      best[c] = v > best[c] ? v : best[c];
+      odd |= v != v;
+    }
+  float top = -__builtin_inff();
+  bool bad = false;
+  for (int c = 0; c < CHAINS; c++)
+    for (int j = 0; j < W; j++) top = best[c][j] > top ? best[c][j] : top;
+  for (int j = 0; j < W; j++) bad |= odd[j] != 0;
+  for (; i < n; i++) {
+    top = x[i] > top ? x[i] : top;
+    bad |= x[i] != x[i];
+  }
+  if (bad || top - top != 0.0f) return -1;
+  constexpr int64_t PIECE = 256;
+  for (int64_t first = 0;; first += PIECE) {
+    const int64_t last = first + PIECE < n ? first + PIECE : n;
+    int here = 0;
+    for (int64_t k = first; k < last; k++) here |= x[k] == top;
+    for (int64_t k = first; here && k < last; k++)
+      if (x[k] == top) return k;
+  }
+}
