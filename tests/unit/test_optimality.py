@@ -51,6 +51,7 @@ def test_polish_keeps_the_limits_and_is_never_worse() -> None:
 
 def test_a_search_in_proportion_takes_about_as_long_as_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, asked = random_problem(0, 4), []
+    monkeypatch.setattr("twinpilots.plan.solver.searchable", lambda _problem, _most_tasks: None)
     monkeypatch.setattr("twinpilots.plan.solver.polish", lambda _problem, _plans, most_tasks: asked.append(most_tasks) or [])
     for times in (1, 1000):
         work = replace(problem.workload, num_requests=times * problem.workload.num_requests)

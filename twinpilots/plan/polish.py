@@ -81,12 +81,13 @@ def _shared(residency: Residency) -> Residency:
 class _Prices:
     """Seconds of points, phase by phase; what was priced before costs nothing. ``spent`` counts simulated tasks, about."""
 
-    def __init__(self, problem: Problem, most_tasks: int | None) -> None:
+    def __init__(self, problem: Problem, most_tasks: int | None, starts: int) -> None:
         self.problem, self.spent, self.tried = problem, 0, 0
         self.deep = problem.spec.num_layers > EXACT_LAYERS
         self.budget = BUDGET if self.deep else SMALL_BUDGET
+        self.starts = 1 if self.deep else starts
         if most_tasks is not None:
-            self.budget = min(self.budget, most_tasks if self.deep else most_tasks // SMALL_STARTS)
+            self.budget = min(self.budget, most_tasks // self.starts)
         self.known: dict[tuple[object, ...], float] = {}
 
     @property
@@ -119,26 +120,26 @@ class _Prices:
         return self.known[key]
 
 
-def polish(problem: Problem, plans: Iterable[Plan], most_tasks: int | None = None) -> list[Plan]:
+def polish(problem: Problem, plans: Iterable[Plan], most_tasks: int | None = None, starts: int = SMALL_STARTS) -> list[Plan]:
     """The plans that steps from the first of ``plans`` lead to; as many starts as the model's depth allows. Limits are kept.
 
     ``most_tasks``: how many tasks may be simulated, if less than usual.
     """
-    prices = _Prices(problem, most_tasks)
+    prices = _Prices(problem, most_tasks, starts)
     if prices.over:
         return []
-    starts: list[Point] = []
+    found: list[Point] = []
     for plan in plans:
         point = point_of(problem, plan)
-        if point is None or len(starts) >= (1 if prices.deep else SMALL_STARTS) or not problem.fits(made := point.plan(problem)):
+        if point is None or len(found) >= prices.starts or not problem.fits(made := point.plan(problem)):
             continue
         if sum(prices.cost(made, phase) for phase in PHASES) < BUDGET // 6:  # else a step or two would take all of it
-            starts.append(point)
-    found = []
-    for point in starts:
+            found.append(point)
+    polished = []
+    for point in found:
         prices.spent = prices.tried = 0
-        found.append(_climbed(problem, point, prices))
-    return found
+        polished.append(_climbed(problem, point, prices))
+    return polished
 
 
 def _climbed(problem: Problem, start: Point, prices: _Prices) -> Plan:

@@ -15,6 +15,7 @@ from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.auto import first_layers, improve, least_memory, resolved_buckets, rounded_plans, with_small_buckets
 from twinpilots.plan.bounds import BoundKind, pass_bound
 from twinpilots.plan.draft import PlanOptions, shortage
+from twinpilots.plan.enumeration import enumerated, searchable
 from twinpilots.plan.memory import MemoryUse, plan_memory
 from twinpilots.plan.plan import POLICIES, Plan, Policy
 from twinpilots.plan.policies import RULES, build_policy, can_run
@@ -24,6 +25,8 @@ from twinpilots.plan.problem import Problem, best_fit, runs_one
 from twinpilots.plan.terms import decode_pass, prefill_pass
 from twinpilots.plan.workload import Limits, Workload
 
+SEARCH_TASKS = 100_000  # whose time the search of a small model's whole space takes at most
+POLISH_TASKS = 24_000  # and what is left to find by steps of one unit from its end
 SIMULATED_TASKS_PER_S = 15_000  # of one core, about: what a second of searching is worth in tasks
 NAMED: tuple[Policy, ...] = tuple(policy for policy in POLICIES if policy != "auto")
 
@@ -132,13 +135,24 @@ def _named(problem: Problem, policy: Policy) -> Plan | UserError:
 def _auto(problem: Problem, named: Mapping[Policy, tuple[Plan, Price]], proportionate: bool) -> tuple[Plan, Price] | None:
     """The best of the program's improved roundings and the named plans, and of what the local search makes of the best of these; None when there is none."""
     found = [*named.values(), *((plan, _priced(problem, plan)) for plan in _programmed(problem))]
-    if problem.profile.gpu is not None:
+    if problem.profile.gpu is not None and found:
         best_first = sorted(found, key=lambda pair: -pair[1].tokens_per_s)
-        most_tasks = int(SIMULATED_TASKS_PER_S * best_first[0][1].seconds) if proportionate and best_first else None
-        polished = [with_small_buckets(problem, plan) for plan in polish(problem, (plan for plan, _ in best_first), most_tasks)]
-        found += [(plan, _priced(problem, plan)) for plan in polished]
+        most_tasks = int(SIMULATED_TASKS_PER_S * best_first[0][1].seconds) if proportionate else None
+        improved = [with_small_buckets(problem, plan) for plan in _improved(problem, [plan for plan, _ in best_first], best_first[0][1].seconds, most_tasks)]
+        found += [(plan, _priced(problem, plan)) for plan in improved]
     plan, price = max(found, key=lambda pair: pair[1].tokens_per_s, default=(None, None))
     return None if plan is None or price is None else (plan.with_policy("auto"), price)
+
+
+def _improved(problem: Problem, best_first: list[Plan], seconds: float, most_tasks: int | None) -> list[Plan]:
+    """Better plans than the best, if all goes well: of the whole space where that is small, and what steps from the best lead to."""
+    budget = SEARCH_TASKS if most_tasks is None else min(SEARCH_TASKS, most_tasks * 3 // 4)
+    groups = searchable(problem, budget)
+    if groups is None:
+        return polish(problem, best_first, most_tasks)
+    plan = enumerated(problem, groups, seconds, budget)
+    found = [] if plan is None else [plan]
+    return [*found, *polish(problem, [*found, best_first[0]], POLISH_TASKS if most_tasks is None else min(POLISH_TASKS, most_tasks // 4), starts=1)]
 
 
 def _priced(problem: Problem, plan: Plan) -> Price:

@@ -1,0 +1,223 @@
+"""Search of the whole plan space of a small model: what `auto` does where there are few enough plans.
+
+Owns `enumerated`. A lower bound rules most plans out, a played pass ranks the rest, and the simulator prices the most promising. The search ends when no plan
+is left whose bound is under the best one's time, or when its budget is spent: pure, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import inf
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinpilots.plan.grid import Floats, some_of
+from twinpilots.plan.lower_bound import phase_bound
+from twinpilots.plan.plan import Phase, Plan
+from twinpilots.plan.played import phase_about
+from twinpilots.plan.pricing import CONTEXTS, phase_loads, price_phase
+from twinpilots.plan.problem import Problem
+from twinpilots.plan.simulate import EXACT_LAYERS
+from twinpilots.plan.space import NO_RING, Groups, Setting, Sizes, Space, largest_ring, num_combinations, rings, settings, small_groups
+
+PHASES: tuple[Phase, ...] = ("decode", "prefill")
+TOLERANCE = 5e-3  # plans that are better than the best by less than this share are not looked for
+FIRST_PAIRS, MORE_PAIRS = 100, 3  # settings with a residency that are played in the first round, and how many times more in each further one
+MISSES = 12  # priced in vain, one after another, before a round ends
+NEXT_BEST = 3  # combinations of one phase that are priced for one residency
+MOST_COMBINATIONS = 60_000  # of splits, in a space that is searched
+BOUNDS_SHARE = 0.6  # of the search's time, that may go to bounding all of them
+TASKS_PER_LAYER = 50  # and micro-batch, that pricing a phase simulates, about
+Ring = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Phase:
+    """What all settings alike to one phase know of it, by combination. ``about``: of each ring, infinite where nothing was played."""
+
+    plan: Plan
+    bound: Floats
+    least: Floats  # the least bound of every residency
+    least_without_ring: Floats
+    about: Mapping[Ring, Floats]
+    priced: dict[tuple[Ring, int], float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """A setting with what is known of its phases, and the least time of every residency (infinite where it does not fit)."""
+
+    setting: Setting
+    waves: int
+    phases: Mapping[Phase, _Phase]
+    least_s: Floats
+
+    def ring(self, problem: Problem) -> Ring:
+        """The ring that tells how long it takes; nothing is streamed without one, so any will do."""
+        return self.setting.ring if self.setting.ring != NO_RING else largest_ring(problem)
+
+
+def enumerated(problem: Problem, groups: Groups, known_s: float, most_tasks: int) -> Plan | None:
+    """The best plan found of those in the space, if any takes less than ``known_s``; about the time of simulating ``most_tasks`` tasks is spent."""
+    return _Enumeration(problem, groups, known_s, most_tasks).run()
+
+
+def searchable(problem: Problem, most_tasks: int) -> Groups | None:
+    """How to group the ops so that the space is small enough to be searched; None where no way is, or where there are too many settings."""
+    if problem.spec.num_layers > EXACT_LAYERS or problem.profile.gpu is None or problem.profile.link is None:
+        return None
+    groups = small_groups(problem, MOST_COMBINATIONS)
+    if groups is None:
+        return None
+    size, left = num_combinations(problem, groups), most_tasks * BOUNDS_SHARE
+    seen: set[tuple[object, ...]] = set()
+    for setting in settings(problem):
+        for phase, batches in (("decode", setting.decode_batches), ("prefill", setting.prefill_batches)):
+            key = replace(setting, ring=NO_RING).key(phase)  # type: ignore[arg-type]
+            left -= 0 if key in seen else bound_tasks(problem, len(CONTEXTS) if phase == "decode" else 1, batches, size)
+            seen.add(key)
+        if left < 0:
+            return None
+    return groups
+
+
+def bound_tasks(problem: Problem, num_loads: int, batches: int, size: int) -> int:
+    """Time of bounding so many combinations of a phase, in simulated tasks, about."""
+    return played_tasks(problem, num_loads, batches, size // 50)
+
+
+def played_tasks(problem: Problem, num_loads: int, batches: int, size: int) -> int:
+    """Time of playing them."""
+    return num_loads * problem.spec.num_layers * batches * (40 + size // 16)
+
+
+class _Enumeration:
+    def __init__(self, problem: Problem, groups: Groups, known_s: float, most_tasks: int) -> None:
+        self.problem, self.space, self.sizes = problem, Space(problem, groups), Sizes(problem)
+        self.best_s, self.left = known_s, most_tasks
+        self.best: Plan | None = None
+        self.known: dict[tuple[object, ...], _Phase] = {}
+        self.cases = list(self._cases())
+
+    @property
+    def below_s(self) -> float:
+        return self.best_s * (1 - TOLERANCE)
+
+    def run(self) -> Plan | None:
+        if not self.cases:
+            return None
+        least = np.stack([case.least_s for case in self.cases])
+        most = FIRST_PAIRS
+        while self.left > 0 and (pairs := self._next(least, most)):
+            most *= MORE_PAIRS
+            for case, residencies in pairs:
+                for phase in PHASES:
+                    self._play(case, phase, residencies)
+            self._price_best(pairs)
+        return self.best
+
+    def _next(self, least: Floats, most: int) -> list[tuple[_Case, NDArray[np.intp]]]:
+        """The cases and residencies of the lowest bounds that were not looked at yet, as far as they may hold a better plan."""
+        flat = least.ravel()
+        open_ = np.nonzero(flat < self.below_s)[0]
+        if len(open_) > most:
+            open_ = open_[np.argpartition(flat[open_], most)[:most]]
+        flat[open_] = inf
+        numbers, residencies = np.unravel_index(open_, least.shape)
+        return [(self.cases[number], residencies[numbers == number]) for number in np.unique(numbers)]
+
+    # -- bounds --------------------------------------------------------------------------------------------------------------------------------
+
+    def _cases(self) -> Iterator[_Case]:
+        for setting in settings(self.problem):
+            room = self.problem.limits.gpu_bytes - self.sizes.fixed_bytes(setting)
+            if room < 0:
+                continue
+            phases = {phase: self._phase(setting, phase) for phase in PHASES}
+            waves, ringless = self.sizes.waves(setting), setting.ring == NO_RING
+            least = waves * sum(each.least_without_ring if ringless else each.least for each in phases.values())
+            yield _Case(setting, waves, phases, np.where(self.space.bytes <= room, least, inf))
+
+    def _phase(self, setting: Setting, phase: Phase) -> _Phase:
+        plan = self.sizes.of_phase(replace(setting, ring=largest_ring(self.problem)), phase, self.space.splits(0))
+        loads = phase_loads(self.problem.workload, plan, phase)
+        key = (phase, *((load, count) for _, load, count in loads))
+        if key not in self.known:
+            bound = phase_bound(self.problem, plan, phase, self.space.grid)
+            self.left -= bound_tasks(self.problem, len(loads), plan.buckets[0].micro_batches, len(bound))
+            without = np.where(self.space.streaming, inf, bound)
+            about = {ring: np.full(len(bound), inf) for ring in rings(self.problem) if ring != NO_RING}
+            self.known[key] = _Phase(plan, bound, self.space.least(bound), self.space.least(without), about)
+        return self.known[key]
+
+    # -- playing -------------------------------------------------------------------------------------------------------------------------------
+
+    def _play(self, case: _Case, phase: Phase, residencies: NDArray[np.intp]) -> None:
+        """What has not been played yet of these residencies and may be part of a better plan."""
+        mine, other = case.phases[phase], case.phases["decode" if phase == "prefill" else "prefill"]
+        wanted = np.zeros(len(case.least_s), dtype=bool)
+        wanted[residencies] = True
+        owner = self.space.owner
+        chosen = wanted[owner] & (mine.bound < self.below_s / case.waves - other.least[owner])
+        chosen &= np.isinf(next(iter(mine.about.values())))
+        combinations = np.nonzero(chosen)[0]
+        if not len(combinations):
+            return
+        grid = some_of(self.space.axes, combinations)
+        sizes = [(self.sizes.plan(replace(case.setting, ring=ring)).ring_bytes, ring[0]) for ring in mine.about]
+        loads = len(phase_loads(self.problem.workload, mine.plan, phase))
+        self.left -= played_tasks(self.problem, loads, mine.plan.buckets[0].micro_batches, len(sizes) * len(combinations))
+        for about, seconds in zip(mine.about.values(), phase_about(self.problem, mine.plan, phase, grid, sizes), strict=True):
+            about[combinations] = seconds
+
+    # -- pricing -------------------------------------------------------------------------------------------------------------------------------
+
+    def _price_best(self, pairs: list[tuple[_Case, NDArray[np.intp]]]) -> None:
+        """Simulate those that look best, until it is no use."""
+        misses = 0
+        for about_s, case, residency in sorted(self._ranked(pairs), key=lambda each: each[0]):
+            if misses >= MISSES or self.left <= 0 or about_s >= self.best_s:
+                return
+            before_s = self.best_s
+            self._price_pair(case, residency)
+            misses = 0 if self.best_s < before_s else misses + 1
+
+    def _ranked(self, pairs: list[tuple[_Case, NDArray[np.intp]]]) -> Iterator[tuple[float, _Case, int]]:
+        for case, residencies in pairs:
+            decode_s, prefill_s = (self.space.least(self._about(case, phase))[residencies] for phase in PHASES)
+            least = case.waves * (decode_s + prefill_s)
+            yield from ((float(least[at]), case, int(residencies[at])) for at in np.nonzero(least < self.best_s)[0])
+
+    def _about(self, case: _Case, phase: Phase) -> Floats:
+        about = case.phases[phase].about[case.ring(self.problem)]
+        return np.where(self.space.streaming, inf, about) if case.setting.ring == NO_RING else about
+
+    def _price_pair(self, case: _Case, residency: int) -> None:
+        members = self.space.members(residency)
+        found: dict[Phase, list[tuple[float, int]]] = {}
+        for phase in PHASES:
+            about = self._about(case, phase)[members]
+            order = [int(at) for at in np.argsort(about, kind="stable")[:NEXT_BEST] if about[at] < inf]
+            found[phase] = []
+            for at in order:
+                if found[phase] and about[at] >= min(found[phase])[0]:
+                    break
+                found[phase].append((self._price(case, phase, int(members[at])), int(members[at])))
+        for decode_s, decode in sorted(found["decode"]):
+            for prefill_s, prefill in sorted(found["prefill"]):
+                seconds = case.waves * (decode_s + prefill_s)
+                if seconds >= self.best_s:
+                    break
+                plan = self.sizes.whole(case.setting, {"decode": self.space.splits(decode), "prefill": self.space.splits(prefill)})
+                if self.problem.fits(plan):
+                    self.best_s, self.best = seconds, plan
+
+    def _price(self, case: _Case, phase: Phase, combination: int) -> float:
+        p, priced, ring = self.problem, case.phases[phase].priced, case.ring(self.problem)
+        if (ring, combination) not in priced:
+            plan = self.sizes.of_phase(replace(case.setting, ring=ring), phase, self.space.splits(combination))
+            priced[ring, combination] = sum(each.seconds for each in price_phase(p.spec, p.profile, p.workload, plan, phase))
+            self.left -= TASKS_PER_LAYER * p.spec.num_layers * plan.buckets[0].micro_batches
+        return priced[ring, combination]

@@ -1,0 +1,148 @@
+"""About how long a phase takes, for many ways to split the ops at once: what the simulator would say, but for what only it can tell.
+
+Owns `phase_about`: passes played back to back on two compute queues (`lower_bound.Pass`) and a link that loads ahead as far as the ring lets it. Who is slowed
+down by whom is taken from the shares of time that each was at work in the pass before. Knows nothing of how plans are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.model.spec import OpSpec
+from twinpilots.plan.grid import Bools, Floats, Grid, Rows
+from twinpilots.plan.lower_bound import OTHER, Pass
+from twinpilots.plan.packets import ALIGN_BYTES
+from twinpilots.plan.plan import Phase, Plan
+from twinpilots.plan.pricing import phase_loads
+from twinpilots.plan.problem import Problem
+from twinpilots.plan.tasks import Device
+
+PASSES = 2  # the last one counts
+
+
+def phase_about(problem: Problem, plan: Plan, phase: Phase, grid: Grid, rings: Sequence[tuple[int, int]]) -> list[Floats]:
+    """Seconds of the phase in one wave, about, by ring (bytes of it, of a packet) and combination (of a grid of one dimension)."""
+    grid = Grid(
+        shape=(len(rings) * grid.shape[0],), axis_of=grid.axis_of, parents={}, rows={key: _repeated(rows, len(rings)) for key, rows in grid.rows.items()}
+    )
+    ring_bytes, packet_bytes = (np.repeat(np.array(sizes, dtype=float), grid.shape[0] // len(rings)) for sizes in zip(*rings, strict=True))
+    total = np.zeros(grid.shape)
+    for _, load, count in phase_loads(problem.workload, plan, phase):
+        link, seconds = PlayedLink(problem.profile, ring_bytes, packet_bytes), np.zeros(grid.shape)
+        for _ in range(PASSES):
+            made = Pass(problem, plan, grid, load, link)
+            seconds = made.run()
+            link.end_pass(seconds, made.busy_s)
+        total += count * seconds
+    return np.split(total, len(rings))
+
+
+def _repeated(rows: Rows, times: int) -> Rows:
+    return rows.each(lambda part: np.tile(part, times))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """Rows in the ring: from byte ``lo`` to ``hi``, there at ``arrived``, in use until ``end``."""
+
+    key: Hashable
+    lo: Floats
+    hi: Floats
+    arrived: Floats
+    end: Floats
+
+
+class PlayedLink:
+    """The link and the ring over several passes (see `lower_bound.Link`)."""
+
+    def __init__(self, profile: HardwareProfile, ring_bytes: Floats, packet_bytes: Floats) -> None:
+        assert profile.gpu is not None and profile.link is not None
+        self.profile, self.ring_bytes, self.packet_bytes, self.link = profile, ring_bytes, packet_bytes, profile.link
+        self.zero = np.zeros(len(ring_bytes))
+        self.free, self.place, self.busy_s = self.zero, self.zero, self.zero
+        self.old: list[_Entry] = []  # of the pass before
+        self.entries: dict[Hashable, _Entry] = {}
+        self.slots: dict[int, Floats] = {}
+        self.busy: dict[str, Floats] = dict.fromkeys(("cpu", "gpu", "link"), self.zero)
+        reads = {"cpu": profile.cpu.read_bytes_per_s, "gpu": profile.gpu.read_bytes_per_s}
+        self.share = {device: rate / sum(reads.values()) for device, rate in reads.items()}
+
+    def fetched(self, key: Hashable, op: OpSpec, rows: Floats) -> Floats:
+        if key not in self.entries:
+            num_bytes = rows * op.row_bytes
+            packets = np.ceil(rows / (np.maximum(1.0, self.packet_bytes // (op.unit_rows * op.row_bytes)) * op.unit_rows))
+            size = np.ceil(num_bytes / ALIGN_BYTES) * ALIGN_BYTES
+            lo = np.where(self.place + size <= self.ring_bytes, self.place, 0.0)
+            start = self.free
+            for entry in (*self.old, *self.entries.values()):
+                start = np.maximum(start, np.where((entry.lo < lo + size) & (lo < entry.hi), entry.end + self.link.queue_handoff_s, -np.inf))
+            seconds = packets * self.link.packet_s + num_bytes / self.link.up_bytes_per_s
+            there = rows > 0
+            self.free = np.where(there, start + seconds, self.free)
+            self.place = np.where(there, lo + size, self.place)
+            self.busy_s = self.busy_s + np.where(there, seconds, 0.0)
+            self.entries[key] = _Entry(key=key, lo=lo, hi=np.where(there, lo + size, lo), arrived=self.free + self.link.queue_handoff_s, end=self.free)
+        return self.entries[key].arrived
+
+    def used(self, key: Hashable, end: Floats) -> None:
+        self.entries[key] = replace(self.entries[key], end=end)
+
+    def fetched_kv(self, slot: int, num_bytes: int) -> Floats:
+        start = np.maximum(np.maximum(self.free, self.profile.step_overhead_s), self.slots.get(slot, self.zero))
+        seconds = self.link.packet_s + self.link.load_kv_s + num_bytes / self.link.up_bytes_per_s
+        self.free, self.busy_s = start + seconds, self.busy_s + seconds
+        return self.free + self.link.queue_handoff_s
+
+    def used_kv(self, slot: int, end: Floats) -> None:
+        self.slots[slot] = end
+
+    def drag(self, device: Device) -> Floats | float:
+        side = self.profile.cpu if device == "cpu" else self.profile.gpu
+        assert side is not None
+        return 1.0 + (side.copy_slowdown - 1.0) * self.busy["link"]
+
+    def peer_drag(self, device: Device, fracs: Mapping[Device, float]) -> Floats | float:
+        side = self.profile.cpu if device == "cpu" else self.profile.gpu
+        assert side is not None
+        traffic = sum(self.share[each] * frac for each, frac in fracs.items())
+        return 1.0 + (max(1.0, fracs[device] * side.peer_slowdown * traffic) - 1.0) * self.busy[OTHER[device]]
+
+    def crowded(self, keys: Sequence[Hashable]) -> Bools:
+        found: Bools = self.zero != 0
+        entries = [self.entries[key] for key in keys if key in self.entries]
+        for i, one in enumerate(entries):
+            for two in entries[:i]:
+                found = found | ((one.lo < two.hi) & (two.lo < one.hi))
+        return found
+
+    def saved(self) -> Any:
+        return self.free, self.place, self.busy_s, dict(self.entries)
+
+    def restore(self, saved: Any) -> None:
+        self.free, self.place, self.busy_s = saved[:3]
+        self.entries = dict(saved[3])
+
+    def keep(self, where: Bools, other: Any) -> None:
+        free, place, busy_s, entries = other
+        self.free, self.place = np.where(where, self.free, free), np.where(where, self.place, place)
+        self.busy_s = np.where(where, self.busy_s, busy_s)
+        self.entries = {
+            key: _Entry(
+                key=key, lo=np.where(where, mine.lo, entries[key].lo), hi=np.where(where, mine.hi, entries[key].hi),
+                arrived=np.where(where, mine.arrived, entries[key].arrived), end=np.where(where, mine.end, entries[key].end),
+            )
+            for key, mine in self.entries.items()
+        }  # fmt: skip
+
+    def end_pass(self, seconds: Floats, busy_s: Mapping[Device, Floats]) -> None:
+        """The next pass's times are from its own begin."""
+        self.busy = {"link": np.minimum(1.0, self.busy_s / seconds), **{device: np.minimum(1.0, each / seconds) for device, each in busy_s.items()}}
+        self.old = [replace(entry, arrived=entry.arrived - seconds, end=entry.end - seconds) for entry in self.entries.values()]
+        self.free = self.free - seconds
+        self.place, self.busy_s, self.entries = self.zero, self.zero, {}
+        self.slots = {}
