@@ -24,6 +24,7 @@ from benchmarks.gpu_steps import KernelTask, PointTask, RatesTask, TokenTask, to
 from benchmarks.gpu_workers import (
     ROOT,
     Verdict,
+    breaks_promise,
     build_native,
     device_name,
     events_of,
@@ -207,11 +208,6 @@ def measure_points(check: Check) -> None:
     check.judge("throughput", bool(check.points) and not failed, text)
     over = [f"{point['policy']} x {point['num_seqs']}: {point['footprint_bytes'] / 2**20:.0f} MiB" for point in check.points if breaks_promise(point)]
     check.judge("memory promise", not over if check.points else None, "; ".join(over) or "no footprint above --gpu-memory")
-
-
-def breaks_promise(point: Mapping[str, Any]) -> bool:
-    """Whether the process took more of the card than it was allowed, by more than nvidia-smi's unit."""
-    return bool(point["footprint_bytes"] > point["gpu_memory"] + 2**20)
 
 
 def point_task(check: Check, policy: str, num_seqs: int) -> PointTask:

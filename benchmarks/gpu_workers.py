@@ -26,6 +26,7 @@ from twinpilots.errors import LimitError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SOFTWARE = ("torch", "transformers", "numpy", "scipy", "triton", "accelerate")
+NVIDIA_SMI_BYTES = 1 << 20  # its unit
 Emit = Callable[[Mapping[str, Any]], None]
 
 
@@ -153,6 +154,11 @@ def card_used_bytes(device: str) -> int | None:
     from twinpilots.device.cuda import card_used_bytes as used
 
     return used(int(device.removeprefix("cuda:")))
+
+
+def breaks_promise(run: Mapping[str, Any]) -> bool:
+    """Whether the process took more of the card than it was allowed, by more than nvidia-smi's unit."""
+    return bool(run["footprint_bytes"] > run["gpu_memory"] + NVIDIA_SMI_BYTES)
 
 
 def since(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
