@@ -14,13 +14,14 @@ READY :=
 endif
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-# make gpu-check: the Python to use if it can drive the card, what is tested, on what, and where the result file goes.
+# make gpu-check, gpu-bench: the Python to use if it can drive the card, what is tested, on what, where the result file goes, and which part of the points.
 PYTHON ?= python3
 DEVICE ?= cuda:0
 COMMIT ?= $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 OUT ?= benchmarks/results
+SLICE ?= 1/1
 
-.PHONY: help demo test lint unit native sanitize test-triton gpu-check clean setup
+.PHONY: help demo test lint unit native sanitize test-triton gpu-check gpu-bench clean setup
 
 help:
 	@echo "make demo       measure this machine, plan and run SmolLM2-135M under five policies"
@@ -29,6 +30,7 @@ help:
 	@echo "make sanitize   the native tests under the address and undefined-behaviour sanitizers"
 	@echo "make test-triton  the GPU's kernels in Triton's interpreter and through its compiler; installs Triton (1 GB)"
 	@echo "make gpu-check  token tests, rates and throughput on a CUDA device, in under nine minutes"
+	@echo "make gpu-bench  SLICE=i/n: capped GPU memory, large models, every policy and other engines, in under nine minutes a slice"
 	@echo "make clean      remove .venv and everything built"
 
 setup: $(READY)
@@ -68,15 +70,23 @@ test-triton: native
 	@$(PY) -m pytest -q -p no:cacheprovider tests/cpu/test_triton.py tests/cpu/test_triton_compile.py
 
 # Where $(PYTHON) has a torch that can drive a CUDA device, it is used as it is and nothing is installed. Else our own .venv is, and set up if there is a card.
-gpu-check:
-	@python="$(PYTHON)"; \
+define WITH_DEVICE
+python="$(PYTHON)"; \
 	if [[ "$(DEVICE)" == cuda* ]] && ! "$$python" -m twinpilots.doctor --require-cuda >/dev/null 2>&1; then \
 	  "$$python" -c 'import ctypes as c; n = c.c_int(); d = c.CDLL("libcuda.so.1"); exit(d.cuInit(0) or d.cuDeviceGetCount(c.byref(n)) or not n.value)' 2>/dev/null \
-	    || { echo "error: no CUDA device here; rehearse without one: make gpu-check DEVICE=emulated:demo" >&2; exit 2; }; \
+	    || { echo "error: no CUDA device here; rehearse without one: make $@ DEVICE=emulated:demo" >&2; exit 2; }; \
 	  python=""; \
 	fi; \
-	if [[ -z "$$python" || "$(DEVICE)" != cuda* ]]; then make --no-print-directory setup; python="$(PY)"; fi; \
+	if [[ -z "$$python" || "$(DEVICE)" != cuda* ]]; then make --no-print-directory setup; python="$(PY)"; fi
+endef
+
+gpu-check:
+	@$(WITH_DEVICE); \
 	PYTHONPATH=. "$$python" -m benchmarks.gpu_check --device "$(DEVICE)" --commit "$(COMMIT)" --out "$(OUT)" $(GPU_CHECK_FLAGS)
+
+gpu-bench:
+	@$(WITH_DEVICE); \
+	PYTHONPATH=. "$$python" -m benchmarks.gpu --device "$(DEVICE)" --commit "$(COMMIT)" --out "$(OUT)" --slice "$(SLICE)" $(GPU_BENCH_FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis twinpilots/kernels/_native_*

@@ -8,32 +8,41 @@ What a passed check proves, and what it does not, is in docs/gpu-check.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import queue
-import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_steps import KernelTask, PointTask, RatesTask, TokenTask, token_cases
+from benchmarks.gpu_workers import (
+    ROOT,
+    Verdict,
+    breaks_promise,
+    build_native,
+    device_name,
+    events_of,
+    machine_document,
+    mark,
+    only_case,
+    require_device,
+    say,
+    slug,
+    worker_environment,
+    write_document,
+)  # fmt: skip
 from tests.zoo import FAMILIES
-from twinpilots.doctor import cuda_devices, torch_cuda_version
 from twinpilots.errors import UserError
 from twinpilots.model.dummy import dummy_spec
 from twinpilots.plan.plan import POLICIES
 
-ROOT = Path(__file__).resolve().parents[1]
+STEPS_MODULE = "benchmarks.gpu_steps"
 SCHEMA = 1
 BUDGET_S = 510.0  # of the nine minutes; starting and ending take the rest
 STALL_S = 60.0  # a token case takes a second or two; the first of a worker also starts torch, CUDA and transformers
@@ -44,16 +53,6 @@ POINT_S = 120.0
 HALF_FAMILIES = ("llama", "gemma2", "opt", "qwen3")
 HALF_POLICIES = ("auto", "stream")
 POINT_POLICIES = ("auto", "stream", "cpu")
-SOFTWARE = ("torch", "transformers", "numpy", "scipy", "triton")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """``ok`` None: nothing was asked of it here."""
-
-    name: str
-    ok: bool | None
-    detail: str
 
 
 @dataclass(kw_only=True)
@@ -86,70 +85,13 @@ class Check:
         say(f"{mark(ok)}  {name}: {detail}")
 
 
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-def mark(ok: bool | None) -> str:
-    return {True: "pass", False: "FAIL", None: "-   "}[ok]
-
-
-# -- worker processes ------------------------------------------------------------------------------------------------------------------------
-
-
-def events_of(kind: str, task: Any, *, limit_s: float, stall_s: float) -> Iterator[dict[str, Any]]:
-    """The events of a worker, as they come. The last one is ``end``, with the reason when the worker died, hung or ran out of time, else None."""
-    command = [sys.executable, "-m", "benchmarks.gpu_steps", json.dumps({kind: asdict(task)})]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=worker_environment())
-    lines: queue.Queue[str | None] = queue.Queue()
-    assert child.stdout is not None
-    reader = threading.Thread(target=_read_lines, args=(child.stdout, lines), daemon=True)
-    reader.start()
-    deadline, reason = time.monotonic() + limit_s, None
-    try:
-        while True:
-            patience_s = min(stall_s, deadline - time.monotonic())
-            try:
-                line = lines.get(timeout=max(patience_s, 0.0))
-            except queue.Empty:
-                reason = f"no answer for {stall_s:g} s" if patience_s == stall_s < limit_s else f"its {limit_s:.3g} s were up"
-                break
-            if line is None:
-                code = child.wait()
-                reason = f"its process ended with exit code {code}" if code else None
-                break
-            yield json.loads(line)
-    finally:
-        child.kill()
-        child.wait()
-        reader.join()
-        child.stdout.close()
-    yield {"event": "end", "reason": reason}
-
-
-def _read_lines(stream: Any, lines: queue.Queue[str | None]) -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put(None)
-
-
-def worker_environment() -> dict[str, str]:
-    """One thread for libraries (the pilots count their own), and our packages in reach."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-
-
 # -- steps -----------------------------------------------------------------------------------------------------------------------------------
 
 
-def build_native(check: Check) -> None:
-    """The CPU pilot's library, with this box's own compiler. Without it everything still runs, on torch: said, and judged a failure, for it cannot be fast."""
-    done = subprocess.run(
-        [sys.executable, "-m", "twinpilots.kernels.build"], cwd=ROOT, env=worker_environment(), capture_output=True, text=True, check=False, timeout=120.0
-    )  # fmt: skip
-    last = (done.stderr.strip().splitlines() or ["built with this box's compiler"])[-1]
-    check.judge("native library", done.returncode == 0, last if done.returncode else "built with this box's compiler")
+def build_native_library(check: Check) -> None:
+    """The CPU pilot's library; without it nothing can be fast, which is judged a failure."""
+    reason = build_native()
+    check.judge("native library", reason is None, reason or "built with this box's compiler")
 
 
 def device_tests(check: Check) -> None:
@@ -173,7 +115,7 @@ def kernel_tests(check: Check) -> None:
         return
     found: list[dict[str, Any]] = []
     reason = None
-    for event in events_of("kernels", KernelTask(device=check.device), limit_s=min(KERNELS_S, check.left_s), stall_s=STALL_S):
+    for event in events_of(STEPS_MODULE, "kernels", KernelTask(device=check.device), limit_s=min(KERNELS_S, check.left_s), stall_s=STALL_S):
         if event["event"] == "case":
             found.append(event)
             if not event["ok"]:
@@ -204,7 +146,7 @@ def token_tests(check: Check) -> None:
 def run_token_worker(check: Check, todo: list[str], deadline: float) -> bool:
     """Run the cases of ``todo``, taking the finished ones out. False when the worker did not come to its end."""
     current, task = None, TokenTask(device=check.device, cases=tuple(todo))
-    for event in events_of("tokens", task, limit_s=max(0.0, deadline - time.monotonic()), stall_s=STALL_S):
+    for event in events_of(STEPS_MODULE, "tokens", task, limit_s=max(0.0, deadline - time.monotonic()), stall_s=STALL_S):
         if event["event"] == "begin":
             current = event["case"]
         elif event["event"] == "case":
@@ -237,23 +179,12 @@ def judge_tokens(check: Check, dtype: str, left: Sequence[str]) -> None:
 
 def measure_rates(check: Check) -> None:
     """What no plan can beat: link, DRAM, and each processor alone; and the profile that the points plan with."""
-    result = only_case("rates", RatesTask(device=check.device, model=check.model), min(POINT_S, check.left_s))
+    result = only_case(STEPS_MODULE, "rates", RatesTask(device=check.device, model=check.model), min(POINT_S, check.left_s))
     check.rates = {"limits": result.get("rates"), "profile": result.get("profile")}
     rates = result.get("rates") or {}
     bad = [name for name, value in rates.items() if not (isinstance(value, float | int) and 0 < value < 1e18)]
     shown = ", ".join(f"{name.replace('_per_s', '').replace('_', ' ')} {value / 1e9:.3g}G/s" for name, value in rates.items() if value)
     check.judge("rates", bool(result["ok"]) and not bad, shown if result["ok"] and not bad else result["detail"] or f"impossible: {', '.join(bad)}")
-
-
-def only_case(kind: str, task: Any, limit_s: float) -> dict[str, Any]:
-    """The result of a worker with one case; a failed one when the worker did not come to its end."""
-    found: dict[str, Any] = {}
-    for event in events_of(kind, task, limit_s=limit_s, stall_s=limit_s):
-        if event["event"] == "case":
-            found = event
-        elif event["event"] == "end" and not found:
-            found = {"ok": False, "detail": event["reason"] or "it ended without a result"}
-    return found
 
 
 def measure_points(check: Check) -> None:
@@ -265,7 +196,7 @@ def measure_points(check: Check) -> None:
                 skipped += 1
                 continue
             began = time.monotonic()
-            result = only_case("point", point_task(check, policy, num_seqs), min(POINT_S, check.left_s))
+            result = only_case(STEPS_MODULE, "point", point_task(check, policy, num_seqs), min(POINT_S, check.left_s))
             longest_s = max(longest_s, time.monotonic() - began)
             if result["ok"]:
                 check.points.append(result["point"])
@@ -277,11 +208,6 @@ def measure_points(check: Check) -> None:
     check.judge("throughput", bool(check.points) and not failed, text)
     over = [f"{point['policy']} x {point['num_seqs']}: {point['footprint_bytes'] / 2**20:.0f} MiB" for point in check.points if breaks_promise(point)]
     check.judge("memory promise", not over if check.points else None, "; ".join(over) or "no footprint above --gpu-memory")
-
-
-def breaks_promise(point: Mapping[str, Any]) -> bool:
-    """Whether the process took more of the card than it was allowed, by more than nvidia-smi's unit."""
-    return bool(point["footprint_bytes"] > point["gpu_memory"] + 2**20)
 
 
 def point_task(check: Check, policy: str, num_seqs: int) -> PointTask:
@@ -316,40 +242,19 @@ def table(check: Check) -> str:
     return "\n".join(["", f"gpu-check of {check.commit} on {device_name(check.device)}{emulated}", *lines, f"gpu-check {word}"])
 
 
-def device_name(device: str) -> str:
-    if device.startswith("emulated:"):
-        return device
-    return cuda_devices()[int(device.removeprefix("cuda:"))].name
-
-
 def document(check: Check) -> dict[str, Any]:
     """The result file. Times in seconds, sizes in bytes; ``efficiency`` is achieved / hardware bound."""
     return {
-        "schema": SCHEMA, "check": "gpu", "commit": check.commit, "date": date.today().isoformat(), "device": check.device, "gpu": device_name(check.device),
-        "emulated": check.device.startswith("emulated:"), "processor": f"{platform.machine()}, {os.cpu_count()} logical CPUs", "software": software(),
-        "model": check.model, "passed": check.passed, "seconds": time.monotonic() - check.began, "verdicts": [asdict(verdict) for verdict in check.verdicts],
+        "schema": SCHEMA, "check": "gpu", "commit": check.commit, "date": date.today().isoformat(), **machine_document(check.device), "model": check.model,
+        "passed": check.passed, "seconds": time.monotonic() - check.began, "verdicts": [asdict(verdict) for verdict in check.verdicts],
         "rates": check.rates.get("limits"), "profile": check.rates.get("profile"), "points": check.points,
         "kernels": check.kernels, "cases": check.cases,
     }  # fmt: skip
 
 
-def software() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch_cuda_version()}
-    for name in SOFTWARE:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def write_result(check: Check, folder: Path) -> Path:
-    """``<gpu>-<date>.json`` in ``folder``, which is made when it is not there."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(check.device).lower()).strip("-")
-    path = folder / f"{slug}-{date.today().isoformat()}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document(check), indent=1) + "\n", encoding="utf-8")
-    return path
+    """``<gpu>-<date>.json`` in ``folder``."""
+    return write_document(document(check), folder, f"{slug(device_name(check.device))}-{date.today().isoformat()}")
 
 
 # -- the command -----------------------------------------------------------------------------------------------------------------------------
@@ -374,13 +279,7 @@ def checked(args: argparse.Namespace) -> Check:
         raise UserError(f"unknown family {unknown[0]!r}; known: {', '.join(FAMILIES)}")
     if not all(text.isdecimal() and int(text) for text in num_seqs):
         raise UserError(f"--num-seqs {args.num_seqs!r} must be whole numbers of at least 1, separated by commas")
-    if re.fullmatch(r"cuda:\d+", args.device):
-        cards = cuda_devices()
-        if int(args.device.removeprefix("cuda:")) >= len(cards) or torch_cuda_version() is None:
-            here = f"the driver shows {len(cards)} CUDA devices, torch is built for CUDA {torch_cuda_version()}"
-            raise UserError(f"no usable {args.device}: {here}; rehearse with --device emulated:demo")
-    elif not args.device.startswith("emulated:"):
-        raise UserError(f"unknown device {args.device!r}; give cuda:N or emulated:PRESET")
+    require_device(args.device)
     model = args.model or ("dummy:smollm2-135m" if args.device.startswith("emulated:") else "dummy:llama-3.2-1b")
     dummy_spec(model)
     return Check(
@@ -388,7 +287,7 @@ def checked(args: argparse.Namespace) -> Check:
     )  # fmt: skip
 
 
-STEPS = (build_native, device_tests, kernel_tests, token_tests, measure_rates, measure_points)
+STEPS = (build_native_library, device_tests, kernel_tests, token_tests, measure_rates, measure_points)
 
 
 def run_steps(check: Check) -> None:

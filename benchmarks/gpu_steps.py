@@ -6,23 +6,20 @@ ends it. A process of its own each, because a CUDA error leaves its process usel
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu_workers import Emit, card_used_bytes, outcome, serve, since
 from twinpilots.device.base import GpuDevice
-from twinpilots.errors import LimitError
 from twinpilots.machine import measure_machine, open_gpu
 
-Emit = Callable[[Mapping[str, Any]], None]
 UNIT_ROWS = 8  # the zoo's models are small: larger units would leave nothing to split
 HAND_PLANS = 2
 NUM_SEQS = 3
@@ -118,19 +115,6 @@ def run_kernels(task: KernelTask, emit: Emit) -> None:
         emit({"event": "case", "case": name, **outcome(run), "seconds": time.monotonic() - began})
 
 
-def outcome(run: Callable[[], str | None]) -> dict[str, Any]:
-    """``ok`` True with what was found, None (infeasible) with the reason, or False with the error. The traceback of an error goes to stderr."""
-    try:
-        return {"ok": True, "detail": run() or ""}
-    except LimitError as error:
-        return {"ok": None, "detail": str(error)}
-    except Exception as error:  # noqa: BLE001  one failure must not hide the rest
-        import traceback
-
-        traceback.print_exc(limit=-4)  # where it happened; many cases may fail alike
-        return {"ok": False, "detail": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
-
-
 def run_variant(model: Any, dtype: str, variant: str, gpu: GpuDevice) -> str:
     """Generates with one plan and compares: the fp32 rule for fp32 weights, logits within the tolerance for all. Returns the largest logit error."""
     from tests.harness import NUM_TOKENS, PROMPTS, Rig, relative_rms
@@ -223,43 +207,10 @@ def measure_point(task: PointTask) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def since(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """What a second run added to sums."""
-    return {name: after[name] - before[name] for name in after}
-
-
-def card_used_bytes(device: str) -> int | None:
-    """Bytes in use on the card by whoever (the box is ours); None on an emulated one, whose ledger knows."""
-    if not device.startswith("cuda:"):
-        return None
-    from twinpilots.device.cuda import card_used_bytes as used
-
-    return used(int(device.removeprefix("cuda:")))
-
-
 # -- the process ---------------------------------------------------------------------------------------------------------------------------
 
 RUN: Mapping[str, Callable[[Any, Emit], None]] = {"kernels": run_kernels, "tokens": run_tokens, "rates": run_rates, "point": run_point}
 
 
-def main(argv: list[str]) -> None:
-    """Keep stdout for the events alone: whatever else prints goes to stderr."""
-    events = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def emit(event: Mapping[str, Any]) -> None:
-        events.write(json.dumps(event) + "\n")
-        events.flush()
-
-    for kind, task in parsed(json.loads(argv[0])):
-        RUN[kind](task, emit)
-
-
-def parsed(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(kind, task) of ``{kind: fields}``."""
-    for kind, fields in document.items():
-        yield kind, TASKS[kind](**fields)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    serve(sys.argv[1:], TASKS, RUN)

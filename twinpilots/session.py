@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -78,11 +78,11 @@ class CheckpointWeights:
 
 
 class Session:
-    """Runs one plan. ``stats`` goes on from an earlier session of the same LLM."""
+    """Runs one plan. ``stats`` goes on from an earlier session of the same LLM; ``make_executor`` takes `Executor`'s arguments."""
 
     def __init__(
         self, config: EngineConfig, spec: ModelSpec, profile: HardwareProfile, plan: Plan, checkpoint: Checkpoint, tokenizer: Tokenizer | None,
-        planner: Planner, *, stats: EngineStats | None = None,
+        planner: Planner, *, stats: EngineStats | None = None, make_executor: Callable[..., Executor] = Executor,
     ) -> None:  # fmt: skip
         self.plan, self.profile, self._planner = plan, profile, planner
         began = time.perf_counter()
@@ -91,7 +91,7 @@ class Session:
             with Progress("loading", total=spec.linear_bytes, unit="bytes") as bar:
                 limits: dict[Tier, int] = {"gpu": planner.limits.gpu_bytes, "host": planner.limits.host_bytes}
                 self.executor = stack.enter_context(
-                    Executor(spec, plan, machine.pilot, machine.gpu, CheckpointWeights(checkpoint), limits=limits, progress=bar.update)
+                    make_executor(spec, plan, machine.pilot, machine.gpu, CheckpointWeights(checkpoint), limits=limits, progress=bar.update)
                 )
             self.executor.prepare(PREPARE_S)
             self._stack = stack.pop_all()

@@ -75,7 +75,7 @@ def test_outcomes_name_the_cause() -> None:
 
 
 def test_a_worker_that_dies_costs_one_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    def events(_kind: str, task: TokenTask, **_limits: float) -> Any:
+    def events(_module: str, _kind: str, task: TokenTask, **_limits: float) -> Any:
         for case in task.cases:
             yield {"event": "begin", "case": case}
             if case.endswith("cpu"):
@@ -110,13 +110,13 @@ def test_kernels_that_fail_are_reported_and_a_machine_without_them_is_no_failure
 
 
 def test_a_worker_that_cannot_start_ends_the_case_with_a_reason() -> None:
-    found = gpu_check.only_case("rates", gpu_steps.RatesTask(device="emulated:demo", model="dummy:none"), 30.0)
+    found = gpu_check.only_case(gpu_check.STEPS_MODULE, "rates", gpu_steps.RatesTask(device="emulated:demo", model="dummy:none"), 30.0)
     assert found["ok"] is False
     assert "unknown model" in found["detail"]
 
 
 def test_a_worker_out_of_time_is_killed() -> None:
-    found = gpu_check.only_case("rates", gpu_steps.RatesTask(device="emulated:demo", model="dummy:smollm2-135m"), 0.2)
+    found = gpu_check.only_case(gpu_check.STEPS_MODULE, "rates", gpu_steps.RatesTask(device="emulated:demo", model="dummy:smollm2-135m"), 0.2)
     assert found["ok"] is False
     assert found["detail"] == "its 0.2 s were up"
 

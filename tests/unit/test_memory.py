@@ -144,6 +144,21 @@ def test_untouched_memory_costs_nothing_and_closing_gives_back_fd_and_bytes() ->
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+def test_an_arena_that_begins_anew_keeps_its_bytes_but_no_allocation_event_or_command() -> None:
+    first, second = Ledger({}), Ledger({"host": MIB})
+    arena = HostArena(MIB, shared=False, num_events=8, ledger=first)
+    data = arena.alloc(100_000, "weights")
+    arena.view(data, np.uint8, 100_000)[:] = 7
+    arena.events[3] = 5
+    arena.set_abort()
+    arena.renew(second)
+    assert not arena.aborted and not arena.events.any() and first.used("host") == 0
+    assert second.used("host") == arena.used < 100_000, "control block and events, counted by the new ledger alone"
+    assert arena.alloc(100_000, "weights") == data and (arena.view(data, np.uint8, 100_000) == 7).all()
+    arena.close()
+    assert second.used("host") == 0
+
+
 def test_an_arena_too_small_for_its_control_block_is_refused() -> None:
     with pytest.raises(LimitError, match="control block"):
         HostArena(1000, num_events=16)

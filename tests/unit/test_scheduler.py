@@ -204,6 +204,16 @@ def test_a_new_plan_may_move_work_but_not_what_sequences_rely_on() -> None:
         scheduler.set_plan(toy_plan(gpu_pages=0, host_pages=65))
 
 
+def test_prompts_that_are_skipped_count_as_computed_as_far_as_there_is_room() -> None:
+    scheduler = make(toy_plan(gpu_pages=8, host_pages=5, page_size=4, max_num_seqs=4))  # three pages each: two on the GPU, one on the host
+    sequences = [add(scheduler, 9, max_tokens=3, arrival=arrival) for arrival in range(5)]
+    assert scheduler.skip_prompts() == 3 and len(scheduler.waiting) == 2
+    assert [sequence.tier for sequence in sequences] == ["gpu", "gpu", "host", None, None]
+    scheduler.check_integrity()
+    batch = run_pass(scheduler)
+    assert brought(batch) == {str(arrival): (8, 1) for arrival in range(3)} and batch.bucket.phase == "decode"
+
+
 def test_planning_a_pass_of_64_decoding_sequences_is_cheap() -> None:
     plan = toy_plan(gpu_pages=64 * 64, max_num_seqs=64, max_pass_tokens=512, max_model_len=1024, page_size=16)
     scheduler = make(plan)

@@ -12,7 +12,8 @@ from tests.planning import DEMO, RTX_4090, llama, llama_70b, memory_of, smollm2,
 from twinpilots.errors import DeviceUnavailableError, LimitError
 from twinpilots.hardware.presets import PRESETS
 from twinpilots.model.spec import ModelSpec
-from twinpilots.plan.draft import fits
+from twinpilots.plan.draft import fill_resident, fits
+from twinpilots.plan.memory import layer_templates
 from twinpilots.plan.pricing import price_plan, waves_of
 from twinpilots.plan.program import Machine, PhaseTerms, Program, solve_program
 from twinpilots.plan.solver import price, resolve_buckets, solve
@@ -200,3 +201,11 @@ def test_a_phase_may_do_without_the_gpu() -> None:
     assert any(split.gpu for layer in prefill.splits for split in layer.values()) and any(split.cpu for layer in prefill.splits for split in layer.values())
     best_other = max(each.tokens_per_s or 0.0 for name, each in solution.candidates.items() if name != "auto")
     assert solution.prediction.tokens_per_s > 1.05 * best_other
+
+
+def test_a_share_that_the_linear_program_left_a_hair_below_zero_is_nothing_resident() -> None:
+    spec = llama_70b()
+    templates = layer_templates(spec, 64)
+    target = dict.fromkeys(templates[0], 0.5) | {"k_proj": -1e-17}
+    residency = fill_resident(spec, templates, 8 << 30, target, leftover=False)
+    assert {layer["k_proj"] for layer in residency[:-1]} == {0} and all(rows >= 0 for layer in residency for rows in layer.values())

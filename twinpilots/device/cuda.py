@@ -44,6 +44,7 @@ _LOG = logging.getLogger(__name__)
 TEMPORARY_BYTES = 768 * 2**20  # what the interpreter's intermediate results may take beside the arena
 CONTEXT_GUESS_BYTES = 600 * 2**20  # a CUDA context with cuBLAS, where nvidia-smi is not there to measure it
 REGISTER_FLAGS = 1 | 2  # cudaHostRegisterPortable | cudaHostRegisterMapped
+ALREADY_REGISTERED = 712  # cudaErrorHostMemoryAlreadyRegistered
 ALL_PASSES = 2**31 - 1
 
 
@@ -100,11 +101,14 @@ class CudaRuntime:
     def pin(self, host: HostArena) -> Tensor | None:
         with torch.cuda.device(self.device):  # memory is registered with the current device, whose address the alias gets
             status = int(torch.cuda.cudart().cudaHostRegister(host.base, host.num_bytes, REGISTER_FLAGS))
-            if status != 0:
+            if status == ALREADY_REGISTERED:  # by who keeps the arena for several engines, and unpins it in the end
+                _forget_error(self.device)
+            elif status != 0:
                 _forget_error(self.device)
                 _LOG.warning("cannot pin %s of host memory (CUDA error %d): copies will be slow and block", format_bytes(host.num_bytes), status)
                 return None
-            self._pinned = True
+            else:
+                self._pinned = True
             address = _device_pointer(host.base)
             if address is None:
                 _LOG.warning("pinned host memory cannot be mapped: activation copies will go through the copy engine, behind the weights")

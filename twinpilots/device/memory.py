@@ -211,6 +211,16 @@ class HostArena:
             raise ValueError(f"host arena has ABI {int(arena._control['abi'])}, this version speaks {ABI_VERSION}")
         return arena
 
+    def renew(self, ledger: Ledger | None) -> None:
+        """Begin anew in the same memory: nothing is allocated but the control block and the events, and those are zero; all else holds what it held.
+        For engines that follow one another over the same weights. LimitError when the ledger's limit is too small."""
+        self._bump.release()
+        self._bump.ledger = ledger
+        reserved = EVENTS_OFFSET + EVENT_BYTES * self.num_events
+        self._bump.alloc(reserved, "programs", 64)
+        self.bytes[:reserved] = 0
+        self._control["abi"] = ABI_VERSION
+
     def populate(self) -> None:
         """Take all pages now, so that no pass pays for first touches. Large arenas are left as they are."""
         if self._mmap is not None and self.num_bytes <= POPULATE_MOST_BYTES:

@@ -239,7 +239,7 @@ def _even_bytes(spec: ModelSpec, templates: Templates, wanted: Mapping[str, floa
 
 
 def _floor_edge(op: OpSpec, rows: float) -> int:
-    return op.rows if rows >= op.rows else int(rows // op.unit_rows) * op.unit_rows
+    return op.rows if rows >= op.rows else int(max(0.0, rows) // op.unit_rows) * op.unit_rows  # a solver's zero may be a hair below it
 
 
 def _grow(ops: Mapping[str, OpSpec], layer: Mapping[str, int], budget_bytes: int) -> tuple[dict[str, int], int]:

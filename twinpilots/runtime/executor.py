@@ -32,7 +32,7 @@ from twinpilots.runtime.interrupts import Interrupts
 from twinpilots.runtime.kv_moves import KvMoves
 from twinpilots.runtime.layout import Layout, lay_out, page_bytes
 from twinpilots.runtime.stats import BytesMoved, PassReport, PassTimes, QueueTimes, WeightShares
-from twinpilots.runtime.weights import OFFSET_MASK, TensorSource, load_weights
+from twinpilots.runtime.weights import OFFSET_MASK, Loader, TensorSource, load_weights
 
 NUM_EVENTS = 1 << 16
 PASS_TIMEOUT_S = 600.0
@@ -78,19 +78,31 @@ class PassRunner(Protocol):
 
 
 class Executor:
-    """One plan, loaded: ``execute`` runs one `StepBatch` and returns its logits. Close it, or use it as a context manager."""
+    """One plan, loaded: ``execute`` runs one `StepBatch` and returns its logits. Close it, or use it as a context manager.
+
+    ``arena``: host memory to use instead of its own, large enough and with as many events; it begins anew and stays open at the end. ``load`` puts weights
+    where the layouts keep them.
+    """
 
     def __init__(
         self, spec: ModelSpec, plan: Plan, pilot: CpuPilot, gpu: GpuDevice | None, source: TensorSource, *, limits: Mapping[Tier, int] | None = None,
-        poison: bool = False, runner: PassRunner | None = None, progress: Callable[[int], None] | None = None,
+        poison: bool = False, runner: PassRunner | None = None, progress: Callable[[int], None] | None = None, arena: HostArena | None = None,
+        load: Loader = load_weights,
     ) -> None:  # fmt: skip
         plan.check(spec)
         self.spec, self.plan, self.pilot, self.gpu, self.poison, self.runner = spec, plan, pilot, gpu if plan.uses_gpu else None, poison, runner
         self.ledger = Ledger(dict(limits or {}))
         meta_words = metadata_words(plan)
         shared = self.gpu is not None and self.gpu.emulated
-        self.host = HostArena(host_layout_bytes(spec, plan), shared=shared, num_events=NUM_EVENTS, ledger=self.ledger, nodes=pilot.nodes)
-        self.host.populate()
+        num_bytes = host_layout_bytes(spec, plan)
+        self._owns_host = arena is None
+        if arena is None:
+            self.host = HostArena(num_bytes, shared=shared, num_events=NUM_EVENTS, ledger=self.ledger, nodes=pilot.nodes)
+            self.host.populate()
+        else:
+            assert num_bytes <= arena.num_bytes and arena.num_events == NUM_EVENTS and (arena.fd >= 0 or not shared), "not an arena for this plan"
+            self.host = arena
+            arena.renew(self.ledger)
         self.host_layout = lay_out(spec, plan, Space.HOST, self.host.alloc)
         self.meta_offset = self.host.alloc(4 * meta_words, "programs")
         self._meta = self.host.view(self.meta_offset, np.int32, meta_words)
@@ -100,12 +112,12 @@ class Executor:
         chains = self.gpu is None and runner is None and pilot.native is not None
         self._chain = Chain(logits, vocab, plan.page_size) if chains else None
         moves_at = self.host.alloc(kv_move_bytes(spec, plan), "programs")
-        self._program_bytes = (self.host.num_bytes - self.host.used) // 64 * 64 - SPARE_BYTES
+        self._program_bytes = (num_bytes - self.host.used) // 64 * 64 - SPARE_BYTES
         self._program_area = self.host.alloc(self._program_bytes, "programs")
         self._program_pos = 0
         self.gpu_layout = self._open_gpu() if self.gpu else None
         write = self.gpu.write if self.gpu else None
-        load_weights(spec, plan, source, self.host_layout, self.host, self.gpu_layout, write, progress)
+        load(spec, plan, source, self.host_layout, self.host, self.gpu_layout, write, progress)
         self._compiler = Compiler(spec, plan, self.host_layout, self.gpu_layout)
         self._moves: KvMoves | None = None
         if self.gpu_layout is not None and plan.gpu_pages and plan.host_pages:
@@ -389,7 +401,8 @@ class Executor:
             self._moves.release()
         self._placed.clear()
         self._link_in = self._ahead = self.last_record = None
-        self.host.close()
+        if self._owns_host:
+            self.host.close()
 
     def __enter__(self) -> Executor:
         return self

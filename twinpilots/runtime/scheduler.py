@@ -111,6 +111,21 @@ class Scheduler:
             expected[sequence.tier] += self._expected_pages(sequence)
         return expected
 
+    def skip_prompts(self) -> int:
+        """Let in who finds room, with all tokens but the last counted as computed, whatever their pages hold: to measure passes at long contexts without
+        computing the prompts. Returns how many came in; the others wait."""
+        started = 0
+        while self.waiting and len(self.running) < self.plan.max_num_seqs:
+            sequence = self.waiting.first(Counter())
+            tier = self._tier_for(sequence, self._expected_by_tier(self.running))
+            if tier is None:
+                break
+            self._start(sequence, tier)
+            sequence.num_computed = sequence.num_seen = len(sequence.tokens) - 1
+            assert self.kv.extend(sequence, sequence.num_computed), "a tier with room has the pages"
+            started += 1
+        return started
+
     # -- one pass --------------------------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepBatch | None:

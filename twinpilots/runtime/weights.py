@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from twinpilots.device.memory import HostArena
 from twinpilots.kernels import format as weight_format
 from twinpilots.kernels import quant_format
 from twinpilots.kernels.abi import NULL
@@ -36,6 +37,9 @@ class HostMemory(Protocol):
 
 
 GpuWrite = Callable[[int, np.ndarray], None]  # (offset, contiguous bytes)
+Loader = Callable[
+    [ModelSpec, Plan, TensorSource, Layout, HostArena, Layout | None, GpuWrite | None, Callable[[int], None] | None], None
+]  # `load_weights`, or what takes its place  # fmt: skip
 
 
 def load_weights(
@@ -51,6 +55,13 @@ def load_weights(
         _load_table(spec, plan, source, _host_view(memory, host.small["embed"], spec.table_bytes))
     if "positions" in host.small:
         _host_view(memory, host.small["positions"], spec.position_bytes)[:] = source.array("positions").reshape(-1).view(np.uint8)
+    load_small(spec, plan, source, host, memory, gpu, gpu_write)
+
+
+def load_small(
+    spec: ModelSpec, plan: Plan, source: TensorSource, host: Layout, memory: HostMemory, gpu: Layout | None, gpu_write: GpuWrite | None
+) -> None:  # fmt: skip
+    """Copies norms, biases and rotary tables to every device that keeps them."""
     for name, values in _small_values(spec, plan, source):
         for layout in (host, gpu):
             if layout is None or layout.small.get(name, NULL) == NULL:
