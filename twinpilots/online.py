@@ -24,6 +24,7 @@ from twinpilots.stats.tracker import Snapshot, Tracker, WorkTime
 
 EAGER_PASSES = 16  # the first ones: all are looked at
 LOOK_PASSES = 2  # while nothing is unusual, every second pass tells enough: looking takes the driver's time
+LOOK_ALONE = 8  # the same where there is no GPU, so no work to move: only predictions gain by it
 RENEW_PASSES = 16  # how often the rates that predictions go by are looked after; a jump is followed at once
 RENEW_DRIFT = 0.04  # of a pass's time: less is left to what passes of the plan have taught, because simulating anew is not free
 DRIVER_DECAY = 0.2  # weight of the newest pass in the mean of the driver's time
@@ -81,7 +82,8 @@ class OnlinePlanner:
 
     def after_pass(self, done: PassDone, prediction: PassPrediction) -> Change | None:
         """Learn from a pass; the plan to go on with, or None to stay."""
-        if self.tracker.num_passes < EAGER_PASSES or not self.tracker.is_settled or (self.tracker.num_passes + 1) % LOOK_PASSES == 0:
+        every = LOOK_ALONE if self.profile.gpu is None else LOOK_PASSES
+        if self.tracker.num_passes < EAGER_PASSES or not self.tracker.is_settled or (self.tracker.num_passes + 1) % every == 0:
             self.tracker.observe(self._records(done), done.seconds)
         else:
             self.tracker.pass_over()

@@ -214,13 +214,10 @@ class Session:
         """Each pass's load, and what it was predicted to take. Most of a chain's passes are alike to the cost model."""
         found: list[tuple[PassLoad, PassPrediction]] = []
         last = pass_load_of(step.batch, len(step.records) - 1)
-        for number in range(len(step.records)):
-            if not found or found[-1][0] is not last:
-                load = pass_load_of(step.batch, number)
-                load = last if load == last else load
-                found.append((load, self._planner.online.predict(plan, step.batch.bucket, load)))
-            else:
-                found.append(found[-1])
+        while len(found) < len(step.records):
+            load = last if found and found[-1][0] == last else pass_load_of(step.batch, len(found))
+            alike = bool(found) and found[-1][0] == load
+            found.append(found[-1] if alike else (load, self._planner.online.predict(plan, step.batch.bucket, load)))
         return found
 
     def _teach(

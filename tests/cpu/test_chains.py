@@ -140,6 +140,19 @@ def test_who_is_in_a_hurry_waits_for_one_pass(model: SavedModel) -> None:
         assert rig.chains == [1, MOST]
 
 
+def test_a_word_to_a_live_engine_ends_the_chain(model: SavedModel) -> None:
+    with LLM(str(model.path), device="cpu", max_num_seqs=4) as llm, llm.open_engine() as engine:
+        engine.hurry()  # nobody drives yet
+        engine.add("a", PROMPTS[0], greedy(40))
+        engine.step()
+        engine.hurry()
+        engine.step()
+        assert engine.session.engine.last_passes == 1
+        while engine.num_unfinished:
+            engine.step()
+        assert engine.session.engine.last_passes > 1
+
+
 def test_a_chain_is_as_long_as_fifty_milliseconds_allow() -> None:
     assert [chain.most_passes(seconds) for seconds in (0.0001, 0.005, 0.02, 0.04, 3.0)] == [16, 10, 2, 1, 1]
 

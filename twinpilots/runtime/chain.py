@@ -51,6 +51,7 @@ class Chain:
         self.record["logits"], self.record["width"], self.record["page_size"] = logits, width, page_size
         self.record["budget_ns"] = round(BUDGET_S * 1e9)
         self._hurry = self.record["hurry"]
+        self._stops: SequenceABC[Int32] = ()
 
     def hurry(self) -> None:
         """From any thread: the pass that runs, or the next one to begin, is its chain's last."""
@@ -61,10 +62,11 @@ class Chain:
         done = ChainDone(
             np.empty((batch.passes, len(stops)), np.int32), np.empty((batch.passes, num_insns, 3), np.int64), np.empty(batch.passes, np.int64)
         )  # fmt: skip
-        self._ids = np.concatenate(stops, dtype=np.int32)
-        self._ends = np.cumsum([len(ids) for ids in stops], dtype=np.int32)
         record = self.record
-        record["stop_ids"], record["stop_ends"], record["passes"] = self._ids.ctypes.data, self._ends.ctypes.data, batch.passes
+        if len(stops) != len(self._stops) or any(new is not old for new, old in zip(stops, self._stops, strict=True)):
+            self._stops, self._ids, self._ends = stops, np.concatenate(stops, dtype=np.int32), np.cumsum([len(ids) for ids in stops], dtype=np.int32)
+            record["stop_ids"], record["stop_ends"] = self._ids.ctypes.data, self._ends.ctypes.data
+        record["passes"] = batch.passes
         record["tokens"], record["times"], record["ended_ns"] = done.tokens.ctypes.data, done.times.ctypes.data, done.ended_ns.ctypes.data
         return done
 
