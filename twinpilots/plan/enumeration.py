@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinpilots.plan.grid import Floats, some_of
-from twinpilots.plan.lower_bound import phase_bound
+from twinpilots.plan.lower_bound import Seconds, phase_bound
 from twinpilots.plan.plan import Phase, Plan
 from twinpilots.plan.played import phase_about
 from twinpilots.plan.pricing import CONTEXTS, phase_loads, price_phase
@@ -33,6 +34,8 @@ MOST_COMBINATIONS = 60_000  # of splits, in a space that is searched
 BOUNDS_SHARE = 0.6  # of the search's time, that may go to bounding all of them
 TASKS_PER_LAYER = 25  # and micro-batch, that pricing a phase simulates, about
 Ring = tuple[int, int]
+_By = Literal["likely", "bound"]
+BY: tuple[_By, ...] = ("likely", "bound")  # first what is likely, then what cannot be excluded
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,21 +43,21 @@ class _Phase:
     """What all settings alike to one phase know of it, by combination. ``about``: of each ring, infinite where nothing was played."""
 
     plan: Plan
-    bound: Floats
-    least: Floats  # the least bound of every residency
-    least_without_ring: Floats
+    seconds: Seconds
+    least: Mapping[_By, Floats]  # of every residency
+    least_without_ring: Mapping[_By, Floats]
     about: Mapping[Ring, Floats]
     priced: dict[tuple[Ring, int], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """A setting with what is known of its phases, and the least time of every residency (infinite where it does not fit)."""
+    """A setting with what is known of its phases, and the least seconds of every residency (infinite where it does not fit)."""
 
     setting: Setting
     waves: int
     phases: Mapping[Phase, _Phase]
-    least_s: Floats
+    least: Mapping[_By, Floats]
     ring: Ring  # that tells how long it takes; nothing is streamed without one, so any will do
 
 
@@ -112,17 +115,21 @@ class _Enumeration:
     def run(self) -> Plan | None:
         if not self.cases:
             return None
-        least = np.stack([case.least_s for case in self.cases])
-        most = FIRST_PAIRS
+        for by in BY:
+            self._look(by)
+        self._price_best(LAST_MISSES)
+        return self.best
+
+    def _look(self, by: _By) -> None:
+        """Play and price all that may be better than the best, in rounds, those of the least seconds first."""
+        least, most = np.stack([case.least[by] for case in self.cases]), FIRST_PAIRS
         while self.left > self.kept and (pairs := self._next(least, most)):
             most *= MORE_PAIRS
             for case, residencies in pairs:
                 for phase in PHASES:
-                    self._play(case, phase, residencies)
+                    self._play(case, phase, residencies, by)
             self.pool += self._ranked(pairs)
             self._price_best(MISSES)
-        self._price_best(LAST_MISSES)
-        return self.best
 
     def _next(self, least: Floats, most: int) -> list[tuple[_Case, NDArray[np.intp]]]:
         """The cases and residencies of the lowest bounds that were not looked at yet, as far as they may hold a better plan."""
@@ -143,8 +150,10 @@ class _Enumeration:
                 continue
             phases = {phase: self._phase(setting, phase) for phase in PHASES}
             waves, ringless = self.sizes.waves(setting), setting.ring == NO_RING
-            least = waves * sum(each.least_without_ring if ringless else each.least for each in phases.values())
-            yield _Case(setting, waves, phases, np.where(self.space.bytes <= room, least, inf), self.largest if ringless else setting.ring)
+            fits = self.space.bytes <= room
+            by_phase = [each.least_without_ring if ringless else each.least for each in phases.values()]
+            least = {by: np.where(fits, waves * (by_phase[0][by] + by_phase[1][by]), inf) for by in BY}
+            yield _Case(setting, waves, phases, least, self.largest if ringless else setting.ring)
 
     def _phase(self, setting: Setting, phase: Phase) -> _Phase:
         alike = replace(setting, ring=self.largest).key(phase)
@@ -158,22 +167,23 @@ class _Enumeration:
         loads = phase_loads(self.problem.workload, plan, phase)
         key = (phase, *((load, count) for _, load, count in loads))
         if key not in self.known:
-            bound = phase_bound(self.problem, plan, phase, self.space.grid)
-            self.left -= bound_tasks(self.problem, len(loads), plan.buckets[0].micro_batches, len(bound))
-            without = np.where(self.space.streaming, inf, bound)
-            about = {ring: np.full(len(bound), inf) for ring in rings(self.problem) if ring != NO_RING}
-            self.known[key] = _Phase(plan, bound, self.space.least(bound), self.space.least(without), about)
+            seconds = phase_bound(self.problem, plan, phase, self.space.grid)
+            self.left -= bound_tasks(self.problem, len(loads), plan.buckets[0].micro_batches, len(seconds.bound))
+            least = {by: self.space.least(getattr(seconds, by)) for by in BY}
+            without = {by: self.space.least(np.where(self.space.streaming, inf, getattr(seconds, by))) for by in BY}
+            about = {ring: np.full(len(seconds.bound), inf) for ring in rings(self.problem) if ring != NO_RING}
+            self.known[key] = _Phase(plan, seconds, least, without, about)
         return self.known[key]
 
     # -- playing -------------------------------------------------------------------------------------------------------------------------------
 
-    def _play(self, case: _Case, phase: Phase, residencies: NDArray[np.intp]) -> None:
+    def _play(self, case: _Case, phase: Phase, residencies: NDArray[np.intp], by: _By) -> None:
         """What has not been played yet of these residencies and may be part of a better plan."""
         mine, other = case.phases[phase], case.phases["decode" if phase == "prefill" else "prefill"]
-        wanted = np.zeros(len(case.least_s), dtype=bool)
+        wanted = np.zeros(len(self.space.bytes), dtype=bool)
         wanted[residencies] = True
         owner = self.space.owner
-        chosen = wanted[owner] & (mine.bound < self.below_s / case.waves - other.least[owner])
+        chosen = wanted[owner] & (getattr(mine.seconds, by) < self.below_s / case.waves - other.least[by][owner])
         chosen &= np.isinf(next(iter(mine.about.values())))
         combinations = np.nonzero(chosen)[0]
         if not len(combinations):

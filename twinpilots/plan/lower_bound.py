@@ -8,6 +8,7 @@ itself. With a link to ask (`played.py`) the same tasks tell about how long the 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Protocol
 
@@ -64,13 +65,23 @@ class Link(Protocol):
         """What is now stays ``where``; elsewhere what was saved."""
 
 
-def phase_bound(problem: Problem, plan: Plan, phase: Phase, grid: Grid) -> Floats:
-    """Seconds of the phase in one wave at least, by combination. ``plan`` tells the phase's loads and buffers; its own splits do not matter."""
-    total = np.zeros(grid.shape)
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """Of one phase in one wave, by combination: no less than ``bound``; ``likely`` is a first guess, for the order in which to look at them."""
+
+    bound: Floats
+    likely: Floats
+
+
+def phase_bound(problem: Problem, plan: Plan, phase: Phase, grid: Grid) -> Seconds:
+    """``plan`` tells the phase's loads and buffers; its own splits do not matter."""
+    bound, likely = np.zeros(grid.shape), np.zeros(grid.shape)
     for _, load, count in phase_loads(problem.workload, plan, phase):
         made = Pass(problem, plan, grid, load)
-        total += count * np.maximum(made.run(), made.link_bound_s)
-    return total.ravel()
+        least = np.maximum(made.run(), made.link_bound_s)
+        bound += count * least
+        likely += count * made.slowed(least)
+    return Seconds(bound=bound.ravel(), likely=likely.ravel())
 
 
 class Pass:
@@ -101,6 +112,13 @@ class Pass:
     def link_bound_s(self) -> Floats:
         """What the link moves in a pass beside a ring full of packets, which may have come before it began."""
         return np.maximum(0.0, self.streamed_bytes - self.plan.ring_bytes) / self.link.up_bytes_per_s + self.kv_s
+
+    def slowed(self, seconds: Floats) -> Floats:
+        """The pass beside its copies: as long as the link works at least, and the devices slower for as long."""
+        link_s = self.streamed_bytes / self.link.up_bytes_per_s + self.kv_s
+        slowdown = min(processor.copy_slowdown for processor in self.processor.values())
+        longest = np.maximum(seconds, link_s)
+        return longest + (slowdown - 1.0) * np.minimum(seconds, link_s * seconds / longest)
 
     def run(self) -> Floats:
         for mb in self.mbs:
