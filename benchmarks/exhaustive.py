@@ -79,7 +79,7 @@ class Exhaustive:
         largest = replace(setting, ring=largest_ring(self.problem))
         key = largest.key(phase)
         if (key, NO_RING) not in self.bounds:
-            every = phase_bound(self.problem, self._plan(largest, phase, 0), phase, self.space.grid)
+            every = phase_bound(self.problem, self._plan(largest, phase, 0), phase, self.space.grid).bound
             for name, bound in (("", every), (NO_RING, np.where(self.space.streaming, np.inf, every))):
                 self.bounds[key, name] = bound, self.space.least(bound)
         return self.bounds[key, NO_RING if setting.ring == NO_RING else ""]

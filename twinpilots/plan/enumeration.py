@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinpilots.plan.grid import Floats, some_of
-from twinpilots.plan.lower_bound import phase_bound
+from twinpilots.plan.lower_bound import Seconds, phase_bound
 from twinpilots.plan.plan import Phase, Plan
 from twinpilots.plan.played import phase_about
 from twinpilots.plan.pricing import CONTEXTS, phase_loads, price_phase
@@ -25,12 +26,16 @@ from twinpilots.plan.space import NO_RING, Groups, Setting, Sizes, Space, larges
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 TOLERANCE = 5e-3  # plans that are better than the best by less than this share are not looked for
 FIRST_PAIRS, MORE_PAIRS = 100, 3  # settings with a residency that are played in the first round, and how many times more in each further one
-MISSES = 12  # priced in vain, one after another, before a round ends
+MISSES, LAST_MISSES = 12, 60  # priced in vain, one after another, before a round ends, and before the search does
+OVERSTATED = 1.02  # so much may a played time exceed the simulated before any was compared
+WORSE = 1.1  # what looks worse than the best by more is forgotten
 NEXT_BEST = 3  # combinations of one phase that are priced for one residency
 MOST_COMBINATIONS = 60_000  # of splits, in a space that is searched
 BOUNDS_SHARE = 0.6  # of the search's time, that may go to bounding all of them
-TASKS_PER_LAYER = 50  # and micro-batch, that pricing a phase simulates, about
+TASKS_PER_LAYER = 25  # and micro-batch, that pricing a phase simulates, about
 Ring = tuple[int, int]
+_By = Literal["likely", "bound"]
+BY: tuple[_By, ...] = ("likely", "bound")  # first what is likely, then what cannot be excluded
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,25 +43,22 @@ class _Phase:
     """What all settings alike to one phase know of it, by combination. ``about``: of each ring, infinite where nothing was played."""
 
     plan: Plan
-    bound: Floats
-    least: Floats  # the least bound of every residency
-    least_without_ring: Floats
+    seconds: Seconds
+    least: Mapping[_By, Floats]  # of every residency
+    least_without_ring: Mapping[_By, Floats]
     about: Mapping[Ring, Floats]
     priced: dict[tuple[Ring, int], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """A setting with what is known of its phases, and the least time of every residency (infinite where it does not fit)."""
+    """A setting with what is known of its phases, and the least seconds of every residency (infinite where it does not fit)."""
 
     setting: Setting
     waves: int
     phases: Mapping[Phase, _Phase]
-    least_s: Floats
-
-    def ring(self, problem: Problem) -> Ring:
-        """The ring that tells how long it takes; nothing is streamed without one, so any will do."""
-        return self.setting.ring if self.setting.ring != NO_RING else largest_ring(problem)
+    least: Mapping[_By, Floats]
+    ring: Ring  # that tells how long it takes; nothing is streamed without one, so any will do
 
 
 def enumerated(problem: Problem, groups: Groups, known_s: float, most_tasks: int) -> Plan | None:
@@ -98,6 +100,11 @@ class _Enumeration:
         self.problem, self.space, self.sizes = problem, Space(problem, groups), Sizes(problem)
         self.best_s, self.left = known_s, most_tasks
         self.best: Plan | None = None
+        self.pool: list[tuple[float, _Case, int]] = []  # played and not priced: seconds, about
+        self.overstated = OVERSTATED  # by how much at most the played time exceeds the simulated, as far as was seen
+        self.kept = most_tasks // 5  # for the simulator
+        self.largest = largest_ring(problem)
+        self.phases: dict[tuple[object, ...], _Phase] = {}
         self.known: dict[tuple[object, ...], _Phase] = {}
         self.cases = list(self._cases())
 
@@ -108,15 +115,21 @@ class _Enumeration:
     def run(self) -> Plan | None:
         if not self.cases:
             return None
-        least = np.stack([case.least_s for case in self.cases])
-        most = FIRST_PAIRS
-        while self.left > 0 and (pairs := self._next(least, most)):
+        for by in BY:
+            self._look(by)
+        self._price_best(LAST_MISSES)
+        return self.best
+
+    def _look(self, by: _By) -> None:
+        """Play and price all that may be better than the best, in rounds, those of the least seconds first."""
+        least, most = np.stack([case.least[by] for case in self.cases]), FIRST_PAIRS
+        while self.left > self.kept and (pairs := self._next(least, most)):
             most *= MORE_PAIRS
             for case, residencies in pairs:
                 for phase in PHASES:
-                    self._play(case, phase, residencies)
-            self._price_best(pairs)
-        return self.best
+                    self._play(case, phase, residencies, by)
+            self.pool += self._ranked(pairs)
+            self._price_best(MISSES)
 
     def _next(self, least: Floats, most: int) -> list[tuple[_Case, NDArray[np.intp]]]:
         """The cases and residencies of the lowest bounds that were not looked at yet, as far as they may hold a better plan."""
@@ -137,30 +150,40 @@ class _Enumeration:
                 continue
             phases = {phase: self._phase(setting, phase) for phase in PHASES}
             waves, ringless = self.sizes.waves(setting), setting.ring == NO_RING
-            least = waves * sum(each.least_without_ring if ringless else each.least for each in phases.values())
-            yield _Case(setting, waves, phases, np.where(self.space.bytes <= room, least, inf))
+            fits = self.space.bytes <= room
+            by_phase = [each.least_without_ring if ringless else each.least for each in phases.values()]
+            least = {by: np.where(fits, waves * (by_phase[0][by] + by_phase[1][by]), inf) for by in BY}
+            yield _Case(setting, waves, phases, least, self.largest if ringless else setting.ring)
 
     def _phase(self, setting: Setting, phase: Phase) -> _Phase:
-        plan = self.sizes.of_phase(replace(setting, ring=largest_ring(self.problem)), phase, self.space.splits(0))
+        alike = replace(setting, ring=self.largest).key(phase)
+        if alike not in self.phases:
+            self.phases[alike] = self._bounded(replace(setting, ring=self.largest), phase)
+        return self.phases[alike]
+
+    def _bounded(self, setting: Setting, phase: Phase) -> _Phase:
+        """Settings of different keys may still bring the same passes."""
+        plan = self.sizes.of_phase(setting, phase, self.space.splits(0))
         loads = phase_loads(self.problem.workload, plan, phase)
         key = (phase, *((load, count) for _, load, count in loads))
         if key not in self.known:
-            bound = phase_bound(self.problem, plan, phase, self.space.grid)
-            self.left -= bound_tasks(self.problem, len(loads), plan.buckets[0].micro_batches, len(bound))
-            without = np.where(self.space.streaming, inf, bound)
-            about = {ring: np.full(len(bound), inf) for ring in rings(self.problem) if ring != NO_RING}
-            self.known[key] = _Phase(plan, bound, self.space.least(bound), self.space.least(without), about)
+            seconds = phase_bound(self.problem, plan, phase, self.space.grid)
+            self.left -= bound_tasks(self.problem, len(loads), plan.buckets[0].micro_batches, len(seconds.bound))
+            least = {by: self.space.least(getattr(seconds, by)) for by in BY}
+            without = {by: self.space.least(np.where(self.space.streaming, inf, getattr(seconds, by))) for by in BY}
+            about = {ring: np.full(len(seconds.bound), inf) for ring in rings(self.problem) if ring != NO_RING}
+            self.known[key] = _Phase(plan, seconds, least, without, about)
         return self.known[key]
 
     # -- playing -------------------------------------------------------------------------------------------------------------------------------
 
-    def _play(self, case: _Case, phase: Phase, residencies: NDArray[np.intp]) -> None:
+    def _play(self, case: _Case, phase: Phase, residencies: NDArray[np.intp], by: _By) -> None:
         """What has not been played yet of these residencies and may be part of a better plan."""
         mine, other = case.phases[phase], case.phases["decode" if phase == "prefill" else "prefill"]
-        wanted = np.zeros(len(case.least_s), dtype=bool)
+        wanted = np.zeros(len(self.space.bytes), dtype=bool)
         wanted[residencies] = True
         owner = self.space.owner
-        chosen = wanted[owner] & (mine.bound < self.below_s / case.waves - other.least[owner])
+        chosen = wanted[owner] & (getattr(mine.seconds, by) < self.below_s / case.waves - other.least[by][owner])
         chosen &= np.isinf(next(iter(mine.about.values())))
         combinations = np.nonzero(chosen)[0]
         if not len(combinations):
@@ -174,48 +197,53 @@ class _Enumeration:
 
     # -- pricing -------------------------------------------------------------------------------------------------------------------------------
 
-    def _price_best(self, pairs: list[tuple[_Case, NDArray[np.intp]]]) -> None:
-        """Simulate those that look best, until it is no use."""
+    def _price_best(self, most_misses: int) -> None:
+        """Simulate those that look best until it is no use: for a while, or as far as what looked worse than it was can have hidden a better plan."""
         misses = 0
-        for about_s, case, residency in sorted(self._ranked(pairs), key=lambda each: each[0]):
-            if misses >= MISSES or self.left <= 0 or about_s >= self.best_s:
-                return
+        self.pool.sort(key=lambda each: -each[0])
+        while self.pool and misses < most_misses and self.left > 0 and self.pool[-1][0] < self.best_s * self.overstated:
+            about_s, case, residency = self.pool.pop()
             before_s = self.best_s
-            self._price_pair(case, residency)
+            found_s = self._price_pair(case, residency)
+            self.overstated = max(self.overstated, about_s / found_s)
             misses = 0 if self.best_s < before_s else misses + 1
 
     def _ranked(self, pairs: list[tuple[_Case, NDArray[np.intp]]]) -> Iterator[tuple[float, _Case, int]]:
         for case, residencies in pairs:
             decode_s, prefill_s = (self.space.least(self._about(case, phase))[residencies] for phase in PHASES)
             least = case.waves * (decode_s + prefill_s)
-            yield from ((float(least[at]), case, int(residencies[at])) for at in np.nonzero(least < self.best_s)[0])
+            yield from ((float(least[at]), case, int(residencies[at])) for at in np.nonzero(least < self.best_s * WORSE)[0])
 
     def _about(self, case: _Case, phase: Phase) -> Floats:
-        about = case.phases[phase].about[case.ring(self.problem)]
+        about = case.phases[phase].about[case.ring]
         return np.where(self.space.streaming, inf, about) if case.setting.ring == NO_RING else about
 
-    def _price_pair(self, case: _Case, residency: int) -> None:
-        members = self.space.members(residency)
-        found: dict[Phase, list[tuple[float, int]]] = {}
-        for phase in PHASES:
-            about = self._about(case, phase)[members]
-            order = [int(at) for at in np.argsort(about, kind="stable")[:NEXT_BEST] if about[at] < inf]
-            found[phase] = []
-            for at in order:
-                if found[phase] and about[at] >= min(found[phase])[0]:
-                    break
-                found[phase].append((self._price(case, phase, int(members[at])), int(members[at])))
-        for decode_s, decode in sorted(found["decode"]):
-            for prefill_s, prefill in sorted(found["prefill"]):
+    def _price_pair(self, case: _Case, residency: int) -> float:
+        """Seconds of the best plan with this residency, whether it fits host memory or not."""
+        found = {phase: self._price_phase(case, phase, residency) for phase in PHASES}
+        for decode_s, decode in found["decode"]:
+            for prefill_s, prefill in found["prefill"]:
                 seconds = case.waves * (decode_s + prefill_s)
                 if seconds >= self.best_s:
                     break
                 plan = self.sizes.whole(case.setting, {"decode": self.space.splits(decode), "prefill": self.space.splits(prefill)})
                 if self.problem.fits(plan):
                     self.best_s, self.best = seconds, plan
+        return case.waves * (found["decode"][0][0] + found["prefill"][0][0])
+
+    def _price_phase(self, case: _Case, phase: Phase, residency: int) -> list[tuple[float, int]]:
+        """(seconds, combination), best first, of those that may be the best of this residency."""
+        members = self.space.members(residency)
+        about = self._about(case, phase)[members]
+        found: list[tuple[float, int]] = []
+        for at in np.argsort(about, kind="stable")[:NEXT_BEST]:
+            if about[at] == inf or (found and about[at] >= found[0][0] * self.overstated):
+                break
+            found = sorted([*found, (self._price(case, phase, int(members[at])), int(members[at]))])
+        return found
 
     def _price(self, case: _Case, phase: Phase, combination: int) -> float:
-        p, priced, ring = self.problem, case.phases[phase].priced, case.ring(self.problem)
+        p, priced, ring = self.problem, case.phases[phase].priced, case.ring
         if (ring, combination) not in priced:
             plan = self.sizes.of_phase(replace(case.setting, ring=ring), phase, self.space.splits(combination))
             priced[ring, combination] = sum(each.seconds for each in price_phase(p.spec, p.profile, p.workload, plan, phase))

@@ -8,6 +8,7 @@ itself. With a link to ask (`played.py`) the same tasks tell about how long the 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Protocol
 
@@ -46,11 +47,12 @@ class Link(Protocol):
 
     def used_kv(self, slot: int, end: Floats) -> None: ...
 
-    def drag(self, device: Device) -> Floats | float:
-        """How much slower than alone a device works, about."""
+    def slowed(self, device: Device, start: Floats, seconds: Floats | float) -> Floats | float:
+        """What a task of so many seconds takes beside the link's work, about."""
 
-    def peer_drag(self, device: Device, fracs: Mapping[Device, float]) -> Floats | float:
-        """And how much slower yet what keeps memory busy for these parts of its time."""
+    def peer_drag(self, device: Device, fracs: Mapping[Device, float], beside: Floats | float) -> Floats | float:
+        """How much slower beside the other device is what keeps memory busy for these parts of its time; ``beside``: of that time, the part
+        in which the other works on the same op, at least."""
 
     def crowded(self, keys: Sequence[Hashable]) -> Bools:
         """Where these rows are not in the ring all at once."""
@@ -63,13 +65,23 @@ class Link(Protocol):
         """What is now stays ``where``; elsewhere what was saved."""
 
 
-def phase_bound(problem: Problem, plan: Plan, phase: Phase, grid: Grid) -> Floats:
-    """Seconds of the phase in one wave at least, by combination. ``plan`` tells the phase's loads and buffers; its own splits do not matter."""
-    total = np.zeros(grid.shape)
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """Of one phase in one wave, by combination: no less than ``bound``; ``likely`` is a first guess, for the order in which to look at them."""
+
+    bound: Floats
+    likely: Floats
+
+
+def phase_bound(problem: Problem, plan: Plan, phase: Phase, grid: Grid) -> Seconds:
+    """``plan`` tells the phase's loads and buffers; its own splits do not matter."""
+    bound, likely = np.zeros(grid.shape), np.zeros(grid.shape)
     for _, load, count in phase_loads(problem.workload, plan, phase):
         made = Pass(problem, plan, grid, load)
-        total += count * np.maximum(made.run(), made.link_bound_s)
-    return total.ravel()
+        least = np.maximum(made.run(), made.link_bound_s)
+        bound += count * least
+        likely += count * made.slowed(least)
+    return Seconds(bound=bound.ravel(), likely=likely.ravel())
 
 
 class Pass:
@@ -90,6 +102,7 @@ class Pass:
         self.streamed_bytes = self.zero
         self.kv_s = 0.0
         self.busy_s: dict[Device, Floats] = dict.fromkeys(DEVICES, self.zero)
+        self.beside: dict[Device, Floats] = dict.fromkeys(DEVICES, self.zero)
         self.level: dict[int, int] = {}  # by axis, the layer whose ops its dimension tells apart
         self.ready: dict[tuple[Device, int], Floats] = {}
         self.x: dict[tuple[Device, int], Floats] = {}
@@ -99,6 +112,13 @@ class Pass:
     def link_bound_s(self) -> Floats:
         """What the link moves in a pass beside a ring full of packets, which may have come before it began."""
         return np.maximum(0.0, self.streamed_bytes - self.plan.ring_bytes) / self.link.up_bytes_per_s + self.kv_s
+
+    def slowed(self, seconds: Floats) -> Floats:
+        """The pass beside its copies: as long as the link works at least, and the devices slower for as long."""
+        link_s = self.streamed_bytes / self.link.up_bytes_per_s + self.kv_s
+        slowdown = min(processor.copy_slowdown for processor in self.processor.values())
+        longest = np.maximum(seconds, link_s)
+        return longest + (slowdown - 1.0) * np.minimum(seconds, link_s * seconds / longest)
 
     def run(self) -> Floats:
         for mb in self.mbs:
@@ -138,7 +158,7 @@ class Pass:
         for source, end in after:
             start = np.maximum(start, end if source == device else end + self.link.handoff_s)
         if self.played is not None:
-            seconds = seconds * self.played.drag(device)
+            seconds = self.played.slowed(device, start, seconds)
             self.busy_s[device] = self.busy_s[device] + (seconds if where is None else np.where(where, seconds, 0.0))
         end = start + seconds
         self.free[device] = end if where is None else np.where(where, end, self.free[device])
@@ -161,7 +181,7 @@ class Pass:
         op, rows, processor = self._op(layer, name), self.rows[layer, name], self.processor[device]
         row_s: Floats | float = linear_s(op, 1, tokens, processor)
         if self.played is not None:
-            row_s = row_s * self.played.peer_drag(device, {each: self._reading(each, op, tokens) for each in DEVICES})
+            row_s = row_s * self.played.peer_drag(device, {each: self._reading(each, op, tokens) for each in DEVICES}, self.beside[device])
         if device == "cpu":
             return self._task(device, processor.task_s + rows.cpu * row_s, [(device, ready)], rows.cpu > 0)
         kept = self._task(device, processor.task_s + rows.resident * row_s, [(device, ready)], rows.resident > 0)
@@ -206,6 +226,7 @@ class Pass:
 
     def _linears_played(self, played: Link, layer: int, names: Sequence[str], before: _Before, after: _After) -> None:
         """One phase of linears in the order that the ring's size decides."""
+        self.beside = self._beside(layer, names)
         began = self._state(), played.saved()
         self.ready = self._in_order(layer, names, before, after, by_batch=True)
         crowded = played.crowded([(layer, name) for name in names])
@@ -218,6 +239,14 @@ class Pass:
                 [{key: np.where(crowded, mine[key], array) for key, array in old.items()} for old, mine in zip(by_batch[0], self._state(), strict=True)]
             )
             played.keep(crowded, by_batch[1])
+
+    def _beside(self, layer: int, names: Sequence[str]) -> dict[Device, Floats]:
+        """The part of its time in these linears in which a device has the other beside it."""
+        tokens = self.load.tokens(0) if layer >= 0 else self.load.logit_rows
+        work_s = {
+            d: sum((self.rows[layer, name].of(d) * linear_s(self._op(layer, name), 1, tokens, self.processor[d]) for name in names), self.zero) for d in DEVICES
+        }
+        return {device: np.minimum(1.0, work_s[OTHER[device]] / np.maximum(work_s[device], 1e-12)) for device in DEVICES}
 
     def _state(self) -> list[dict[Any, NDArray[Any]]]:
         return [dict(each) for each in (self.free, self.busy_s, self.x, self.valid, self.ready)]
@@ -324,7 +353,7 @@ class Pass:
         self._task(device, self._elementwise(device, rope_append_bytes(self.spec, tokens, self.kv_dtype)), after)
         seconds: Floats | float = sum(attention_s(self.spec, c, window, self.kv_dtype, processor) for c in classes)
         if self.played is not None and all(c.query_tokens == 1 for c in classes):
-            seconds = seconds * self.played.peer_drag(device, dict.fromkeys(DEVICES, 1.0))
+            seconds = seconds * self.played.peer_drag(device, dict.fromkeys(DEVICES, 1.0), float(bool(self._attended(mb, OTHER[device]))))
         end = self._task(device, processor.task_s + seconds, [])
         if group == STREAMED_KV:
             back_s = self.link.packet_s + self.spec.kv_token_bytes(self.kv_dtype) * tokens / self.link.down_bytes_per_s
@@ -392,7 +421,7 @@ class Pass:
         apart = ~(together["gpu"] | together["cpu"])
         for device in DEVICES:  # micro-batches ended on different devices: bring them together where most of the head is
             home = apart & (heads["gpu"] if device == "gpu" else ~heads["gpu"])
-            for mb in self.mbs:
+            for mb in self.mbs if np.any(home) else ():
                 self._bring(device, mb, home & ~self.valid[device, mb])
             together[device] = together[device] | home
         both = {device: heads[device] & together[device] for device in DEVICES}
@@ -404,5 +433,7 @@ class Pass:
         for device in DEVICES:
             crosses = heads[device] & ~normed[device]
             ends[device] = np.where(crosses, self._copy(OTHER[device], logits, hidden, ends[OTHER[device]], crosses), ends[device])
+        if self.played is not None:
+            self.beside = self._beside(HEAD_LAYER, ("lm_head",))
         done = {device: self._linear(device, HEAD_LAYER, "lm_head", logits, ends[device]) for device in DEVICES}
         self._copy("gpu", logits, self.rows[HEAD_LAYER, "lm_head"].of("gpu"), done["gpu"], heads["gpu"])

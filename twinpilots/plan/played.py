@@ -22,7 +22,7 @@ from twinpilots.plan.pricing import phase_loads
 from twinpilots.plan.problem import Problem
 from twinpilots.plan.tasks import Device
 
-PASSES = 2  # the last one counts
+PASSES, SLOWED_PASSES = 2, 3  # the last one counts; where devices slow each other down, each pass knows better by how much
 
 
 def phase_about(problem: Problem, plan: Plan, phase: Phase, grid: Grid, rings: Sequence[tuple[int, int]]) -> list[Floats]:
@@ -33,8 +33,8 @@ def phase_about(problem: Problem, plan: Plan, phase: Phase, grid: Grid, rings: S
     ring_bytes, packet_bytes = (np.repeat(np.array(sizes, dtype=float), grid.shape[0] // len(rings)) for sizes in zip(*rings, strict=True))
     total = np.zeros(grid.shape)
     for _, load, count in phase_loads(problem.workload, plan, phase):
-        link, seconds = PlayedLink(problem.profile, ring_bytes, packet_bytes), np.zeros(grid.shape)
-        for _ in range(PASSES):
+        link, seconds = PlayedLink(problem.profile, ring_bytes, packet_bytes, interleaved=len(load.micro_batches) > 1), np.zeros(grid.shape)
+        for _ in range(PASSES if link.copy_slowdown == {"cpu": 1.0, "gpu": 1.0} else SLOWED_PASSES):
             made = Pass(problem, plan, grid, load, link)
             seconds = made.run()
             link.end_pass(seconds, made.busy_s)
@@ -60,15 +60,21 @@ class _Entry:
 class PlayedLink:
     """The link and the ring over several passes (see `lower_bound.Link`)."""
 
-    def __init__(self, profile: HardwareProfile, ring_bytes: Floats, packet_bytes: Floats) -> None:
+    def __init__(self, profile: HardwareProfile, ring_bytes: Floats, packet_bytes: Floats, *, interleaved: bool) -> None:
         assert profile.gpu is not None and profile.link is not None
         self.profile, self.ring_bytes, self.packet_bytes, self.link = profile, ring_bytes, packet_bytes, profile.link
+        self.copy_slowdown = {"cpu": profile.cpu.copy_slowdown, "gpu": profile.gpu.copy_slowdown}
+        self.peer_slowdown = {"cpu": profile.cpu.peer_slowdown, "gpu": profile.gpu.peer_slowdown}
+        self.interleaved = interleaved  # micro-batches: a device works on one while the other works on another
         self.zero = np.zeros(len(ring_bytes))
         self.free, self.place, self.busy_s = self.zero, self.zero, self.zero
         self.old: list[_Entry] = []  # of the pass before
         self.entries: dict[Hashable, _Entry] = {}
         self.slots: dict[int, Floats] = {}
-        self.busy: dict[str, Floats] = dict.fromkeys(("cpu", "gpu", "link"), self.zero)
+        self.began: Floats | None = None  # when the first of the pass's loads did
+        # The link is at work until it has ``loaded`` all of a pass, and again when it ``loads_on`` for the next; in between it rests.
+        self.loaded, self.loads_on, self.density = self.zero, self.zero + np.inf, self.zero
+        self.busy: dict[Device, Floats] = {"cpu": self.zero, "gpu": self.zero}
         reads = {"cpu": profile.cpu.read_bytes_per_s, "gpu": profile.gpu.read_bytes_per_s}
         self.share = {device: rate / sum(reads.values()) for device, rate in reads.items()}
 
@@ -83,6 +89,7 @@ class PlayedLink:
                 start = np.maximum(start, np.where((entry.lo < lo + size) & (lo < entry.hi), entry.end + self.link.queue_handoff_s, -np.inf))
             seconds = packets * self.link.packet_s + num_bytes / self.link.up_bytes_per_s
             there = rows > 0
+            self.began = np.where(there & (self.busy_s == 0), start, self.zero if self.began is None else self.began)
             self.free = np.where(there, start + seconds, self.free)
             self.place = np.where(there, lo + size, self.place)
             self.busy_s = self.busy_s + np.where(there, seconds, 0.0)
@@ -101,16 +108,18 @@ class PlayedLink:
     def used_kv(self, slot: int, end: Floats) -> None:
         self.slots[slot] = end
 
-    def drag(self, device: Device) -> Floats | float:
-        side = self.profile.cpu if device == "cpu" else self.profile.gpu
-        assert side is not None
-        return 1.0 + (side.copy_slowdown - 1.0) * self.busy["link"]
+    def slowed(self, device: Device, start: Floats, seconds: Floats | float) -> Floats | float:
+        slowdown = self.copy_slowdown[device]
+        if slowdown == 1.0:
+            return seconds
+        beside = np.maximum(0.0, np.minimum(self.loaded, start + seconds) - start) + np.maximum(0.0, start + seconds - np.maximum(self.loads_on, start))
+        return seconds + (slowdown - 1.0) * np.minimum(seconds, beside) * self.density
 
-    def peer_drag(self, device: Device, fracs: Mapping[Device, float]) -> Floats | float:
-        side = self.profile.cpu if device == "cpu" else self.profile.gpu
-        assert side is not None
+    def peer_drag(self, device: Device, fracs: Mapping[Device, float], beside: Floats | float) -> Floats | float:
         traffic = sum(self.share[each] * frac for each, frac in fracs.items())
-        return 1.0 + (max(1.0, fracs[device] * side.peer_slowdown * traffic) - 1.0) * self.busy[OTHER[device]]
+        return 1.0 + (max(1.0, fracs[device] * self.peer_slowdown[device] * traffic) - 1.0) * np.maximum(
+            beside, self.busy[OTHER[device]] if self.interleaved else 0.0
+        )
 
     def crowded(self, keys: Sequence[Hashable]) -> Bools:
         found: Bools = self.zero != 0
@@ -141,7 +150,11 @@ class PlayedLink:
 
     def end_pass(self, seconds: Floats, busy_s: Mapping[Device, Floats]) -> None:
         """The next pass's times are from its own begin."""
-        self.busy = {"link": np.minimum(1.0, self.busy_s / seconds), **{device: np.minimum(1.0, each / seconds) for device, each in busy_s.items()}}
+        self.busy = {device: np.minimum(1.0, each / seconds) for device, each in busy_s.items()}
+        began = self.zero if self.began is None else self.began
+        self.loaded, self.loads_on = self.free, np.where(self.busy_s > 0, began + seconds, np.inf)
+        self.density = np.minimum(1.0, self.busy_s / np.maximum(self.free - began, 1e-12))
+        self.began = None
         self.old = [replace(entry, arrived=entry.arrived - seconds, end=entry.end - seconds) for entry in self.entries.values()]
         self.free = self.free - seconds
         self.place, self.busy_s, self.entries = self.zero, self.zero, {}
