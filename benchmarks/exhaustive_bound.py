@@ -72,7 +72,7 @@ class _Pass:
         self.kv_dtype = self.plan.kv_dtype
         size = len(next(iter(self.rows.values())).cpu)
         self.zero = np.zeros(size)
-        self.free: dict[Device, np.ndarray] = {device: np.full(size, self.profile.step_overhead_s) for device in DEVICES}
+        self.free: dict[Device, np.ndarray] = {device: np.full(size, self.profile.step_s(load.num_seqs)) for device in DEVICES}
         self.stored = self.zero  # when the last new KV is back in host memory
         self.streamed_bytes = self.zero
         self.kv_s = 0.0
@@ -238,7 +238,7 @@ class _Pass:
         if group == STREAMED_KV:
             moved = sum(staged_kv_bytes(self.spec, c, self.plan.page_size, self.kv_dtype) for c in classes)
             self.kv_s += self.link.packet_s + moved / self.link.up_bytes_per_s
-            after.append((device, self.profile.step_overhead_s + self.kv_s + self.zero))
+            after.append((device, self.profile.step_s(self.load.num_seqs) + self.kv_s + self.zero))
         self._task(device, self._elementwise(device, rope_append_bytes(self.spec, tokens, self.kv_dtype)), after)
         end = self._task(device, processor.task_s + sum(attention_s(self.spec, c, window, self.kv_dtype, processor) for c in classes), [])
         if group == STREAMED_KV:

@@ -20,7 +20,8 @@ import numpy as np
 
 from twinpilots.device.base import GpuDevice
 from twinpilots.errors import LimitError
-from twinpilots.machine import measure_machine, open_gpu
+from twinpilots.machine import open_gpu
+from twinpilots.profiling import measure_machine
 
 Emit = Callable[[Mapping[str, Any]], None]
 UNIT_ROWS = 8  # the zoo's models are small: larger units would leave nothing to split

@@ -19,10 +19,11 @@ from benchmarks.hidden_devices import ProfileKind
 from benchmarks.truth import SEQUENCES, TRACKED, Case, Never, Row
 from twinpilots import LLM, SamplingParams
 from twinpilots.hardware.store import profile_key, save_profile
-from twinpilots.machine import instruction_set, measure_machine, measure_scaled_machine
+from twinpilots.machine import instruction_set
 from twinpilots.model.spec import ModelSpec
 from twinpilots.online import OnlinePlanner
 from twinpilots.plan.plan import Phase
+from twinpilots.profiling import measure_machine, measure_scaled_machine
 from twinpilots.trace import Recorder, TracedPass
 
 MODELS = ("smollm2-135m", "dummy:smollm2-135m")

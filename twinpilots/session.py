@@ -29,6 +29,7 @@ from twinpilots.plan.plan import Plan
 from twinpilots.planner import Planner, pass_load_of
 from twinpilots.progress import Progress
 from twinpilots.request import RequestOutput
+from twinpilots.runtime.accounts import span_seconds
 from twinpilots.runtime.batch import StepBatch
 from twinpilots.runtime.engine import Engine
 from twinpilots.runtime.executor import Executor, PassRecord, weight_shares
@@ -184,7 +185,7 @@ class Session:
         self._stats.add(replace(report, seconds=seconds, predicted_s=predicted.seconds, predicted_busy_s=predicted.busy_s))
         done = PassDone(
             plan=plan, bucket=batch.bucket, load=load, schedule=run.record.placed.program.schedule, work_s=work_s, seconds=seconds,
-            driver_s=seconds - report.seconds, remaining=self.scheduler.passes_left(batch.bucket.phase),
+            driver_s=seconds - span_seconds(run.record.times), remaining=self.scheduler.passes_left(batch.bucket.phase),
         )  # fmt: skip
         change = None if batch.moves else online.after_pass(done, predicted)  # a copy beside it is no part of what the pass was predicted to take
         if online.tracker.num_passes % STORE_PASSES == 0:
