@@ -127,7 +127,10 @@ class _Unseen:
     def after_pass(self, *_: object) -> None:
         return None
 
-    def switched(self, _: float) -> None:
+    def switched(self, *_: object) -> None:
+        return None
+
+    def prepare(self, *_: object) -> None:
         return None
 
 

@@ -14,11 +14,12 @@ from statistics import median
 
 from twinpilots.config import EngineConfig
 from twinpilots.errors import LimitError
-from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
 from twinpilots.model.dummy import DummyCheckpoint
 from twinpilots.model.spec import ModelSpec
 from twinpilots.online import OnlinePlanner, PassDone
 from twinpilots.plan.draft import Draft, PlanOptions, fill_resident, nothing_resident
+from twinpilots.plan.expected import ATTENTION
 from twinpilots.plan.memory import plan_memory
 from twinpilots.plan.plan import Phase, Plan
 from twinpilots.plan.policies import build_policy, hetegen_alpha
@@ -87,7 +88,19 @@ def corrected(spec: ModelSpec, profile: HardwareProfile, passes: Sequence[PassDo
     driver = driver_time(decoding)
     if driver is not None:
         profile = replace(profile, step_overhead_s=driver.step_s, step_seq_s=driver.seq_s)
-    return corrected_by(profile, Medians(_records(spec, profile, passes)))
+    found = corrected_by(profile, Medians(record for record in _records(spec, profile, passes) if record.key != ATTENTION))
+    decoded = list(_records(spec, profile, (done for done in passes if done.bucket.phase == "decode")))
+    gpu = None if found.gpu is None else _with_attention(spec, found.gpu, [each for each in decoded if (each.resource, each.key) == ("gpu", ATTENTION)])
+    return replace(found, cpu=_with_attention(spec, found.cpu, [each for each in decoded if (each.resource, each.key) == ("cpu", ATTENTION)]), gpu=gpu)
+
+
+def _with_attention(spec: ModelSpec, processor: ComputeProfile, records: Sequence[WorkTime]) -> ComputeProfile:
+    """These contexts are short: what they take beyond the expected is a sequence's fixed cost, and says nothing of what long ones are read at."""
+    if not records:
+        return processor
+    ratio, context = median(record.seconds / record.expected_s for record in records), median(record.size for record in records)
+    expected_s = processor.attention_s(spec.kv_token_bytes(spec.weight_dtype) * context, spec.attention_flops(1, context))
+    return replace(processor, attention_seq_s=max(0.0, processor.attention_seq_s + (ratio - 1.0) * expected_s))
 
 
 def _records(spec: ModelSpec, profile: HardwareProfile, passes: Iterable[PassDone]) -> Iterable[WorkTime]:
@@ -157,7 +170,7 @@ def rehearse(
     checkpoint = DummyCheckpoint(short)
     planner = Planner(config, short, profile, checkpoint.fingerprint)
     seen: list[PassDone] = []
-    planner.online = OnlinePlanner(short, profile, _Nobody(), adapts=True, witness=seen.append)
+    planner.online = OnlinePlanner(short, profile, _Nobody(), adapts=True, at_once=False, witness=seen.append)
     session = Session(config, short, profile, plan, checkpoint, None, planner)
     try:
         passes = _passes(session, plan, seen, QUICK_S if quick else FULL_S, clock)

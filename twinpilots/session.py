@@ -41,7 +41,8 @@ from twinpilots.trace import Recorder, TracedPass
 logger = logging.getLogger(__name__)
 STORE_PASSES = 5000  # between two times that what was learned is stored: a run that is killed has not learned in vain
 ACCOUNT_EVERY_NS = 50_000_000  # of passes: slower passes are accounted for one by one
-PREPARE_S = 0.6  # what loading may spend on compiling programs ahead
+PREPARE_S = 0.6  # what loading may spend on compiling programs ahead,
+PRICE_S = 0.2  # and on simulating passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class Session:
                     Executor(spec, plan, machine.pilot, machine.gpu, CheckpointWeights(checkpoint), limits=limits, progress=bar.update)
                 )
             self.executor.prepare(PREPARE_S)
+            planner.online.prepare(plan, PRICE_S)
             self._stack = stack.pop_all()
         self.load_s = time.perf_counter() - began
         self._stats = stats or EngineStats(
@@ -216,7 +218,8 @@ class Session:
                 self.executor.compile_bucket(bucket)
         self.plan = plan
         self._stats.plan_changes += 1
-        self._planner.online.switched(time.perf_counter() - began)
+        self._planner.online.prepare(plan, PRICE_S)
+        self._planner.online.switched(plan, time.perf_counter() - began)
 
     def close(self) -> None:
         self.last_pass = None  # its view would outlive the memory, and so would those of passes that nobody asks about any more

@@ -6,6 +6,7 @@ slowdown of a processor while the link moves data are modelled; rates come from 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -13,7 +14,6 @@ from math import inf
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.cost import CostModel, TaskCost, attention_s, linear_s, staged_kv_bytes
-from twinpilots.plan.expected import PassWork
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.memory import layer_templates
 from twinpilots.plan.plan import BucketPlan, Plan
@@ -55,9 +55,9 @@ class PassTiming:
     timeline: tuple[TimelineEntry, ...] = ()
 
     def scaled(self, factors: Mapping[str, float]) -> PassTiming:
-        """The timing of a pass with so much more work for "cpu", "gpu" and "link": it lasts longer as the busiest of them does."""
+        """The timing of a pass with so much more work for "cpu", "gpu" and "link": it lasts longer as the busiest of them then and before."""
         each = {name: factors.get(name, factors["link"]) for name in self.busy_s}
-        longest = each[max(QUEUES, key=lambda queue: self.busy_s[queue])]
+        longest = max(self.busy_s[queue] * each[queue] for queue in QUEUES) / max(self.busy_s[queue] for queue in QUEUES)
         return replace(
             self, seconds=self.seconds * longest, fill_s=self.fill_s * longest,
             busy_s={name: seconds * each[name] for name, seconds in self.busy_s.items()},
@@ -258,18 +258,6 @@ class PassEstimator:
         self.samples = [sample_layers(self.kinds, size) for size in sizes]
         self.models = [_shorten(spec, plan, bucket, layers) for layers in self.samples]
         self.schedules = [expand(short, short_plan, short_bucket, shape) for short, short_plan, short_bucket in self.models]
-        self._counted: PassWork | None = None
-
-    def work(self, load: PassLoad) -> dict[str, float]:
-        """Seconds of work of each resource ("cpu", "gpu", "link"), every task alone on the machine, in the copy that is simulated: cheap, and in
-        proportion to the whole model's."""
-        if self._counted is None:
-            short, short_plan, _ = self.models[0]
-            self._counted = PassWork(self.schedules[0], short, short_plan)
-        found = dict.fromkeys(("cpu", "gpu", "link"), 0.0)
-        for each in self._counted.expected(self.profile, load):
-            found[each.kind.resource] += each.seconds
-        return found
 
     def timing(self, load: PassLoad) -> PassTiming:
         """The pass's timing, without a timeline."""
@@ -416,6 +404,29 @@ def _shorten(spec: ModelSpec, plan: Plan, bucket: BucketPlan, layers: Sequence[i
     host_kv_layers = tuple(i for i, layer in enumerate(layers) if layer in plan.host_kv_layers)
     short_plan = replace(plan, buckets=(short_bucket,), host_kv_layers=host_kv_layers)
     return replace(spec, layers=tuple(spec.layers[layer] for layer in layers)), short_plan, short_bucket
+
+
+class LayerWork:
+    """The static seconds of work of a bucket's passes by resource ("cpu", "gpu", "link"), every task alone on the machine, small ones left out: in proportion
+    to a pass's work, and known without a task list."""
+
+    def __init__(self, spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> None:
+        self._spec, self._plan, self._bucket = spec, plan, bucket
+        layers = range(spec.num_layers)
+        counts = Counter(_layer_kind(spec, plan, bucket, layer) for layer in layers)
+        first = {_layer_kind(spec, plan, bucket, layer): layer for layer in reversed(layers)}
+        self._layers = [(first[kind], count) for kind, count in counts.items()]
+
+    def seconds(self, profile: HardwareProfile, load: PassLoad) -> dict[str, float]:
+        spec, plan, found = self._spec, self._plan, [0.0] * len(QUEUES)
+        for layer, count in self._layers:
+            for queue, seconds in enumerate(_layer_work(spec, plan, self._bucket, profile, load, layer)):
+                found[queue] += count * seconds
+        head, split = spec.ops(plan.unit_rows)[-1], self._bucket.splits[-1]["lm_head"]
+        found[CPU] += linear_s(head, split.cpu, load.logit_rows, profile.cpu) if split.cpu else 0.0
+        found[GPU] += linear_s(head, split.gpu, load.logit_rows, profile.gpu) if split.gpu and profile.gpu else 0.0
+        found[LINK_IN] += split.streamed * head.row_bytes / profile.link.up_bytes_per_s if profile.link else 0.0
+        return {"cpu": found[CPU], "gpu": found[GPU], "link": found[LINK_IN]}
 
 
 def _layer_work(spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: HardwareProfile, load: PassLoad, layer: int) -> list[float]:

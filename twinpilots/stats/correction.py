@@ -16,6 +16,7 @@ from typing import Protocol
 from twinpilots.hardware.profile import ComputeProfile, Curve, HardwareProfile, LinkProfile
 from twinpilots.plan.expected import ATTENTION, COPIES, DOWN, SMALL, UP, Resource
 
+NEARLY = 0.05
 Kind = tuple[Resource, str]  # as in WorkKind, heads together with other linears: they differ in size alone
 
 
@@ -56,7 +57,8 @@ def _processor(resource: Resource, processor: ComputeProfile, factors: Factors) 
     for key, curve in processor.linear.items():
         sizes = factors.sizes(resource, key)
         if sizes:
-            points = sorted({*curve.x, *sizes})
+            # Two points that are nearly one would make a slope of nothing but noise.
+            points = sorted({*curve.x, *(size for size in sizes if all(abs(size - x) > NEARLY * x for x in curve.x))})
             linear[key] = Curve(x=tuple(points), y=tuple(curve(x) * factors.factor(resource, key, x) for x in points))
     attention, small = factors.latest(resource, ATTENTION), factors.latest(resource, SMALL)
     found = processor.with_attention(1 / attention, 1 / attention)
@@ -81,6 +83,7 @@ class Medians:
                 ratios.setdefault((record.resource, record.key), {}).setdefault(max(record.size, 1.0), []).append(record.seconds / record.expected_s)
         self._all = {kind: median(each for found in sizes.values() for each in found) for kind, sizes in ratios.items()}
         self._found = {kind: [(math.log(size), math.log(median(found))) for size, found in sorted(sizes.items())] for kind, sizes in ratios.items()}
+        self._sizes = {kind: sorted(sizes) for kind, sizes in ratios.items()}
 
     def factor(self, resource: Resource, key: str, size: float) -> float:
         points = self._found.get((resource, key))
@@ -94,7 +97,7 @@ class Medians:
         return math.exp(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
 
     def sizes(self, resource: Resource, key: str) -> Sequence[float]:
-        return [math.exp(x) for x, _ in self._found.get((resource, key), ())]
+        return self._sizes.get((resource, key), [])
 
     def latest(self, resource: Resource, key: str) -> float:
         return self._all.get((resource, key), 1.0)
