@@ -192,14 +192,14 @@ def run(scenario: Scenario, seed: int = 1) -> Outcome:
         outcome.adaptive.append(moment.num_seqs / done.true_s)
         change = planner.after_pass(
             PassDone(
-                plan=plan, bucket=bucket, load=load, schedule=done.schedule, work_s=done.work_s, seconds=done.seconds, driver_s=0.0,
-                remaining=scenario.passes - step,
+                plan=plan, bucket=bucket, load=load, schedule=done.schedule, work_s=done.work_s, seconds=done.seconds,
+                driver_s=machine.truth.step_s(load.num_seqs), remaining=scenario.passes - step,
             ),
             prediction,
         )  # fmt: skip
         if change is not None:
             plan = change.plan
-            planner.switched(0.05)
+            planner.switched(plan, 0.05)
     outcome.changes = [record.as_dict() for record in planner.adaptation.history]
     outcome.asks = planner.adaptation.num_asks
     outcome.settled = [step for step in range(scenario.passes) if all(not event <= step < event + SETTLED for event in scenario.events)]

@@ -27,7 +27,7 @@ from twinpilots.device.cpu import choose_cores
 from twinpilots.device.emulated import EmulatedGpu
 from twinpilots.hardware.store import profile_key, save_profile
 from twinpilots.live import LiveEngine
-from twinpilots.machine import instruction_set, measure_machine, stored_profile
+from twinpilots.machine import instruction_set
 from twinpilots.model.checkpoint import open_checkpoint
 from twinpilots.model.locate import resolve_model
 from twinpilots.online import PassPrediction
@@ -36,6 +36,7 @@ from twinpilots.plan.memory import tasks_allowance
 from twinpilots.plan.plan import BucketPlan
 from twinpilots.plan.rebalance import options, with_bucket
 from twinpilots.plan.workload import Workload
+from twinpilots.profiling import measure_machine, stored_profile
 from twinpilots.runtime.stats import BusySeconds
 from twinpilots.session import Session
 
@@ -126,7 +127,10 @@ class _Unseen:
     def after_pass(self, *_: object) -> None:
         return None
 
-    def switched(self, _: float) -> None:
+    def switched(self, *_: object) -> None:
+        return None
+
+    def prepare(self, *_: object) -> None:
         return None
 
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from benchmarks.gpu_workers import Emit, card_used_bytes, outcome, serve, since
 from twinpilots.device.base import GpuDevice
-from twinpilots.machine import measure_machine, open_gpu
+from twinpilots.machine import open_gpu
+from twinpilots.profiling import measure_machine
 
 UNIT_ROWS = 8  # the zoo's models are small: larger units would leave nothing to split
 HAND_PLANS = 2

@@ -81,13 +81,19 @@ class HiddenMachine:
     dram: float
     crowding: float
     shared: bool
-    step_s: float
+    step_s: float  # from a pass's last work to the next one's first, even if the driver does nothing
+    driver_s: float  # scheduling, sampling and accounting of a pass beside it,
+    driver_seq_s: float  # and of each of its sequences
     weather: float  # how far a queue's speed wanders from pass to pass, in log
     idle_s: float = 200e-6  # a pause from here on is one to wake up from
 
     @property
     def processors(self) -> tuple[HiddenProcessor, HiddenProcessor]:
         return self.cpu, self.gpu
+
+    def between_s(self, num_seqs: int) -> float:
+        """From a pass's last work to the first of the next one, which has so many sequences."""
+        return self.step_s + self.driver_s + num_seqs * self.driver_seq_s
 
     def packet_time_s(self, num_bytes: float, *, down: bool = False, pages: int = 0) -> float:
         rate = self.down if down else self.up
@@ -126,7 +132,8 @@ def random_machine(seed: int, number: int) -> HiddenMachine:
         gpu=_processor(rng, gpu_read, gpu_flops, scale, 6 if near else rng.choice((16, 32, 64))),
         up=link, down=link * rng.uniform(0.7, 1.1), packet_s=between(2e-6, 20e-6), packet_half=between(4e3, 60e3), page_s=between(50e-9, 500e-9),
         copy_s=between(2e-6, 12e-6), handoff_s=between(2e-6, 25e-6), queue_handoff_s=between(2e-6, 25e-6), link_noise=0.02, dram=dram,
-        crowding=rng.uniform(0.0, 0.25), shared=shared, step_s=between(40e-6, 400e-6), weather=rng.uniform(0.0, 0.03),
+        crowding=rng.uniform(0.0, 0.25), shared=shared, step_s=between(40e-6, 400e-6),
+        weather=rng.uniform(0.0, 0.03), driver_s=between(200e-6, 2e-3), driver_seq_s=between(5e-6, 50e-6),
     )  # fmt: skip
 
 
@@ -166,6 +173,7 @@ class Job:
     waits: Sequence[int] = ()
     fence: int = -1
     of_pass: int = 0
+    driver_s: float = 0.0  # after that pass, before this job
     counts: bool = True  # whether the pass lasts until it is done
     ready_s: float = math.inf
     start_s: float = 0.0
@@ -251,7 +259,7 @@ def _ready_s(machine: HiddenMachine, jobs: Sequence[Job], job: Job, queue: _Queu
     if job.fence >= 0:
         if ends[job.fence] == math.inf:
             return math.inf
-        ready_s = max(ready_s, ends[job.fence] + machine.step_s)
+        ready_s = max(ready_s, ends[job.fence] + machine.step_s + job.driver_s)
     job.ready_s = ready_s
     return ready_s
 

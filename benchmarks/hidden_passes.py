@@ -42,7 +42,8 @@ def run_passes(machine: HiddenMachine, spec: ModelSpec, plan: Plan, schedule: Sc
             queue = QUEUE_NUMBERS[task.queue]
             waits = [(number - wait.previous) * count + wait.task for wait in task.waits if number or not wait.previous]
             fenced = task.kind != "load"
-            jobs.append(Job(queue, seconds * factors[queue], host_bytes, waits, number - 1 if fenced else -1, number, fenced))
+            driver_s = machine.between_s(load.num_seqs) - machine.step_s
+            jobs.append(Job(queue, seconds * factors[queue], host_bytes, waits, number - 1 if fenced else -1, number, driver_s, fenced))
     last = WARM_UP + len(loads) - 1
     ends = play(machine, jobs, len(each), rng, until=last)
     return [

@@ -14,20 +14,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from benchmarks.hidden_devices import ProfileKind
 from benchmarks.truth import SEQUENCES, TRACKED, Case, Never, Row
 from twinpilots import LLM, SamplingParams
+from twinpilots.device.cpu import choose_cores
+from twinpilots.hardware.peaks import PeakMeter
 from twinpilots.hardware.store import profile_key, save_profile
-from twinpilots.machine import instruction_set, measure_machine, measure_scaled_machine
+from twinpilots.machine import instruction_set
 from twinpilots.model.spec import ModelSpec
-from twinpilots.online import OnlinePlanner
+from twinpilots.online import OnlinePlanner, PassDone
 from twinpilots.plan.plan import Phase
-from twinpilots.trace import Recorder, TracedPass
+from twinpilots.profiling import measure_machine, measure_scaled_machine
 
 MODELS = ("smollm2-135m", "dummy:smollm2-135m")
 INPUT_LEN, AFTER = 32, 20
 FIRST = 2  # passes of a run that wake everything up
+YARDSTICK_RUNS = 4
+
+
+class Seen(NamedTuple):
+    """A pass, and what it was predicted to take before it became known."""
+
+    done: PassDone
+    predicted_s: float
 
 
 @contextmanager
@@ -52,8 +63,8 @@ def own_cache() -> Iterator[Path]:
 
 def random_device(folder: Path, seed: int, number: int) -> str:
     """The demo's device first; then links within a factor of 4 of it, memory from a sixth of the model to most of it."""
-    if number == 0:
-        return "emulated:demo"
+    if number <= 0:
+        return "cpu" if number < 0 else "emulated:demo"
     rng = random.Random(f"device {seed} {number}")
     rate = 2.5e9 * math.exp(rng.uniform(-math.log(4), math.log(2)))
     path = folder / f"random-{number}.json"
@@ -67,14 +78,25 @@ def random_device(folder: Path, seed: int, number: int) -> str:
 
 
 def live_rows(folder: Path, seed: int, number: int, *, kind: ProfileKind, models: Sequence[str] = MODELS) -> list[Row]:
-    """One device, all models and numbers of sequences."""
+    """One device (number -1: the CPU alone), all models and numbers of sequences."""
     device, rows = random_device(folder, seed, number), []
     for model in models:
         with LLM(model, device=device, load=False) as unloaded:
+            before = box_speed()
             _store(device, unloaded.spec, kind)
+            at_profile = tuple((a + b) / 2 for a, b in zip(before, box_speed(), strict=True))
         for num_seqs in SEQUENCES:
-            rows += _run(model, device, number, num_seqs)
+            rows += _run(model, device, number, num_seqs, at_profile)
     return rows
+
+
+def box_speed() -> tuple[float, ...]:
+    """What all cores read and compute per second just now, by routines that share nothing with our kernels: on a shared box that differs from one quarter of
+    a minute to the next."""
+    with PeakMeter(len(choose_cores(gpu=False, emulated=False).pilot)) as meter:
+        for _ in range(YARDSTICK_RUNS):
+            meter.sample()
+        return meter.read_bytes_per_s, meter.flops_per_s
 
 
 def _store(device: str, spec: ModelSpec, kind: ProfileKind) -> None:
@@ -82,38 +104,44 @@ def _store(device: str, spec: ModelSpec, kind: ProfileKind) -> None:
     if kind != "scaled":
         measure_machine(device, spec, quick=kind == "quick")
         return
-    key = profile_key(device, 1, spec, instruction_set())  # on two cores the pilot has one
+    threads = len(choose_cores(gpu=device != "cpu", emulated=device != "cpu").pilot)
+    key = profile_key(device, threads, spec, instruction_set())
     save_profile(key, measure_scaled_machine(device, spec))
 
 
-def _run(model: str, device: str, number: int, num_seqs: int) -> list[Row]:
+def _run(model: str, device: str, number: int, num_seqs: int, at_profile: Sequence[float]) -> list[Row]:
     params = SamplingParams(temperature=0.0, max_tokens=TRACKED + AFTER, ignore_eos=True)
     prompts = [[1 + (7 * i + 13 * j) % 900 for j in range(INPUT_LEN)] for i in range(num_seqs)]
     with LLM(model, device=device, max_num_seqs=num_seqs, max_model_len=INPUT_LEN + TRACKED + AFTER) as llm:
         profile, spec = llm._profile, llm.spec
-        recorder = llm._trace = llm._open_session.trace = Recorder(num_passes=1000)
+        online, seen = llm._planner.online, list[Seen]()
+        online.witness = lambda done: seen.append(Seen(done, online.predict(done.plan, done.bucket, done.load).seconds))
+        before = box_speed()
         llm.generate(prompts, params, use_tqdm=False)
+        now = [(a + b) / 2 for a, b in zip(before, box_speed(), strict=True)]
         memory_frac = profile.gpu_memory_bytes / (spec.linear_bytes + spec.embedding_bytes)
     name = model.removeprefix("dummy:")
+    box = max((abs(a / b - 1.0) for a, b in zip(now, at_profile, strict=True)), default=0.0)
     case = Case(machine=f"live-{number}", model=name if name == model else f"{name} 16", num_seqs=num_seqs, input_len=INPUT_LEN, memory_frac=memory_frac)
     offline = OnlinePlanner(spec, profile, Never(), adapts=False)
     found: list[Row] = []
     for phase in ("prefill", "decode"):
-        passes = [each for each in recorder.passes if (each.num_prompt_tokens > 0) == (phase == "prefill")]
+        passes = [each for each in seen if each.done.bucket.phase == phase]
         if phase == "decode":
             passes = passes[FIRST:]
         if passes:
-            found.append(_row(case, phase, passes, offline))  # type: ignore[arg-type]
+            found.append(_row(case, phase, passes, offline, box))  # type: ignore[arg-type]
     return found
 
 
-def _row(case: Case, phase: Phase, passes: Sequence[TracedPass], offline: OnlinePlanner) -> Row:
-    true_s = [(each.ended_ns - each.began_ns) * 1e-9 for each in passes]
-    predictions = [offline.predict(each.plan, each.bucket, each.load) for each in passes]
+def _row(case: Case, phase: Phase, passes: Sequence[Seen], offline: OnlinePlanner, box: float) -> Row:
+    true_s = [each.done.seconds for each in passes]
+    predictions = [offline.predict(each.done.plan, each.done.bucket, each.done.load) for each in passes]
     busy = predictions[0].busy_s
     return Row(
         case=case, phase=phase, bound_by=max(("cpu", "gpu", "link"), key=lambda name: getattr(busy, name)),
         predicted_s=median(each.seconds for each in predictions), true_s=median(true_s),
         errors=tuple(p.seconds / t - 1.0 for p, t in zip(predictions, true_s, strict=True)),
         tracked_errors=tuple(each.predicted_s / t - 1.0 for each, t in list(zip(passes, true_s, strict=True))[TRACKED:]) if phase == "decode" else (),
+        box_change=box,
     )  # fmt: skip

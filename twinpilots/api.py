@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from twinpilots.config import EngineConfig
 from twinpilots.errors import LimitError, UserError
 from twinpilots.live import LiveEngine
-from twinpilots.machine import load_or_measure
 from twinpilots.model.checkpoint import open_checkpoint
 from twinpilots.model.locate import resolve_model
 from twinpilots.model.tokenizer import load_tokenizer
@@ -30,6 +29,7 @@ from twinpilots.plan.difference import difference
 from twinpilots.plan.plan import Plan
 from twinpilots.plan.workload import Workload
 from twinpilots.planner import Planner
+from twinpilots.profiling import load_or_measure
 from twinpilots.progress import Progress
 from twinpilots.request import RequestOutput, SamplingParams
 from twinpilots.session import Session

@@ -91,7 +91,7 @@ def measure(device: str) -> None:
     """The full profile of this machine in the model's shapes, stored for later runs."""
     from twinpilots.commands.models import model_spec
     from twinpilots.commands.profile import profile_text
-    from twinpilots.machine import measure_machine
+    from twinpilots.profiling import measure_machine
 
     spec = model_spec(MODEL)
     with Progress("measuring", unit="steps") as bar:

@@ -1,14 +1,13 @@
-"""This machine's devices by the names that users give them, and its measured profile.
+"""This machine's devices by the names that users give them.
 
-Owns the meaning of ``device`` ("auto", "cpu", "cuda:N", "emulated:PRESET") and the way from a name to opened pilots and to a stored profile.
-Knows nothing of plans or requests.
+Owns the meaning of ``device`` ("auto", "cpu", "cuda:N", "emulated:PRESET") and the way from a name to opened pilots. Knows nothing of plans, requests or
+profiles (`profiling`).
 """
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,11 +17,6 @@ from twinpilots.errors import DeviceUnavailableError, UserError
 if TYPE_CHECKING:
     from twinpilots.device.base import GpuDevice
     from twinpilots.device.cpu import CpuPilot
-    from twinpilots.hardware.profile import HardwareProfile
-    from twinpilots.model.spec import ModelSpec
-
-logger = logging.getLogger(__name__)
-TYPICAL_MODEL = "dummy:smollm2-135m"  # the shapes a profile is measured in when no model is named: small enough for any GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,68 +81,6 @@ def open_gpu(device: str) -> GpuDevice | None:
     from twinpilots.device.cuda import CudaGpu
 
     return CudaGpu(int(which))
-
-
-def measure_machine(
-    device: str, spec: ModelSpec, *, threads: int | None = None, quick: bool = False, store: bool = True, progress: Callable[[str], None] = lambda _: None
-) -> HardwareProfile:
-    """Measure ``device`` in the shapes of ``spec``. A stored full profile also becomes `plan`'s default for this device.
-
-    A quick measurement is kept apart, so that it never displaces a full one. A cache that cannot be written is a warning.
-    """
-    from twinpilots.hardware.measure import measure
-    from twinpilots.hardware.store import save_profile
-
-    with open_machine(device, threads) as machine:
-        profile = measure(machine.pilot, machine.gpu, spec, quick=quick, progress=progress)
-    if store:
-        try:
-            save_profile(_key(machine.device, spec, threads, quick=quick), profile, latest_for=None if quick else machine.device)
-        except OSError as error:
-            logger.warning("the profile could not be stored (%s); it will be measured again next time", error)
-    return profile
-
-
-def measure_scaled_machine(device: str, spec: ModelSpec, *, threads: int | None = None) -> HardwareProfile:
-    """The nearest preset at this machine's rates, in seconds. It becomes `plan`'s default for this device unless a full profile is that already."""
-    from twinpilots.hardware.measure import measure_scaled
-    from twinpilots.hardware.store import save_first
-
-    with open_machine(device, threads) as machine:
-        profile = measure_scaled(machine.pilot, machine.gpu, spec)
-    try:
-        save_first(machine.device, profile)
-    except OSError as error:
-        logger.warning("the rates could not be stored (%s)", error)
-    return profile
-
-
-def stored_profile(device: str, spec: ModelSpec, *, threads: int | None = None, quick: bool = False) -> HardwareProfile | None:
-    """What `measure_machine` stored for this device, these shapes, formats and threads; None before that."""
-    from twinpilots.hardware.store import load_profile
-
-    found = load_profile(_key(resolve_device(device), spec, threads, quick=quick))
-    return None if found is None or found.missing(spec.rate_keys) else found
-
-
-def load_or_measure(device: str, spec: ModelSpec, *, threads: int | None = None, tell: Callable[[str], None] = logger.warning) -> HardwareProfile:
-    """The stored full profile, else the stored quick one, else a quick measurement (a few seconds), which is said through ``tell``."""
-    for quick in (False, True):
-        found = stored_profile(device, spec, threads=threads, quick=quick)
-        if found is not None:
-            return found
-    name = resolve_device(device)
-    profile = measure_machine(device, spec, threads=threads, quick=True)
-    tell(f"no profile of {name} for models of these widths: measured it quickly (`twinpilots profile MODEL --device {name}` does it thoroughly)")
-    return profile
-
-
-def _key(device: str, spec: ModelSpec, threads: int | None, *, quick: bool) -> str:
-    from twinpilots.device.cpu import choose_cores
-    from twinpilots.hardware.store import profile_key
-
-    cores = choose_cores(gpu=device != "cpu", emulated=device.startswith("emulated:")).pilot
-    return profile_key(device, threads or len(cores), spec, instruction_set()) + ("-quick" if quick else "")
 
 
 def instruction_set() -> str:

@@ -6,7 +6,7 @@ of what was simulated. The session drives it on a real machine, `benchmarks.adap
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,10 +17,11 @@ from twinpilots.plan.expected import DOWN, UP, ExpectedTime, PassWork, WorkKind
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.rebalance import Option, option_of, options
-from twinpilots.plan.simulate import PassEstimator, PassTiming
-from twinpilots.plan.tasks import PassShape, Schedule
+from twinpilots.plan.tasks import Schedule
+from twinpilots.predictions import Predictions
 from twinpilots.runtime.stats import BusySeconds
-from twinpilots.stats.tracker import Snapshot, Tracker, WorkTime
+from twinpilots.stats.correction import WorkTime
+from twinpilots.stats.tracker import Snapshot, Tracker
 
 EAGER_PASSES = 16  # the first ones: all are looked at
 LOOK_PASSES = 2  # while nothing is unusual, every second pass tells enough: looking takes the driver's time
@@ -28,10 +29,10 @@ LOOK_ALONE = 8  # the same where there is no GPU, so no work to move: only predi
 RENEW_PASSES = 16  # how often the rates that predictions go by are looked after; a jump is followed at once
 RENEW_DRIFT = 0.04  # of a pass's time: less is left to what passes of the plan have taught, because simulating anew is not free
 DRIVER_DECAY = 0.2  # weight of the newest pass in the mean of the driver's time
-DRIVER_MOST_S = 0.02  # a pause of the process is not the driver's work
+DRIVER_MOST = 4.0  # times its usual time that one pass's may count as: a pause of the process is not the driver's work
 MOST_REMEMBERED = 512  # passes
+DRIVER_LEAST_S = 0.5e-3  # taken for usual where the profile says less
 LINK_QUEUES = {UP: "link_in", DOWN: "link_out"}
-NEARBY = 1.15  # factor on every resource's work within which a pass is priced by another's simulation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +47,8 @@ class PassPrediction:
 
 @dataclass(frozen=True, kw_only=True)
 class PassDone:
-    """One pass after it ran: what it was, its task list, seconds of work by kind, whole seconds as the user feels them, and the driver's part of them."""
+    """One pass after it ran: what it was, its task list, seconds of work by kind, whole seconds as the user feels them, and the driver's part of them: from
+    the end of the last pass's work to the begin of this one's."""
 
     plan: Plan
     bucket: BucketPlan
@@ -59,35 +61,39 @@ class PassDone:
 
 
 class OnlinePlanner:
-    """``adapts``: whether the plan may change; predictions and the tracker work either way."""
+    """``adapts``: whether the plan may change; predictions and the tracker work either way. ``at_once``: whether a pass unlike those before it is simulated
+    when it comes, or priced by what `prepare` has simulated. ``witness`` is shown every pass."""
 
-    def __init__(self, spec: ModelSpec, profile: HardwareProfile, runner: Runner, *, adapts: bool) -> None:
+    def __init__(
+        self, spec: ModelSpec, profile: HardwareProfile, runner: Runner, *, adapts: bool, at_once: bool = True,
+        witness: Callable[[PassDone], None] | None = None,
+    ) -> None:  # fmt: skip
         self.spec, self.profile, self.adapts = spec, profile, adapts  # the profile as history corrects it
-        self.tracker = Tracker(profile)
+        self.tracker, self.witness = Tracker(profile), witness
         self.adaptation = Adaptation(self.tracker, partial(resolve, spec), runner)
         self._renewed_at: Snapshot = {}
         self._num_jumps = 0
-        self._estimators: dict[tuple[int, PassShape], tuple[BucketPlan, PassEstimator]] = {}
-        self._timings: dict[tuple[int, PassLoad], PassTiming] = {}
-        self._simulated: dict[tuple[int, PassShape], list[tuple[Mapping[str, float], PassTiming]]] = {}  # with each one's work by resource
+        self.predictions = Predictions(spec, profile, at_once=at_once)
         self._work: dict[int, tuple[Schedule, PassWork]] = {}
         self._expected: dict[tuple[int, PassLoad], tuple[ExpectedTime, ...]] = {}
-        self._driver_s = 0.0  # scheduling and sampling of a pass, as measured lately
+        self._driver_s = 0.0  # what the driver takes for a pass lately, beyond what the profile says
 
     def predict(self, plan: Plan, bucket: BucketPlan, load: PassLoad) -> PassPrediction:
         """What the simulator says of this pass, and what passes of this plan have taught."""
-        timing = self._timing(plan, bucket, load)
-        plain_s = timing.seconds + self._driver_s
+        timing = self.predictions.timing(plan, bucket, load)
+        plain_s = timing.seconds + max(self._driver_s, -self.profile.step_s(load.num_seqs))
         return PassPrediction(seconds=plain_s * self.adaptation.expected_factor(bucket), plain_s=plain_s, busy_s=BusySeconds(**timing.resource_s))
 
     def after_pass(self, done: PassDone, prediction: PassPrediction) -> Change | None:
         """Learn from a pass; the plan to go on with, or None to stay."""
+        if self.witness is not None:
+            self.witness(done)
         every = LOOK_ALONE if self.profile.gpu is None else LOOK_PASSES
         if self.tracker.num_passes < EAGER_PASSES or not self.tracker.is_settled or (self.tracker.num_passes + 1) % every == 0:
-            self.tracker.observe(self._records(done), done.seconds)
+            self.tracker.observe(self.records(done), done.seconds)
         else:
             self.tracker.pass_over()
-        self._driver_s += DRIVER_DECAY * (min(done.driver_s, DRIVER_MOST_S) - self._driver_s)
+        self._follow_driver(done)
         jumps, self._num_jumps = self._num_jumps, self.tracker.num_jumps
         if jumps != self._num_jumps or (self.tracker.num_passes % RENEW_PASSES == 0 and self.tracker.drift(self._renewed_at)[0] > RENEW_DRIFT):
             self._renew()
@@ -100,12 +106,15 @@ class OnlinePlanner:
             )
         )  # fmt: skip
 
-    def switched(self, seconds: float) -> None:
+    def _follow_driver(self, done: PassDone) -> None:
+        usual_s = self.profile.step_s(done.load.num_seqs)
+        beyond_s = min(done.driver_s, DRIVER_MOST * max(usual_s, DRIVER_LEAST_S)) - usual_s
+        self._driver_s += DRIVER_DECAY * (beyond_s - self._driver_s)
+
+    def switched(self, plan: Plan, seconds: float) -> None:
         """Another plan is in force; to change to it took so long. What was remembered of the old one's buckets can go."""
         self.adaptation.switch_s = seconds
-        self._estimators.clear()
-        self._timings.clear()
-        self._simulated.clear()
+        self.predictions.forget_all_but(plan)
         self._work.clear()
         self._expected.clear()
 
@@ -115,45 +124,20 @@ class OnlinePlanner:
 
     # -- predictions -------------------------------------------------------------------------------------------------------------------------
 
-    def _timing(self, plan: Plan, bucket: BucketPlan, load: PassLoad) -> PassTiming:
-        key = (id(bucket), load)
-        if key not in self._timings:
-            if len(self._timings) >= MOST_REMEMBERED:
-                self._timings.clear()
-            self._timings[key] = self._nearby(plan, bucket, load)
-        return self._timings[key]
-
-    def _nearby(self, plan: Plan, bucket: BucketPlan, load: PassLoad) -> PassTiming:
-        """A load with nearly the work of one that was simulated takes its time in proportion: a new load comes with every other pass, and to simulate
-        one takes as long as a pass of a small model."""
-        estimator = self._estimator(plan, bucket, load.shape)
-        work = estimator.work(load)
-        simulated = self._simulated.setdefault((id(bucket), load.shape), [])
-        for known, timing in simulated:
-            if all(known[name] / NEARBY <= seconds <= known[name] * NEARBY for name, seconds in work.items()):
-                return timing.scaled({name: seconds / known[name] if known[name] else 1.0 for name, seconds in work.items()})
-        simulated.append((work, estimator.timing(load)))
-        return simulated[-1][1]
-
-    def _estimator(self, plan: Plan, bucket: BucketPlan, shape: PassShape) -> PassEstimator:
-        key = (id(bucket), shape)
-        if key not in self._estimators or self._estimators[key][0] is not bucket:
-            self._estimators[key] = (bucket, PassEstimator(self.spec, plan, bucket, self.profile, shape))  # keeps the bucket alive: its id is the key
-        return self._estimators[key][1]
+    def prepare(self, plan: Plan, budget_s: float) -> None:
+        """Before passes of ``plan`` follow each other: simulate what will come most."""
+        self.predictions.prepare(plan, budget_s)
 
     def _renew(self) -> None:
         self._renewed_at = self.tracker.snapshot()
         self.profile = self.tracker.profile()
-        for _, estimator in self._estimators.values():
-            estimator.profile = self.profile  # its schedules stay good
-        self._timings.clear()
-        self._simulated.clear()
+        self.predictions.renew(self.profile)
 
     # -- records -----------------------------------------------------------------------------------------------------------------------------
 
-    def _records(self, done: PassDone) -> Iterable[WorkTime]:
+    def records(self, done: PassDone) -> Iterable[WorkTime]:
         """Every kind of work against the offline profile. What the simulator adds for contention is expected, too, so that it is not learned twice."""
-        timing = self._timing(done.plan, done.bucket, done.load)
+        timing = self.predictions.timing(done.plan, done.bucket, done.load)
         slowed = {queue: timing.busy_s[queue] / alone_s if alone_s > 0 else 1.0 for queue, alone_s in timing.alone_s.items()}
         for expected in self._expected_of(done):
             kind = expected.kind

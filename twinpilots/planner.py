@@ -64,7 +64,8 @@ class Planner:
         self.limits = limits_of(config, profile)
         self._solved: dict[tuple[Workload, int | None, bool], Solution] = {}  # by workload, and whether all policies were compared
         self._background = Background()
-        self.online = OnlinePlanner(spec, profile, self._background, adapts=config.policy == "auto" and not self.is_fixed)
+        adapts = config.policy == "auto" and not self.is_fixed
+        self.online = OnlinePlanner(spec, profile, self._background, adapts=adapts, at_once=False)
         self._known_plan: Plan | None = None
         self._known_s: dict[Workload, float] = {}  # of the known plan
         self._solve_s = 0.0  # what the last solve took

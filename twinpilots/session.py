@@ -30,6 +30,7 @@ from twinpilots.plan.plan import Plan
 from twinpilots.planner import Planner, pass_load_of
 from twinpilots.progress import Progress
 from twinpilots.request import RequestOutput
+from twinpilots.runtime.accounts import span_seconds
 from twinpilots.runtime.batch import StepBatch
 from twinpilots.runtime.chain import Int32
 from twinpilots.runtime.engine import Engine
@@ -42,7 +43,8 @@ from twinpilots.trace import Recorder, TracedPass
 logger = logging.getLogger(__name__)
 STORE_PASSES = 5000  # between two times that what was learned is stored: a run that is killed has not learned in vain
 ACCOUNT_EVERY_NS = 50_000_000  # of passes: slower passes are accounted for one by one
-PREPARE_S = 0.6  # what loading may spend on compiling programs ahead
+PREPARE_S = 0.6  # what loading may spend on compiling programs ahead,
+PRICE_S = 0.2  # and on simulating passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class Session:
                     make_executor(spec, plan, machine.pilot, machine.gpu, CheckpointWeights(checkpoint), limits=limits, progress=bar.update)
                 )
             self.executor.prepare(PREPARE_S)
+            planner.online.prepare(plan, PRICE_S)
             self._stack = stack.pop_all()
         self.load_s = time.perf_counter() - began
         self._stats = stats or EngineStats(
@@ -207,7 +210,7 @@ class Session:
         busy_s = BusySeconds(**{name: sum([getattr(prediction.busy_s, name) for prediction in predicted]) for name in DEVICES})
         predicted_s = sum([prediction.seconds for prediction in predicted])
         self._stats.add(replace(report, seconds=step.seconds, predicted_s=predicted_s, predicted_busy_s=busy_s))
-        self._teach(step, plan, expected, work_s, (step.seconds - report.seconds) / len(step.records))
+        self._teach(step, plan, expected, work_s)
         return tracing_ns
 
     def _expected(self, step: _Step, plan: Plan) -> list[tuple[PassLoad, PassPrediction]]:
@@ -221,14 +224,16 @@ class Session:
         return found
 
     def _teach(
-        self, step: _Step, plan: Plan, expected: list[tuple[PassLoad, PassPrediction]], work_s: list[dict[WorkKind, float]], driver_s: float
+        self, step: _Step, plan: Plan, expected: list[tuple[PassLoad, PassPrediction]], work_s: list[dict[WorkKind, float]]
     ) -> None:  # fmt: skip
-        """The planner learns from every pass, and may answer with another plan. ``driver_s``: each pass's share of what was done around them."""
+        """The planner learns from every pass, and may answer with another plan. What was done around a chain's passes is charged to all of them alike."""
         batch, online = step.batch, self._planner.online
+        spans_s = [span_seconds(record.times) for record in step.records]
+        driver_s = (step.seconds - sum(spans_s)) / len(spans_s)
         remaining = self.scheduler.passes_left(batch.bucket.phase)
-        for record, (load, prediction), work in zip(step.records, expected, work_s, strict=True):
+        for record, (load, prediction), work, span_s in zip(step.records, expected, work_s, spans_s, strict=True):
             done = PassDone(
-                plan=plan, bucket=batch.bucket, load=load, schedule=record.placed.program.schedule, work_s=work, seconds=record.seconds + driver_s,
+                plan=plan, bucket=batch.bucket, load=load, schedule=record.placed.program.schedule, work_s=work, seconds=span_s + driver_s,
                 driver_s=driver_s, remaining=remaining,
             )  # fmt: skip
             change = None if batch.moves else online.after_pass(done, prediction)  # a copy beside it is no part of what the pass was predicted to take
@@ -267,7 +272,8 @@ class Session:
                 self.executor.compile_bucket(bucket)
         self.plan = plan
         self._stats.plan_changes += 1
-        self._planner.online.switched(time.perf_counter() - began)
+        self._planner.online.prepare(plan, PRICE_S)
+        self._planner.online.switched(plan, time.perf_counter() - began)
 
     def close(self) -> None:
         self.last_pass = None  # its view would outlive the memory, and so would those of passes that nobody asks about any more

@@ -45,3 +45,20 @@ def test_one_trace_at_a_time_and_none_after_it(zoo_model: Any, balanced_machine:
         before = (tmp_path / "one.json").read_bytes()
         llm.generate([[5]], params, use_tqdm=False)
     assert (tmp_path / "one.json").read_bytes() == before and not (tmp_path / "two.json").exists()
+
+
+def test_no_pass_waits_for_a_simulation(zoo_model: Any, balanced_machine: None) -> None:
+    """Loads of all kinds come and go: what they are predicted to take was simulated when the model was loaded."""
+    model = zoo_model("llama")
+    with LLM(str(model.path), device="cpu", max_num_seqs=4, unit_rows=8) as llm:
+        online = llm._planner.online
+        llm.generate([[1, 2, 3]] * 4, SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))
+        simulated = online.predictions.num_simulated
+        outs = llm.generate(
+            [[1, 2, 3 + i] * (i + 1) for i in range(4)], [SamplingParams(max_tokens=2 + 3 * i, temperature=0.0, ignore_eos=True) for i in range(4)]
+        )
+        stats = llm.stats()
+    assert len(outs) == 4
+    assert simulated > 0
+    assert online.predictions.num_simulated == simulated
+    assert stats["tokens_per_s"]["predicted"] > 0

@@ -17,10 +17,10 @@ from tests.harness import NUM_TOKENS, PROMPTS, Rig, log_softmax, relative_rms
 from tests.planning import llama
 from tests.quantized import reference_model
 from twinpilots import LLM, SamplingParams
-from twinpilots.machine import measure_machine
 from twinpilots.model.checkpoint import open_checkpoint
 from twinpilots.model.quantization import quantized_spec
 from twinpilots.model.spec import ModelSpec
+from twinpilots.profiling import measure_machine
 from twinpilots.runtime.serial import SerialGpu
 
 pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("balanced_machine")]

@@ -14,7 +14,8 @@ from twinpilots.plan.load import PassLoad, decode_load
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.rebalance import Option, options, pilots_of, shares_of
 from twinpilots.plan.solver import solve
-from twinpilots.stats.tracker import Tracker, WorkTime
+from twinpilots.stats.correction import WorkTime
+from twinpilots.stats.tracker import Tracker
 
 SPEC = smollm2()
 PLAN = solve(SPEC, DEMO, workload(16, 128, 64), memory_of(DEMO), policy="hetegen", compare=False).plan

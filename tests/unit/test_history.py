@@ -11,7 +11,8 @@ import pytest
 
 from twinpilots import history
 from twinpilots.hardware.presets import PRESETS
-from twinpilots.stats.tracker import Tracker, WorkTime
+from twinpilots.stats.correction import WorkTime
+from twinpilots.stats.tracker import Tracker
 
 PROFILE = PRESETS["t4"]
 NOW_S = 1e9

@@ -10,8 +10,9 @@ import pytest
 
 from twinpilots.hardware.presets import PRESETS
 from twinpilots.plan.expected import ATTENTION, DOWN, UP
+from twinpilots.stats.correction import WorkTime
 from twinpilots.stats.evidence import DECAY, JUMP_RECORDS, Evidence
-from twinpilots.stats.tracker import Tracker, WorkTime
+from twinpilots.stats.tracker import Tracker
 
 PROFILE = PRESETS["t4"]
 KEY = "fp16/out"

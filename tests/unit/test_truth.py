@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.hidden_devices import measured
 from benchmarks.hidden_machine import CPU, GPU, LINK_IN, Job, play, random_machine
+from benchmarks.hidden_rehearsal import profiled
 from benchmarks.truth import CARD_BYTES, Case, figures, judge
 from twinpilots.model.dummy import dummy_spec
 
@@ -19,7 +19,7 @@ def test_passes_on_hidden_machines_take_what_is_predicted_and_more_exactly_so_af
     rows = []
     for number in (0, 1):
         machine = random_machine(7, number)
-        profile = measured(machine, spec, CARD_BYTES, 7, "quick")
+        profile = profiled(machine, spec, CARD_BYTES, 7, "quick")
         assert profile.link is not None
         assert profile.link.up_bytes_per_s == pytest.approx(machine.up, rel=0.15)  # packets of 32 MiB, and the weather
         assert profile.link.handoff_s == pytest.approx(machine.handoff_s, rel=0.15)

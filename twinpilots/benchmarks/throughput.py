@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 def measured_limits(args: argparse.Namespace) -> HardwareProfile:
     """The machine's rates, measured now. A machine that was never measured for this model is first measured in full, so that all contenders plan alike."""
     from twinpilots.commands.models import model_spec
-    from twinpilots.machine import measure_machine, stored_profile
+    from twinpilots.profiling import measure_machine, stored_profile
 
     spec = model_spec(args.model, revision=args.revision, dtype=args.dtype, quantization=args.quantization, keep=args.keep, strict=args.strict)
     with Progress("measuring", unit="steps") as bar:

@@ -58,7 +58,8 @@ def hardware(name: str | None, device: str, model: str, spec: ModelSpec) -> Hard
         return load_hardware(name)
     from twinpilots.hardware.scaled import filled
     from twinpilots.hardware.store import latest_profile
-    from twinpilots.machine import resolve_device, stored_profile
+    from twinpilots.machine import resolve_device
+    from twinpilots.profiling import stored_profile
 
     resolved = resolve_device(device)
     profile = stored_profile(resolved, spec) or latest_profile(resolved)

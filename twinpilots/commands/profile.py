@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Measure and store; print the rates or return the profile. With --forget: remove histories."""
     from twinpilots.commands.models import model_spec
     from twinpilots.history import forget
-    from twinpilots.machine import TYPICAL_MODEL, measure_machine, measure_scaled_machine
+    from twinpilots.profiling import TYPICAL_MODEL, measure_machine, measure_scaled_machine
 
     if args.forget:
         if args.model:

@@ -27,6 +27,7 @@ from twinpilots.plan.tasks import Queue
 
 FULL_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUICK_GRID = (1, 2, 4, 8, 16, 64, 256)  # kernels walk few tokens in steps: what lies between two points there is no straight line
+ACTIVATIONS_SHARE = 8  # activations of the largest pass that is measured take at most so little of GPU memory
 PEAK_RUNS = 12
 PEAK_REPEATS = 10
 Peaks = Callable[[Literal["cpu", "gpu", "all cores"]], tuple[float, float]]  # (read bytes/s, FLOP/s), by routines that share nothing with our kernels
@@ -52,8 +53,9 @@ def measure(
     rig_bytes = host_region_bytes() + GPU_CACHE_BYTES + 2 * packet_bytes(gpu)
     rig_bytes += 16 * max(grid) * (spec.intermediate_size + spec.hidden_size * 4 + spec.q_size * 4)
     gpu_budget = gpu_arena_bytes(gpu)
-    if gpu and gpu_budget < (64 << 20):
-        grid = grid[:-2]
+    token_bytes = 4 * (max(spec.intermediate_size, spec.q_size + 2 * spec.kv_size) + 2 * spec.hidden_size + spec.q_size)
+    while gpu and len(grid) > 1 and grid[-1] * token_bytes * ACTIVATIONS_SHARE > gpu_budget:
+        grid = grid[:-1]
     with Rig(pilot, gpu, host_bytes=rig_bytes, gpu_bytes=gpu_budget, clock=clock) as rig:
         benches: dict[Side, Bench] = {side: Bench(rig, side, spec, max(grid)) for side in (("cpu", "gpu") if gpu else ("cpu",))}
         progress("linears and attention")

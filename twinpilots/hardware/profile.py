@@ -157,15 +157,20 @@ class HardwareProfile:
     disk_bytes_per_s: float | None = None
     gpu_overhead_bytes: int = 0  # what the process takes on the card beside the arena: context, libraries
     emulated: bool = False
-    step_overhead_s: float = 0.0  # driver work per pass outside the queues: scheduling, metadata, sampling
+    step_overhead_s: float = 0.0  # from a pass's last work to the next one's first: scheduling, metadata, sampling, accounting, waking the queues up
+    step_seq_s: float = 0.0  # and what each sequence of a pass adds to it
     notes: Mapping[str, str] = field(default_factory=dict)
     schema: int = PROFILE_SCHEMA
 
     def __post_init__(self) -> None:
         _check_numbers(self, "host_memory_bytes dram_bytes_per_s cpu_cores", above=0)
-        _check_numbers(self, "gpu_memory_bytes step_overhead_s", least=0)
+        _check_numbers(self, "gpu_memory_bytes step_overhead_s step_seq_s", least=0)
         if (self.gpu is None) != (self.link is None):
             raise ValueError("HardwareProfile: gpu and link come together; give both or neither")
+
+    def step_s(self, num_seqs: float) -> float:
+        """What the driver takes between two passes of so many sequences."""
+        return self.step_overhead_s + num_seqs * self.step_seq_s
 
     def with_curves_of(self, earlier: HardwareProfile) -> HardwareProfile:
         """This profile, with the earlier one's curves of kinds of linears that it lacks."""

@@ -46,7 +46,7 @@ def pass_bound(spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: 
         need, given = program.bytes_needed, limits.gpu_bytes * (profile.gpu is not None) + limits.host_bytes
         raise LimitError(f"weights and KV of this pass need {need} bytes, GPU and host memory offer {given}; raise a memory limit or run fewer sequences")
     prices = {name: abs(float(answer.ineqlin.marginals[i])) for i, name in enumerate(program.lines)}
-    return PassBound(float(answer.x[0]) + (profile.step_overhead_s if kind == "plan" else 0.0), max(program.lines, key=lambda name: prices[name]))
+    return PassBound(float(answer.x[0]) + (profile.step_s(load.num_seqs) if kind == "plan" else 0.0), max(program.lines, key=lambda name: prices[name]))
 
 
 class _Program:

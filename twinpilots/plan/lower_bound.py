@@ -97,7 +97,7 @@ class Pass:
         self.link = self.profile.link
         self.kv_dtype = self.plan.kv_dtype
         self.zero: Floats = np.zeros((1,) * len(grid.shape))
-        self.free: dict[Device, Floats] = dict.fromkeys(DEVICES, self.zero + self.profile.step_overhead_s)
+        self.free: dict[Device, Floats] = dict.fromkeys(DEVICES, self.zero + self.profile.step_s(self.load.num_seqs))
         self.stored = self.zero  # when the last new KV is back in host memory
         self.streamed_bytes = self.zero
         self.kv_s = 0.0
@@ -368,7 +368,7 @@ class Pass:
         self.kv_s += self.link.packet_s + moved / self.link.up_bytes_per_s
         if self.played is not None:
             return self.played.fetched_kv(self._slot(layer, mb), moved)
-        return self.profile.step_overhead_s + self.kv_s + self.zero
+        return self.profile.step_s(self.load.num_seqs) + self.kv_s + self.zero
 
     def _slot(self, layer: int, mb: int) -> int:
         return (layer * len(self.mbs) + mb) % 2

@@ -33,7 +33,8 @@ def phase_about(problem: Problem, plan: Plan, phase: Phase, grid: Grid, rings: S
     ring_bytes, packet_bytes = (np.repeat(np.array(sizes, dtype=float), grid.shape[0] // len(rings)) for sizes in zip(*rings, strict=True))
     total = np.zeros(grid.shape)
     for _, load, count in phase_loads(problem.workload, plan, phase):
-        link, seconds = PlayedLink(problem.profile, ring_bytes, packet_bytes, interleaved=len(load.micro_batches) > 1), np.zeros(grid.shape)
+        driver_s, interleaved = problem.profile.step_s(load.num_seqs), len(load.micro_batches) > 1
+        link, seconds = PlayedLink(problem.profile, ring_bytes, packet_bytes, driver_s=driver_s, interleaved=interleaved), np.zeros(grid.shape)
         for _ in range(PASSES if link.copy_slowdown == {"cpu": 1.0, "gpu": 1.0} else SLOWED_PASSES):
             made = Pass(problem, plan, grid, load, link)
             seconds = made.run()
@@ -60,11 +61,12 @@ class _Entry:
 class PlayedLink:
     """The link and the ring over several passes (see `lower_bound.Link`)."""
 
-    def __init__(self, profile: HardwareProfile, ring_bytes: Floats, packet_bytes: Floats, *, interleaved: bool) -> None:
+    def __init__(self, profile: HardwareProfile, ring_bytes: Floats, packet_bytes: Floats, *, driver_s: float, interleaved: bool) -> None:
         assert profile.gpu is not None and profile.link is not None
         self.profile, self.ring_bytes, self.packet_bytes, self.link = profile, ring_bytes, packet_bytes, profile.link
         self.copy_slowdown = {"cpu": profile.cpu.copy_slowdown, "gpu": profile.gpu.copy_slowdown}
         self.peer_slowdown = {"cpu": profile.cpu.peer_slowdown, "gpu": profile.gpu.peer_slowdown}
+        self.driver_s = driver_s  # between two passes
         self.interleaved = interleaved  # micro-batches: a device works on one while the other works on another
         self.zero = np.zeros(len(ring_bytes))
         self.free, self.place, self.busy_s = self.zero, self.zero, self.zero
@@ -100,7 +102,7 @@ class PlayedLink:
         self.entries[key] = replace(self.entries[key], end=end)
 
     def fetched_kv(self, slot: int, num_bytes: int) -> Floats:
-        start = np.maximum(np.maximum(self.free, self.profile.step_overhead_s), self.slots.get(slot, self.zero))
+        start = np.maximum(np.maximum(self.free, self.driver_s), self.slots.get(slot, self.zero))
         seconds = self.link.packet_s + self.link.load_kv_s + num_bytes / self.link.up_bytes_per_s
         self.free, self.busy_s = start + seconds, self.busy_s + seconds
         return self.free + self.link.queue_handoff_s

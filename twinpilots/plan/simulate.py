@@ -6,6 +6,7 @@ slowdown of a processor while the link moves data are modelled; rates come from 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -13,7 +14,6 @@ from math import inf
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.cost import CostModel, TaskCost, attention_s, linear_s, staged_kv_bytes
-from twinpilots.plan.expected import PassWork
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.memory import layer_templates
 from twinpilots.plan.plan import BucketPlan, Plan
@@ -55,9 +55,9 @@ class PassTiming:
     timeline: tuple[TimelineEntry, ...] = ()
 
     def scaled(self, factors: Mapping[str, float]) -> PassTiming:
-        """The timing of a pass with so much more work for "cpu", "gpu" and "link": it lasts longer as the busiest of them does."""
+        """The timing of a pass with so much more work for "cpu", "gpu" and "link": it lasts longer as the busiest of them then and before."""
         each = {name: factors.get(name, factors["link"]) for name in self.busy_s}
-        longest = each[max(QUEUES, key=lambda queue: self.busy_s[queue])]
+        longest = max(self.busy_s[queue] * each[queue] for queue in QUEUES) / max(self.busy_s[queue] for queue in QUEUES)
         return replace(
             self, seconds=self.seconds * longest, fill_s=self.fill_s * longest,
             busy_s={name: seconds * each[name] for name, seconds in self.busy_s.items()},
@@ -80,7 +80,8 @@ def simulate(
         raise ValueError(f"load has shape {load.shape}, the schedule was made for {schedule.shape}")
     model = CostModel(spec, plan, profile, load)
     costs = [model.cost(task) for task in schedule.tasks]
-    clock = _Clock(schedule.tasks, [cost.seconds for cost in costs], [cost.memory_frac for cost in costs], profile, _settled_pass(schedule, plan))
+    driver_s = profile.step_s(load.num_seqs)
+    clock = _Clock(schedule.tasks, [cost.seconds for cost in costs], [cost.memory_frac for cost in costs], profile, driver_s, _settled_pass(schedule, plan))
     clock.run()
     begin_s, end_s = clock.pass_end[clock.reported - 1 : clock.reported + 1]
     base = clock.reported * len(schedule.tasks)
@@ -98,7 +99,7 @@ def simulate(
         TimelineEntry(task.queue, task.index, clock.start[base + task.index] - begin_s, clock.end[base + task.index] - begin_s)
         for task in (schedule.tasks if keep_timeline else ())
     )
-    fill_s = clock.pass_end[0] + profile.step_overhead_s
+    fill_s = clock.pass_end[0] + driver_s
     return PassTiming(seconds=end_s - begin_s, fill_s=fill_s, busy_s=busy_s, bytes=_link_bytes(costs), alone_s=alone_s, timeline=timeline)
 
 
@@ -119,13 +120,14 @@ class _Clock:
     """The event loop. Task i of pass p is number ``p * count + i``; a queue is blocked (next event at infinity), about to start, or running."""
 
     def __init__(
-        self, tasks: Sequence[Task], seconds: Sequence[float], memory_frac: Sequence[float], profile: HardwareProfile, reported: int
+        self, tasks: Sequence[Task], seconds: Sequence[float], memory_frac: Sequence[float], profile: HardwareProfile, driver_s: float,
+        reported: int,
     ) -> None:  # fmt: skip
         self.count = len(tasks)
         self.reported = reported  # pass 0 fills the pipeline; the pass after this one is only prefetched
         self.num_passes = reported + 2
         self.seconds = seconds
-        self.overhead_s = profile.step_overhead_s
+        self.overhead_s = driver_s
         numbers = {name: number for number, name in enumerate(QUEUES)}
         self.copy_slowdown = [(side.copy_slowdown, side.least_copy_slowdown) if side else (1.0, 1.0) for side in (profile.cpu, profile.gpu)]
         reads = (profile.cpu.read_bytes_per_s, profile.gpu.read_bytes_per_s if profile.gpu else 0.0)
@@ -256,18 +258,6 @@ class PassEstimator:
         self.samples = [sample_layers(self.kinds, size) for size in sizes]
         self.models = [_shorten(spec, plan, bucket, layers) for layers in self.samples]
         self.schedules = [expand(short, short_plan, short_bucket, shape) for short, short_plan, short_bucket in self.models]
-        self._counted: PassWork | None = None
-
-    def work(self, load: PassLoad) -> dict[str, float]:
-        """Seconds of work of each resource ("cpu", "gpu", "link"), every task alone on the machine, in the copy that is simulated: cheap, and in
-        proportion to the whole model's."""
-        if self._counted is None:
-            short, short_plan, _ = self.models[0]
-            self._counted = PassWork(self.schedules[0], short, short_plan)
-        found = dict.fromkeys(("cpu", "gpu", "link"), 0.0)
-        for each in self._counted.expected(self.profile, load):
-            found[each.kind.resource] += each.seconds
-        return found
 
     def timing(self, load: PassLoad) -> PassTiming:
         """The pass's timing, without a timeline."""
@@ -295,7 +285,8 @@ class PassEstimator:
         layers_s = lines[-1].at(self._layers_s(longer, 0), self._layers_s(shorter, 1), by_count)
         layers_s -= max(busy_s[name] - alone_s[name] for name in COMPUTE) * max(0.0, 1.0 - busy_s["link"] / layers_s)
         head_s, head_loads_s = self._head_s(longer), self._head_loads_s()
-        least_s = max(*busy_s.values(), layers_s + max(head_s, head_loads_s - self._ring_s), self._least_s(work, head_s, head_loads_s))
+        queued_s = self._least_s(work, self.profile.step_s(load.num_seqs), head_s, head_loads_s)
+        least_s = max(*busy_s.values(), layers_s + max(head_s, head_loads_s - self._ring_s), queued_s)
         return PassTiming(
             seconds=max(least_s, lines[-1].at(longer.seconds, shorter.seconds, by_count)),
             fill_s=max(least_s, lines[-1].at(longer.fill_s, shorter.fill_s, by_count)),
@@ -328,10 +319,10 @@ class PassEstimator:
         """How far the link can be ahead of who computes."""
         return self.plan.ring_bytes / self.profile.link.up_bytes_per_s if self.profile.link else 0.0
 
-    def _least_s(self, work: Mapping[Hashable, Sequence[float]], head_s: float, head_loads_s: float) -> float:
+    def _least_s(self, work: Mapping[Hashable, Sequence[float]], driver_s: float, head_s: float, head_loads_s: float) -> float:
         """A pass at least: layers of which nothing is streamed leave the link a ringful to load ahead and no more, so what lies behind them is late.
         Where most of it is does not show in samples, in which the ring holds a larger part."""
-        before_s, least_s = self.profile.step_overhead_s, 0.0
+        before_s, least_s = driver_s, 0.0
         loads_s = [work[kind][LINK_IN] for kind in self.kinds]
         left_s = sum(loads_s)
         for kind, own_s in zip(self.kinds, loads_s, strict=True):
@@ -352,7 +343,7 @@ class PassEstimator:
                     ends[layer] = max(ends[layer], entry.end_s)
         seen: dict[Hashable, list[list[float]]] = {}
         for i, layer in enumerate(layers):
-            seen.setdefault(self.kinds[layer], []).append([*busy[i], ends[i] - (ends[i - 1] if i else self.profile.step_overhead_s)])
+            seen.setdefault(self.kinds[layer], []).append([*busy[i], ends[i] - (ends[i - 1] if i else self.profile.step_s(load.num_seqs))])
         work = {kind: [sum(values) / len(found) for values in zip(*found, strict=True)] for kind, found in seen.items()}
         for layer, kind in enumerate(self.kinds):
             if kind not in work:
@@ -413,6 +404,29 @@ def _shorten(spec: ModelSpec, plan: Plan, bucket: BucketPlan, layers: Sequence[i
     host_kv_layers = tuple(i for i, layer in enumerate(layers) if layer in plan.host_kv_layers)
     short_plan = replace(plan, buckets=(short_bucket,), host_kv_layers=host_kv_layers)
     return replace(spec, layers=tuple(spec.layers[layer] for layer in layers)), short_plan, short_bucket
+
+
+class LayerWork:
+    """The static seconds of work of a bucket's passes by resource ("cpu", "gpu", "link"), every task alone on the machine, small ones left out: in proportion
+    to a pass's work, and known without a task list."""
+
+    def __init__(self, spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> None:
+        self._spec, self._plan, self._bucket = spec, plan, bucket
+        layers = range(spec.num_layers)
+        counts = Counter(_layer_kind(spec, plan, bucket, layer) for layer in layers)
+        first = {_layer_kind(spec, plan, bucket, layer): layer for layer in reversed(layers)}
+        self._layers = [(first[kind], count) for kind, count in counts.items()]
+
+    def seconds(self, profile: HardwareProfile, load: PassLoad) -> dict[str, float]:
+        spec, plan, found = self._spec, self._plan, [0.0] * len(QUEUES)
+        for layer, count in self._layers:
+            for queue, seconds in enumerate(_layer_work(spec, plan, self._bucket, profile, load, layer)):
+                found[queue] += count * seconds
+        head, split = spec.ops(plan.unit_rows)[-1], self._bucket.splits[-1]["lm_head"]
+        found[CPU] += linear_s(head, split.cpu, load.logit_rows, profile.cpu) if split.cpu else 0.0
+        found[GPU] += linear_s(head, split.gpu, load.logit_rows, profile.gpu) if split.gpu and profile.gpu else 0.0
+        found[LINK_IN] += split.streamed * head.row_bytes / profile.link.up_bytes_per_s if profile.link else 0.0
+        return {"cpu": found[CPU], "gpu": found[GPU], "link": found[LINK_IN]}
 
 
 def _layer_work(spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: HardwareProfile, load: PassLoad, layer: int) -> list[float]:

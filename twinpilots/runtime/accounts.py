@@ -111,6 +111,13 @@ def _kv_bytes(insn: np.void, meta: np.ndarray, page_bytes: int, page_size: int) 
     return int((-(-(ends[group] - lens[group]) // page_size)).sum()) * page_bytes
 
 
+def span_seconds(times: Mapping[Queue, np.ndarray]) -> float:
+    """From the begin of a pass's first work to the end of its last, waits inside included, from each queue's int64 [instructions][3]. Weights are loaded
+    ahead of it."""
+    fenced = [each for queue, each in times.items() if queue != "link_in" and len(each)]
+    return (max(int(each[-1, 2]) for each in fenced) - min(int(each[0, 1]) for each in fenced)) * 1e-9 if fenced else 0.0
+
+
 def busy_seconds(by_class: dict[Queue, np.ndarray]) -> BusySeconds:
     """Who worked how long, from each queue's seconds per class."""
     return BusySeconds(

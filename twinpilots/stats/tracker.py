@@ -1,38 +1,26 @@
 """History of measured work against the profile, and the profile as history corrects it.
 
-Owns `WorkTime` (one record: what one kind of work took in one pass, and should have) and `Tracker`, which keeps, per kind, a decaying estimate of
-measured / expected time by size. The paper's estimator keeps raw records for ever; here old ones fade, neighbouring sizes lend each other
-evidence, and a jump is followed at once. Pure: no clock, no torch. Knows nothing of passes or plans.
+Owns `Tracker`, which keeps, per kind of work, a decaying estimate of measured / expected time by size. The paper's estimator keeps raw records for ever;
+here old ones fade, neighbouring sizes lend each other evidence, and a jump is followed at once. Pure: no clock, no torch. Knows nothing of passes or plans.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from twinpilots.hardware.profile import ComputeProfile, Curve, HardwareProfile, LinkProfile
-from twinpilots.plan.expected import ATTENTION, COPIES, DOWN, SMALL, UP, Resource
+from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.plan.expected import Resource
+from twinpilots.stats.correction import Kind, WorkTime, corrected
 from twinpilots.stats.evidence import Evidence
 
 MOST_STORED_WEIGHT = 3.0  # records of a size that a file keeps: a new run's own records soon outweigh them
 UNSEEN_SHARE = 0.25  # of a pass: what work counts that is not done now, but would be if its rate came back
 UNSEEN_PASSES = 8
 SMALL_SHARE = 0.05  # of a pass: work that is less is not waited for
-Kind = tuple[Resource, str]  # as in WorkKind, heads together with other linears: they differ in size alone
 Snapshot = Mapping[Kind, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkTime:
-    """One kind of work took ``seconds`` in one pass (waits excluded) where the offline profile says ``expected_s``. ``size``: tokens, or context."""
-
-    resource: Resource
-    key: str
-    size: float
-    expected_s: float
-    seconds: float
 
 
 @dataclass
@@ -103,30 +91,15 @@ class Tracker:
     # -- the corrected profile ---------------------------------------------------------------------------------------------------------------
 
     def profile(self) -> HardwareProfile:
-        """The offline profile with every observed rate corrected; token counts that were observed become points of the linears' curves."""
-        gpu = None if self.offline.gpu is None else self._processor("gpu", self.offline.gpu)
-        link = None if self.offline.link is None else self._link(self.offline.link)
-        return replace(self.offline, cpu=self._processor("cpu", self.offline.cpu), gpu=gpu, link=link)
+        """The offline profile with every observed rate corrected."""
+        return corrected(self.offline, self)
 
-    def _processor(self, resource: Resource, processor: ComputeProfile) -> ComputeProfile:
-        linear = dict(processor.linear)
-        for key, curve in processor.linear.items():
-            found = self.evidence.get((resource, key))
-            if found is not None:
-                points = sorted({*curve.x, *found.sizes()})
-                linear[key] = Curve(x=tuple(points), y=tuple(curve(x) * self.factor(resource, key, x) for x in points))
-        attention, small = self._latest(resource, ATTENTION), self._latest(resource, SMALL)
-        corrected = processor.with_attention(1 / attention, 1 / attention)
-        return replace(corrected, linear=linear, elementwise_bytes_per_s=processor.elementwise_bytes_per_s / small)
+    def sizes(self, resource: Resource, key: str) -> list[float]:
+        """Those that were observed."""
+        found = self.evidence.get((resource, key))
+        return [] if found is None else found.sizes()
 
-    def _link(self, link: LinkProfile) -> LinkProfile:
-        up, down = self._latest("link", UP), self._latest("link", DOWN)
-        return replace(
-            link, up_bytes_per_s=link.up_bytes_per_s / up, down_bytes_per_s=link.down_bytes_per_s / down, load_kv_s=link.load_kv_s * up,
-            store_kv_s=link.store_kv_s * down, copy_s=link.copy_s * self._latest("link", COPIES),
-        )  # fmt: skip
-
-    def _latest(self, resource: Resource, key: str) -> float:
+    def latest(self, resource: Resource, key: str) -> float:
         """The factor at the size seen last: attention's profile has one rate, good for contexts like these."""
         found = self.evidence.get((resource, key))
         return 1.0 if found is None else self.factor(resource, key, found.last_size)

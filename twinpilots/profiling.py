@@ -1,0 +1,84 @@
+"""This machine's profile: measured in a model's shapes, corrected by real passes, kept, and found again.
+
+Owns when what is measured and stored. Knows nothing of how a rate is measured (`hardware`), of what passes teach (`rehearsal`) or of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from twinpilots.machine import instruction_set, open_machine, resolve_device
+
+if TYPE_CHECKING:
+    from twinpilots.hardware.profile import HardwareProfile
+    from twinpilots.model.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+TYPICAL_MODEL = "dummy:smollm2-135m"  # the shapes a profile is measured in when no model is named: small enough for any GPU
+
+
+def measure_machine(
+    device: str, spec: ModelSpec, *, threads: int | None = None, quick: bool = False, store: bool = True, progress: Callable[[str], None] = lambda _: None
+) -> HardwareProfile:
+    """Measure ``device`` in the shapes of ``spec``. A stored full profile also becomes `plan`'s default for this device.
+
+    A quick measurement is kept apart, so that it never displaces a full one. A cache that cannot be written is a warning.
+    """
+    from twinpilots.hardware.measure import measure
+    from twinpilots.hardware.store import save_profile
+    from twinpilots.rehearsal import rehearse
+
+    with open_machine(device, threads) as machine:
+        profile = measure(machine.pilot, machine.gpu, spec, quick=quick, progress=progress)
+    progress("passes of a short model: the driver, and work among its neighbours")
+    profile = rehearse(machine.device, threads, spec, profile, quick=quick)
+    if store:
+        try:
+            save_profile(_key(machine.device, spec, threads, quick=quick), profile, latest_for=None if quick else machine.device)
+        except OSError as error:
+            logger.warning("the profile could not be stored (%s); it will be measured again next time", error)
+    return profile
+
+
+def measure_scaled_machine(device: str, spec: ModelSpec, *, threads: int | None = None) -> HardwareProfile:
+    """The nearest preset at this machine's rates, in seconds. It becomes `plan`'s default for this device unless a full profile is that already."""
+    from twinpilots.hardware.measure import measure_scaled
+    from twinpilots.hardware.store import save_first
+
+    with open_machine(device, threads) as machine:
+        profile = measure_scaled(machine.pilot, machine.gpu, spec)
+    try:
+        save_first(machine.device, profile)
+    except OSError as error:
+        logger.warning("the rates could not be stored (%s)", error)
+    return profile
+
+
+def stored_profile(device: str, spec: ModelSpec, *, threads: int | None = None, quick: bool = False) -> HardwareProfile | None:
+    """What `measure_machine` stored for this device, these shapes, formats and threads; None before that."""
+    from twinpilots.hardware.store import load_profile
+
+    found = load_profile(_key(resolve_device(device), spec, threads, quick=quick))
+    return None if found is None or found.missing(spec.rate_keys) else found
+
+
+def load_or_measure(device: str, spec: ModelSpec, *, threads: int | None = None, tell: Callable[[str], None] = logger.warning) -> HardwareProfile:
+    """The stored full profile, else the stored quick one, else a quick measurement (a few seconds), which is said through ``tell``."""
+    for quick in (False, True):
+        found = stored_profile(device, spec, threads=threads, quick=quick)
+        if found is not None:
+            return found
+    name = resolve_device(device)
+    profile = measure_machine(device, spec, threads=threads, quick=True)
+    tell(f"no profile of {name} for models of these widths: measured it quickly (`twinpilots profile MODEL --device {name}` does it thoroughly)")
+    return profile
+
+
+def _key(device: str, spec: ModelSpec, threads: int | None, *, quick: bool) -> str:
+    from twinpilots.device.cpu import choose_cores
+    from twinpilots.hardware.store import profile_key
+
+    cores = choose_cores(gpu=device != "cpu", emulated=device.startswith("emulated:")).pilot
+    return profile_key(device, threads or len(cores), spec, instruction_set()) + ("-quick" if quick else "")

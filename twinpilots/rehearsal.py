@@ -1,0 +1,215 @@
+"""The offline profile, corrected by real passes: a short model of the same widths, run by the engine itself.
+
+What no single instruction shows is measured here: the driver's time between two passes (scheduling, metadata, sampling, accounting, all of it in no cache
+after a pass), and what work takes among its neighbours instead of in a row of its like. Owns the short model, its plan, the passes, and what they say of a
+profile (`corrected`). Knows nothing of names of devices or of where profiles are kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from twinpilots.config import EngineConfig
+from twinpilots.errors import LimitError
+from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
+from twinpilots.model.dummy import DummyCheckpoint
+from twinpilots.model.spec import ModelSpec
+from twinpilots.online import OnlinePlanner, PassDone
+from twinpilots.plan.draft import Draft, PlanOptions, fill_resident, nothing_resident
+from twinpilots.plan.expected import ATTENTION
+from twinpilots.plan.memory import plan_memory
+from twinpilots.plan.plan import Phase, Plan
+from twinpilots.plan.policies import build_policy, hetegen_alpha
+from twinpilots.plan.problem import Problem, best_fit, no_cpu, sized
+from twinpilots.plan.rebalance import Option
+from twinpilots.plan.workload import Limits, Workload
+from twinpilots.planner import Planner
+from twinpilots.request import SamplingParams
+from twinpilots.session import Session
+from twinpilots.stats.correction import Medians, WorkTime
+from twinpilots.stats.correction import corrected as corrected_by
+
+SHORT_BYTES, TABLE_BYTES = 80 << 20, 32 << 20  # of weights: more than caches hold, and quickly made; of them lm_head, which has as many rows as that allows
+CARD_BYTES = 1 << 30  # of a GPU's memory, at most
+RESIDENT = 0.4  # of the weights: some are streamed, some are the CPU's
+STAGES = (1, 4, 16, 64)  # sequences that decode at once
+PROMPT_LEN = 32
+WARM_PASSES = 3  # of a stage, that wake everything up
+LEAST_PASSES, MOST_PASSES = 6, 16  # of a stage, beside those
+RUN_PASSES = 16  # that one step may run, at most
+ON_GPU = 8  # one sequence in so many keeps its KV on the GPU
+QUICK_S, FULL_S = 1.0, 5.0  # of passes
+MIN_ROWS = 64
+
+
+class _Nobody:
+    """A runner that solves nothing: the plan stays."""
+
+    last_s = 0.0
+
+    def submit(self, solve: Callable[[], tuple[Option, ...]]) -> None: ...
+
+    def collect(self) -> None:
+        return None
+
+
+# -- what passes say of a profile ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriverTime:
+    """Seconds from a pass's last work to the next one's first: ``step_s`` and ``seq_s`` for each sequence."""
+
+    step_s: float
+    seq_s: float
+
+
+def driver_time(seconds: Mapping[int, Sequence[float]]) -> DriverTime | None:
+    """The line through the medians by number of sequences, never falling and never below zero; None without any."""
+    points = [(num_seqs, median(found)) for num_seqs, found in sorted(seconds.items()) if found]
+    if not points:
+        return None
+    mean_x, mean_y = (sum(each) / len(points) for each in zip(*points, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    seq_s = max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in points) / spread) if spread else 0.0
+    seq_s = min(seq_s, mean_y / mean_x)
+    return DriverTime(step_s=mean_y - seq_s * mean_x, seq_s=seq_s)
+
+
+def corrected(spec: ModelSpec, profile: HardwareProfile, passes: Sequence[PassDone]) -> HardwareProfile:
+    """``profile`` with every rate as these passes of ``spec`` saw it, and the driver's time."""
+    decoding: dict[int, list[float]] = {}
+    for done in passes:
+        if done.bucket.phase == "decode":
+            decoding.setdefault(done.load.num_seqs, []).append(done.driver_s)
+    driver = driver_time(decoding)
+    if driver is not None:
+        profile = replace(profile, step_overhead_s=driver.step_s, step_seq_s=driver.seq_s)
+    found = corrected_by(profile, Medians(record for record in _records(spec, profile, passes) if record.key != ATTENTION))
+    decoded = list(_records(spec, profile, (done for done in passes if done.bucket.phase == "decode")))
+    gpu = None if found.gpu is None else _with_attention(spec, found.gpu, [each for each in decoded if (each.resource, each.key) == ("gpu", ATTENTION)])
+    return replace(found, cpu=_with_attention(spec, found.cpu, [each for each in decoded if (each.resource, each.key) == ("cpu", ATTENTION)]), gpu=gpu)
+
+
+def _with_attention(spec: ModelSpec, processor: ComputeProfile, records: Sequence[WorkTime]) -> ComputeProfile:
+    """These contexts are short: what they take beyond the expected is a sequence's fixed cost, and says nothing of what long ones are read at."""
+    if not records:
+        return processor
+    ratio, context = median(record.seconds / record.expected_s for record in records), median(record.size for record in records)
+    expected_s = processor.attention_s(spec.kv_token_bytes(spec.weight_dtype) * context, spec.attention_flops(1, context))
+    return replace(processor, attention_seq_s=max(0.0, processor.attention_seq_s + (ratio - 1.0) * expected_s))
+
+
+def _records(spec: ModelSpec, profile: HardwareProfile, passes: Iterable[PassDone]) -> Iterable[WorkTime]:
+    offline = OnlinePlanner(spec, profile, _Nobody(), adapts=False)
+    for done in passes:
+        yield from offline.records(done)
+
+
+# -- the short model -----------------------------------------------------------------------------------------------------------------------------
+
+
+def short_model(spec: ModelSpec) -> ModelSpec:
+    """The first layers of ``spec`` and part of its vocabulary: its widths and formats, but weights of `SHORT_BYTES` or of one layer."""
+    row_bytes = spec.ops(MIN_ROWS)[-1].row_bytes
+    rows = max(MIN_ROWS, min(spec.vocab_size, TABLE_BYTES // row_bytes // MIN_ROWS * MIN_ROWS))
+    layer_bytes = sum(op.weight_bytes for op in spec.ops(MIN_ROWS) if op.layer == 0)
+    count = max(1, min(spec.num_layers, (SHORT_BYTES - rows * row_bytes) // layer_bytes))
+    return replace(spec, name="rehearsal", layers=spec.layers[:count], vocab_size=rows)
+
+
+def short_plan(spec: ModelSpec, profile: HardwareProfile) -> Plan | None:
+    """A plan in which all devices do all that they can: weights resident, streamed and the CPU's, KV on both sides. None where memory is too small."""
+    output_len = (WARM_PASSES + MOST_PASSES + RUN_PASSES) * len(STAGES)
+    workload = Workload(num_requests=STAGES[-1], input_len=PROMPT_LEN, output_len=output_len, max_num_seqs=STAGES[-1])
+    if spec.max_model_len < workload.seq_len:
+        return None
+    limits = Limits(gpu_bytes=min(CARD_BYTES, profile.gpu_memory_bytes), host_bytes=profile.host_memory_bytes // 2)
+    problem = Problem.of(spec, profile, workload, limits, PlanOptions())
+    if profile.gpu is None:
+        try:
+            return build_policy("cpu", spec, profile, workload, limits)
+        except LimitError:
+            return None
+    micro_batches: Mapping[Phase, int] = {"prefill": 1, "decode": 1}
+    return best_fit(
+        problem, Draft(policy="auto", num_seqs=1, gpu_seqs=1, pass_tokens=1, micro_batches=micro_batches, uses_cpu=True, share_of_rest=True), _place
+    )
+
+
+def _place(problem: Problem, draft: Draft, count: int) -> Plan | None:
+    draft = sized(draft, count, -(-count // ON_GPU))
+    empty = problem.plan(draft, nothing_resident(problem.spec, problem.ops), no_cpu)
+    room = problem.limits.gpu_bytes - plan_memory(problem.spec, empty).gpu.total
+    wanted = sum(problem.total_bytes(name) for name in problem.ops) * RESIDENT
+    if room < 0:
+        return None
+    resident = fill_resident(problem.spec, problem.templates, int(min(room, wanted)), leftover=False)
+    plan = problem.plan(draft, resident, lambda _, tokens: dict.fromkeys(problem.ops, hetegen_alpha(problem, tokens)))
+    return plan if problem.fits(plan) else None
+
+
+# -- the passes ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def rehearse(
+    device: str, threads: int | None, spec: ModelSpec, profile: HardwareProfile, *, quick: bool, clock: Callable[[], float] = time.perf_counter
+) -> HardwareProfile:
+    """``profile`` corrected by passes of a short model on ``device``; as it is where memory is too small for one."""
+    short = short_model(spec)
+    plan = short_plan(short, profile)
+    if plan is None:
+        return profile
+    config = EngineConfig.of(
+        dtype="auto", quantization=None, device=device, gpu_memory=None, host_memory=None, max_model_len=None, max_num_seqs=None, kv_cache_dtype="auto",
+        policy="auto", plan=plan, threads=threads, seed=0, deterministic=False, unit_rows=None, enable_prefix_caching=False,
+    )  # fmt: skip
+    checkpoint = DummyCheckpoint(short)
+    planner = Planner(config, short, profile, checkpoint.fingerprint)
+    seen: list[PassDone] = []
+    planner.online = OnlinePlanner(short, profile, _Nobody(), adapts=True, at_once=False, witness=seen.append)
+    session = Session(config, short, profile, plan, checkpoint, None, planner)
+    try:
+        passes = _passes(session, plan, seen, QUICK_S if quick else FULL_S, clock)
+    finally:
+        session.close()
+    return corrected(short, profile, passes)
+
+
+def _passes(session: Session, plan: Plan, seen: list[PassDone], budget_s: float, clock: Callable[[], float]) -> list[PassDone]:
+    """Ever more sequences that decode: each stage begins with the new ones' prompts, and has its share of the time that is left."""
+    until_s, found, running = clock() + budget_s, list[PassDone](), 0
+    stages = [count for count in STAGES if count <= plan.max_num_seqs]
+    params = SamplingParams(temperature=0.0, max_tokens=plan.max_model_len - PROMPT_LEN, ignore_eos=True)
+    with session.driving():
+        for number, count in enumerate(stages):
+            if number > 1 and clock() > until_s:
+                break
+            stage_until_s = clock() + (until_s - clock()) / (len(stages) - number)
+            for request in range(running, count):
+                prompt = [(7 * request + 13 * place) % session.engine.vocab_size for place in range(PROMPT_LEN)]
+                session.engine.add_request(str(request), prompt, params)
+            running = count
+            found += _stage(session, seen, count, stage_until_s, clock)
+        for request in range(running):
+            session.engine.abort(str(request))
+    return found
+
+
+def _stage(session: Session, seen: list[PassDone], num_seqs: int, until_s: float, clock: Callable[[], float]) -> list[PassDone]:
+    """Passes until the time is up, the prompts' among them; of the others, those in which everything wakes up are left out."""
+    session.account()
+    seen.clear()
+    computed = -1
+    while computed < session.num_tokens[0]:  # until a pass without prompts: all of them decode
+        computed = session.num_tokens[0]
+        session.step(partial=False)
+    first = session.num_tokens[1]
+    while (passes := (session.num_tokens[1] - first) // num_seqs) < WARM_PASSES + LEAST_PASSES or (passes < WARM_PASSES + MOST_PASSES and clock() < until_s):
+        session.step(partial=False)
+    session.account()
+    prompts = [done for done in seen if done.bucket.phase == "prefill"]
+    return [*prompts, *[done for done in seen if done.bucket.phase == "decode"][WARM_PASSES:]]
