@@ -26,7 +26,6 @@ from twinpilots.config import EngineConfig
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import LimitError
 from twinpilots.hardware.profile import HardwareProfile
-from twinpilots.machine import measure_machine, stored_profile
 from twinpilots.model.dummy import DummyCheckpoint
 from twinpilots.plan.bounds import pass_bound
 from twinpilots.plan.load import PassLoad
@@ -35,6 +34,7 @@ from twinpilots.plan.simulate import estimate_pass_s
 from twinpilots.plan.solver import solve
 from twinpilots.plan.workload import Limits
 from twinpilots.planner import Planner, limits_of, pass_load_of
+from twinpilots.profiling import measure_machine, stored_profile
 from twinpilots.request import SamplingParams
 from twinpilots.runtime.batch import StepBatch
 from twinpilots.session import Session

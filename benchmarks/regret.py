@@ -24,13 +24,13 @@ from twinpilots.benchmarks.summary import Ratio, compare
 from twinpilots.benchmarks.throughput import prompts
 from twinpilots.commands.models import model_spec
 from twinpilots.errors import UserError
-from twinpilots.machine import measure_machine, stored_profile
 from twinpilots.plan.draft import Draft, PlanOptions, chunk_choices, ring_rule
 from twinpilots.plan.plan import Phase, Plan
 from twinpilots.plan.policies import RULES, build_policy
 from twinpilots.plan.problem import Problem, fill
 from twinpilots.plan.workload import Limits, Workload
 from twinpilots.planner import HOST_SHARE
+from twinpilots.profiling import measure_machine, stored_profile
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # the CPU's part of the rows that are not resident
 PREFILL_SHARES = (0.0, 0.25, 0.5, 0.75)
