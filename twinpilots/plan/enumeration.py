@@ -25,6 +25,7 @@ from twinpilots.plan.space import NO_RING, Groups, Setting, Sizes, Space, larges
 
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 TOLERANCE = 5e-3  # plans that are better than the best by less than this share are not looked for
+PROOF_TASKS = 20_000  # whose time may go to what is not likely to be better
 FIRST_PAIRS, MORE_PAIRS = 100, 3  # settings with a residency that are played in the first round, and how many times more in each further one
 MISSES, LAST_MISSES = 12, 60  # priced in vain, one after another, before a round ends, and before the search does
 OVERSTATED = 1.02  # so much may a played time exceed the simulated before any was compared
@@ -107,6 +108,7 @@ class _Enumeration:
         self.phases: dict[tuple[object, ...], _Phase] = {}
         self.known: dict[tuple[object, ...], _Phase] = {}
         self.cases = list(self._cases())
+        self.ring_bytes = {ring: self.sizes.plan(replace(case.setting, ring=ring)).ring_bytes for case in self.cases[:1] for ring in rings(problem)}
 
     @property
     def below_s(self) -> float:
@@ -115,19 +117,23 @@ class _Enumeration:
     def run(self) -> Plan | None:
         if not self.cases:
             return None
-        for by in BY:
-            self._look(by)
+        self._look("likely", self.kept)
+        self._look("bound", max(self.kept, self.left - PROOF_TASKS))
         self._price_best(LAST_MISSES)
         return self.best
 
-    def _look(self, by: _By) -> None:
-        """Play and price all that may be better than the best, in rounds, those of the least seconds first."""
+    def _look(self, by: _By, kept: int) -> None:
+        """Play and price all that may be better than the best, in rounds, those of the least seconds first, while there are more than ``kept`` tasks left."""
         least, most = np.stack([case.least[by] for case in self.cases]), FIRST_PAIRS
-        while self.left > self.kept and (pairs := self._next(least, most)):
+        while self.left > kept and (pairs := self._next(least, most)):
             most *= MORE_PAIRS
+            wanted: dict[tuple[_Phase, Phase], NDArray[np.bool_]] = {}
             for case, residencies in pairs:
                 for phase in PHASES:
-                    self._play(case, phase, residencies, by)
+                    key = case.phases[phase], phase
+                    wanted[key] = wanted.get(key, False) | self._promising(case, phase, residencies, by)
+            for (of_phase, phase), chosen in wanted.items():
+                self._play(of_phase, phase, np.nonzero(chosen & np.isinf(next(iter(of_phase.about.values()))))[0])
             self.pool += self._ranked(pairs)
             self._price_best(MISSES)
 
@@ -177,19 +183,20 @@ class _Enumeration:
 
     # -- playing -------------------------------------------------------------------------------------------------------------------------------
 
-    def _play(self, case: _Case, phase: Phase, residencies: NDArray[np.intp], by: _By) -> None:
-        """What has not been played yet of these residencies and may be part of a better plan."""
+    def _promising(self, case: _Case, phase: Phase, residencies: NDArray[np.intp], by: _By) -> NDArray[np.bool_]:
+        """Which combinations of these residencies may be part of a better plan."""
         mine, other = case.phases[phase], case.phases["decode" if phase == "prefill" else "prefill"]
         wanted = np.zeros(len(self.space.bytes), dtype=bool)
         wanted[residencies] = True
         owner = self.space.owner
-        chosen = wanted[owner] & (getattr(mine.seconds, by) < self.below_s / case.waves - other.least[by][owner])
-        chosen &= np.isinf(next(iter(mine.about.values())))
-        combinations = np.nonzero(chosen)[0]
+        chosen: NDArray[np.bool_] = wanted[owner] & (getattr(mine.seconds, by) < (self.below_s / case.waves - other.least[by])[owner])
+        return chosen
+
+    def _play(self, mine: _Phase, phase: Phase, combinations: NDArray[np.intp]) -> None:
         if not len(combinations):
             return
         grid = some_of(self.space.axes, combinations)
-        sizes = [(self.sizes.plan(replace(case.setting, ring=ring)).ring_bytes, ring[0]) for ring in mine.about]
+        sizes = [(self.ring_bytes[ring], ring[0]) for ring in mine.about]
         loads = len(phase_loads(self.problem.workload, mine.plan, phase))
         self.left -= played_tasks(self.problem, loads, mine.plan.buckets[0].micro_batches, len(sizes) * len(combinations))
         for about, seconds in zip(mine.about.values(), phase_about(self.problem, mine.plan, phase, grid, sizes), strict=True):

@@ -119,9 +119,12 @@ class PlayedLink:
 
     def peer_drag(self, device: Device, fracs: Mapping[Device, float], beside: Floats | float) -> Floats | float:
         traffic = sum(self.share[each] * frac for each, frac in fracs.items())
-        return 1.0 + (max(1.0, fracs[device] * self.peer_slowdown[device] * traffic) - 1.0) * np.maximum(
-            beside, self.busy[OTHER[device]] if self.interleaved else 0.0
-        )
+        drag = max(1.0, fracs[device] * self.peer_slowdown[device] * traffic) - 1.0
+        if drag == 0.0:
+            return 1.0
+        shared: Floats = np.maximum(beside, self.busy[OTHER[device]] if self.interleaved else 0.0)
+        dragged: Floats = 1.0 + drag * shared
+        return dragged
 
     def crowded(self, keys: Sequence[Hashable]) -> Bools:
         found: Bools = self.zero != 0
