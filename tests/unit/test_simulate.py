@@ -187,7 +187,7 @@ def test_streaming_runs_at_the_links_rate_across_passes() -> None:
     """A pass of streamed weights under a fast GPU lasts as long as its packets, since the next pass's first packets come during this one's end."""
     spec = _model(4)
     plan = _plan(spec, [(0, 1)] * 4)
-    profile = replace(PRESETS["t4"], step_overhead_s=0.0)
+    profile = replace(PRESETS["t4"], step_overhead_s=0.0, step_seq_s=0.0)
     timing = _price(spec, plan, profile, decode_load(4, 0, 100, plan.buckets[0]))
     assert timing.busy_s["link_in"] == pytest.approx(timing.seconds, rel=0.02)
     assert timing.bytes["link_weights"] == pytest.approx(sum(op.weight_bytes for op in spec.ops(64)[:-1]))
