@@ -112,8 +112,9 @@ class PlayedLink:
         slowdown = self.copy_slowdown[device]
         if slowdown == 1.0:
             return seconds
-        beside = np.maximum(0.0, np.minimum(self.loaded, start + seconds) - start) + np.maximum(0.0, start + seconds - np.maximum(self.loads_on, start))
-        return seconds + (slowdown - 1.0) * np.minimum(seconds, beside) * self.density
+        beside: Floats = np.maximum(0.0, np.minimum(self.loaded, start + seconds) - start) + np.maximum(0.0, start + seconds - np.maximum(self.loads_on, start))
+        slowed: Floats = seconds + (slowdown - 1.0) * np.minimum(seconds, beside) * self.density
+        return slowed
 
     def peer_drag(self, device: Device, fracs: Mapping[Device, float], beside: Floats | float) -> Floats | float:
         traffic = sum(self.share[each] * frac for each, frac in fracs.items())
