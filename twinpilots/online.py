@@ -13,11 +13,12 @@ from functools import partial
 from twinpilots.adaptation import Adaptation, Ask, Change, PassSeen, Runner
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.estimate import PassEstimator
 from twinpilots.plan.expected import DOWN, UP, ExpectedTime, PassWork, WorkKind
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.rebalance import Option, option_of, options
-from twinpilots.plan.simulate import PassEstimator, PassTiming
+from twinpilots.plan.simulate import PassTiming
 from twinpilots.plan.tasks import PassShape, Schedule
 from twinpilots.runtime.stats import BusySeconds
 from twinpilots.stats.tracker import Snapshot, Tracker, WorkTime

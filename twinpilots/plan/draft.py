@@ -215,15 +215,15 @@ def fill_resident(spec: ModelSpec, templates: Templates, budget_bytes: int, targ
     """
     ops = templates[0]
     wanted = target or dict.fromkeys(ops, 1.0)
-    counts = Counter(spec.format_classes)
+    sizes = _even_sizes(spec, templates, wanted)
     low, high = 0.0, 1.0
-    if _even_bytes(counts, templates, wanted, 1.0) <= budget_bytes:
+    if _even_bytes(sizes, 1.0) <= budget_bytes:
         low = 1.0
     for _ in range(24 if low == 0.0 else 0):
         middle = (low + high) / 2
-        low, high = (middle, high) if _even_bytes(counts, templates, wanted, middle) <= budget_bytes else (low, middle)
+        low, high = (middle, high) if _even_bytes(sizes, middle) <= budget_bytes else (low, middle)
     base, head = _even_rows(ops, wanted, low)
-    left = budget_bytes - _even_bytes(counts, templates, wanted, low)
+    left = budget_bytes - _even_bytes(sizes, low)
     layers: list[Mapping[str, int]] = []
     if leftover:
         head_rows = dict(head)
@@ -242,10 +242,29 @@ def _even_rows(ops: Mapping[str, OpSpec], wanted: Mapping[str, float], frac: flo
     return {name: count for name, count in rows.items() if name != "lm_head"}, {"lm_head": rows["lm_head"]}
 
 
-def _even_bytes(counts: Mapping[int, int], templates: Templates, wanted: Mapping[str, float], frac: float) -> int:
-    """``counts``: layers of every format class."""
-    base, head = _even_rows(templates[0], wanted, frac)
-    return sum(residency_bytes(templates[number], base) * count for number, count in counts.items()) + residency_bytes(templates[0], head)
+_Sizes = list[tuple[OpSpec, float, tuple[tuple[int, int], ...]]]  # of every op: (the op, its target, by format (number of layers, bytes of a row))
+
+
+def _even_sizes(spec: ModelSpec, templates: Templates, wanted: Mapping[str, float]) -> _Sizes:
+    counts = Counter(spec.format_classes)
+    return [
+        (
+            op,
+            wanted.get(name, 0.0),
+            tuple((count, templates[number][name].row_bytes) for number, count in counts.items()) if op.layer >= 0 else ((1, op.row_bytes),),
+        )
+        for name, op in templates[0].items()
+    ]
+
+
+def _even_bytes(sizes: _Sizes, frac: float) -> int:
+    """Bytes of this fraction of all targets."""
+    total = 0
+    for op, target, formats in sizes:
+        rows = _floor_edge(op, op.rows * min(1.0, frac * target))
+        for count, row_bytes in formats:
+            total += count * align(rows * row_bytes)
+    return total
 
 
 def _floor_edge(op: OpSpec, rows: float) -> int:
