@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.estimate import LayerWork, PassEstimator
 from twinpilots.plan.load import PassLoad, decode_load, prefill_load
 from twinpilots.plan.plan import BucketPlan, Plan
-from twinpilots.plan.simulate import LayerWork, PassEstimator, PassTiming
+from twinpilots.plan.simulate import PassTiming
 from twinpilots.plan.tasks import PassShape
 
 MOST_REMEMBERED = 512  # passes

@@ -16,11 +16,12 @@ from twinpilots.hardware.presets import PRESETS
 from twinpilots.hardware.profile import HardwareProfile, LinkProfile
 from twinpilots.model.spec import LayerSpec, ModelSpec
 from twinpilots.plan.cost import CostModel
+from twinpilots.plan.estimate import EXACT_LAYERS, PassEstimator, estimate_pass, estimate_pass_s, sample_layers
 from twinpilots.plan.load import GroupLoad, PassLoad, SeqClass, decode_load
 from twinpilots.plan.packets import smallest_ring
 from twinpilots.plan.plan import BucketPlan, Plan, Split
 from twinpilots.plan.schedule import expand
-from twinpilots.plan.simulate import EXACT_LAYERS, PassEstimator, estimate_pass, estimate_pass_s, sample_layers, simulate
+from twinpilots.plan.simulate import simulate
 from twinpilots.plan.tasks import Schedule
 
 

@@ -146,23 +146,31 @@ def _of_all(op: OpSpec, resident: int, cpu_frac: float, draft: Draft) -> float:
 def make_plan(spec: ModelSpec, workload: Workload, options: PlanOptions, draft: Draft, residency: Residency, cpu_share: CpuShare) -> Plan:
     """The complete plan. Layers with the same resident rows share one mapping of splits."""
     ops = layer_template(spec, options.unit_rows)
+    order = [id(layer) for layer in residency]
+    distinct = {id(layer): layer for layer in residency}
+    made: dict[tuple[tuple[str, float], ...], tuple[Mapping[str, Split], ...]] = {}  # by the CPU's shares: most buckets of a phase have the same
     buckets = []
     for phase, tokens in buckets_of(draft.num_seqs, draft.pass_tokens) if draft.num_seqs else ():
-        share, made = cpu_share(phase, tokens), dict[int, Mapping[str, Split]]()
-        for layer in residency:
-            if id(layer) not in made:
-                made[id(layer)] = {
-                    name: split_of(ops[name], rows, _of_all(ops[name], rows, share.get(name, 0.0), draft), streams=draft.streams, uses_cpu=draft.uses_cpu)
-                    for name, rows in layer.items()
-                }
+        share = cpu_share(phase, tokens)
+        key = tuple(share.items())
+        if key not in made:
+            splits = {number: _layer_splits(ops, layer, share, draft) for number, layer in distinct.items()}
+            made[key] = tuple(map(splits.__getitem__, order))
         buckets.append(
             BucketPlan(
                 phase=phase, max_tokens=tokens, micro_batches=max(1, min(draft.micro_batches[phase], draft.num_seqs, tokens)),
-                splits=tuple(made[id(layer)] for layer in residency),
+                splits=made[key],
                 host_attention=draft.host_attention, host_prefill_attention=draft.host_prefill_attention,
             )
         )  # fmt: skip
     return _with_sizes(spec, workload, options, draft, tuple(buckets))
+
+
+def _layer_splits(ops: Mapping[str, OpSpec], layer: Mapping[str, int], share: Mapping[str, float], draft: Draft) -> dict[str, Split]:
+    return {
+        name: split_of(ops[name], rows, _of_all(ops[name], rows, share.get(name, 0.0), draft), streams=draft.streams, uses_cpu=draft.uses_cpu)
+        for name, rows in layer.items()
+    }
 
 
 def _with_sizes(spec: ModelSpec, workload: Workload, options: PlanOptions, draft: Draft, buckets: tuple[BucketPlan, ...]) -> Plan:
@@ -207,13 +215,15 @@ def fill_resident(spec: ModelSpec, templates: Templates, budget_bytes: int, targ
     """
     ops = templates[0]
     wanted = target or dict.fromkeys(ops, 1.0)
+    sizes = _even_sizes(spec, templates, wanted)
     low, high = 0.0, 1.0
-    for _ in range(24):
+    if _even_bytes(sizes, 1.0) <= budget_bytes:
+        low = 1.0
+    for _ in range(24 if low == 0.0 else 0):
         middle = (low + high) / 2
-        low, high = (middle, high) if _even_bytes(spec, templates, wanted, middle) <= budget_bytes else (low, middle)
-    frac = 1.0 if _even_bytes(spec, templates, wanted, 1.0) <= budget_bytes else low
-    base, head = _even_rows(ops, wanted, frac)
-    left = budget_bytes - _even_bytes(spec, templates, wanted, frac)
+        low, high = (middle, high) if _even_bytes(sizes, middle) <= budget_bytes else (low, middle)
+    base, head = _even_rows(ops, wanted, low)
+    left = budget_bytes - _even_bytes(sizes, low)
     layers: list[Mapping[str, int]] = []
     if leftover:
         head_rows = dict(head)
@@ -232,10 +242,29 @@ def _even_rows(ops: Mapping[str, OpSpec], wanted: Mapping[str, float], frac: flo
     return {name: count for name, count in rows.items() if name != "lm_head"}, {"lm_head": rows["lm_head"]}
 
 
-def _even_bytes(spec: ModelSpec, templates: Templates, wanted: Mapping[str, float], frac: float) -> int:
-    base, head = _even_rows(templates[0], wanted, frac)
+_Sizes = list[tuple[OpSpec, float, tuple[tuple[int, int], ...]]]  # of every op: (the op, its target, by format (number of layers, bytes of a row))
+
+
+def _even_sizes(spec: ModelSpec, templates: Templates, wanted: Mapping[str, float]) -> _Sizes:
     counts = Counter(spec.format_classes)
-    return sum(residency_bytes(templates[number], base) * count for number, count in counts.items()) + residency_bytes(templates[0], head)
+    return [
+        (
+            op,
+            wanted.get(name, 0.0),
+            tuple((count, templates[number][name].row_bytes) for number, count in counts.items()) if op.layer >= 0 else ((1, op.row_bytes),),
+        )
+        for name, op in templates[0].items()
+    ]
+
+
+def _even_bytes(sizes: _Sizes, frac: float) -> int:
+    """Bytes of this fraction of all targets."""
+    total = 0
+    for op, target, formats in sizes:
+        rows = _floor_edge(op, op.rows * min(1.0, frac * target))
+        for count, row_bytes in formats:
+            total += count * align(rows * row_bytes)
+    return total
 
 
 def _floor_edge(op: OpSpec, rows: float) -> int:

@@ -14,13 +14,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from twinpilots.plan.estimate import EXACT_LAYERS
 from twinpilots.plan.grid import Floats, some_of
 from twinpilots.plan.lower_bound import Seconds, phase_bound
 from twinpilots.plan.plan import Phase, Plan
 from twinpilots.plan.played import phase_about
 from twinpilots.plan.pricing import CONTEXTS, phase_loads, price_phase
 from twinpilots.plan.problem import Problem
-from twinpilots.plan.simulate import EXACT_LAYERS
 from twinpilots.plan.space import NO_RING, Groups, Setting, Sizes, Space, largest_ring, num_combinations, rings, settings, small_groups
 
 PHASES: tuple[Phase, ...] = ("decode", "prefill")

@@ -12,6 +12,7 @@ from twinpilots.plan.tasks import QUEUES, Access, Queue, Task, Wait
 
 # Task number (negative: of the previous pass), region (lo, hi, mb, glo, ghi), writes, queue
 _Record = tuple[int, int, int, int, int, int, bool, int]
+_Accesses = list[tuple[tuple[str, int], _Record]]
 _History = dict[tuple[str, int], list[_Record]]
 NUMBER_OF: dict[Queue, int] = {queue: number for number, queue in enumerate(QUEUES)}
 
@@ -23,7 +24,7 @@ def derive_waits(tasks: Sequence[tuple[Queue, Sequence[Access], Sequence[Access]
     """
     history: _History = {}
     shifted = len(tasks)
-    accesses = [_accesses(index, *task) for index, task in enumerate(tasks)]
+    accesses = _of_several_queues([_accesses(index, *task) for index, task in enumerate(tasks)])
     for index, regions in enumerate(accesses):  # what the previous pass leaves behind: ring accesses, counted back from the end
         for key, record in regions:
             if key[0] == "gpu.ring":
@@ -52,6 +53,16 @@ def derive_waits(tasks: Sequence[tuple[Queue, Sequence[Access], Sequence[Access]
     return result
 
 
+def _of_several_queues(accesses: list[_Accesses]) -> list[_Accesses]:
+    """Without those to buffers that one queue alone uses: its own order orders them."""
+    users: dict[tuple[str, int], int] = {}
+    for regions in accesses:
+        for key, record in regions:
+            users[key] = users.get(key, 0) | 1 << record[7]
+    several = {key for key, queues in users.items() if queues & (queues - 1)}
+    return [[region for region in regions if region[0] in several] for regions in accesses]
+
+
 def _conflicts(accesses: Sequence[tuple[tuple[str, int], _Record]], history: _History) -> list[tuple[int, int, str]]:
     """Per other queue, (the latest task that this one must come after, the queue, the hazard)."""
     needed: dict[int, tuple[int, int, str]] = {}
@@ -65,7 +76,7 @@ def _conflicts(accesses: Sequence[tuple[tuple[str, int], _Record]], history: _Hi
     return list(needed.values())
 
 
-def _accesses(index: int, queue: Queue, reads: Sequence[Access], writes: Sequence[Access]) -> list[tuple[tuple[str, int], _Record]]:
+def _accesses(index: int, queue: Queue, reads: Sequence[Access], writes: Sequence[Access]) -> _Accesses:
     """Writes last, so that a task that reads and writes a region leaves its write in the history."""
     number = NUMBER_OF[queue]
     found = [(_key(a), (index, a.lo, a.hi, a.mb, a.glo, a.ghi, False, number)) for a in reads]

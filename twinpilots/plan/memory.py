@@ -118,7 +118,12 @@ def tasks_allowance(spec: ModelSpec, plan: Plan, bucket: BucketPlan, templates: 
 def control_bytes(spec: ModelSpec, plan: Plan) -> int:
     """Host bytes of control block, events, compiled programs and pass metadata: an allowance, not a measurement."""
     templates = layer_templates(spec, plan.unit_rows)
-    programs = sum(tasks_allowance(spec, plan, bucket, templates) for bucket in plan.buckets) * PROGRAMS_PER_BUCKET * INSTRUCTION_BYTES
+    alike: dict[tuple[int, int], int] = {}  # most buckets of a plan share their splits
+    for bucket in plan.buckets:
+        key = id(bucket.splits), bucket.micro_batches
+        if key not in alike:
+            alike[key] = tasks_allowance(spec, plan, bucket, templates)
+    programs = sum(alike[id(bucket.splits), bucket.micro_batches] for bucket in plan.buckets) * PROGRAMS_PER_BUCKET * INSTRUCTION_BYTES
     words = META_HEADER_WORDS + META_WORDS_PER_TOKEN * plan.max_pass_tokens + META_WORDS_PER_SEQ * plan.max_num_seqs
     words += 2 * (plan.gpu_pages + plan.host_pages) + plan.kv_staging_pages
     return CONTROL_BYTES + align(programs) + align(META_BUFFERS * FP32_BYTES * words) + kv_move_bytes(spec, plan)
@@ -234,6 +239,8 @@ def layer_template(spec: ModelSpec, unit_rows: int) -> dict[str, OpSpec]:
 def _counted_splits(spec: ModelSpec, plan: Plan, bucket: BucketPlan, templates: Templates | None = None) -> list[tuple[OpSpec, Split, int]]:
     """(op, split, number of layers that share the split): layers of one class with one and the same mapping are counted, not visited."""
     templates = templates or layer_templates(spec, plan.unit_rows)
-    layers: dict[int, Mapping[str, Split]] = {id(layer): layer for layer in bucket.splits}
-    counts = Counter(zip((id(layer) for layer in bucket.splits), (*spec.format_classes, 0), strict=True))
+    layers: dict[int, Mapping[str, Split]] = dict(zip(map(id, bucket.splits), bucket.splits, strict=True))
+    if len(templates) == 1:
+        return [(templates[0][name], split, count) for key, count in Counter(map(id, bucket.splits)).items() for name, split in layers[key].items()]
+    counts = Counter(zip(map(id, bucket.splits), (*spec.format_classes, 0), strict=True))
     return [(templates[number][name], split, count) for (key, number), count in counts.items() for name, split in layers[key].items()]

@@ -12,9 +12,9 @@ from math import ceil, log2
 
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.estimate import PassEstimator
 from twinpilots.plan.load import PassLoad, decode_load, prefill_load
 from twinpilots.plan.plan import BucketPlan, Plan
-from twinpilots.plan.simulate import PassEstimator
 from twinpilots.plan.tasks import PassShape
 
 STEPS_PER_OCTAVE = 4  # contexts are told apart to a fifth: a price is asked for in every pass

@@ -114,7 +114,7 @@ class PlayedLink:
         slowdown = self.copy_slowdown[device]
         if slowdown == 1.0:
             return seconds
-        beside = np.maximum(0.0, np.minimum(self.loaded, start + seconds) - start) + np.maximum(0.0, start + seconds - np.maximum(self.loads_on, start))
+        beside: Floats = np.maximum(0.0, np.minimum(self.loaded, start + seconds) - start) + np.maximum(0.0, start + seconds - np.maximum(self.loads_on, start))
         slowed: Floats = seconds + (slowdown - 1.0) * np.minimum(seconds, beside) * self.density
         return slowed
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from twinpilots.plan.draft import TIGHT_CHUNK_TOKENS, Draft, Residency, chunk_choices, pages_of, residency_bytes, ring_rule, tight_ring
+from twinpilots.plan.estimate import EXACT_LAYERS
 from twinpilots.plan.memory import plan_memory, streamed_bytes
 from twinpilots.plan.packets import smallest_ring
 from twinpilots.plan.plan import BucketPlan, Phase, Plan
 from twinpilots.plan.pricing import QUICK_SAMPLES, coarse_packet_bytes, price_phase, prompts_at_once, used_bucket
 from twinpilots.plan.problem import Problem, fill
-from twinpilots.plan.simulate import EXACT_LAYERS
 
 MOST_MICRO_BATCHES = 4
 PHASES: tuple[Phase, ...] = ("decode", "prefill")

@@ -12,10 +12,11 @@ from twinpilots.errors import LimitError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.draft import pages_of
+from twinpilots.plan.estimate import PassEstimator
 from twinpilots.plan.load import PassLoad, SeqClass, decode_load, pass_load
 from twinpilots.plan.memory import streamed_bytes
 from twinpilots.plan.plan import BucketPlan, Phase, Plan
-from twinpilots.plan.simulate import PassEstimator, PassTiming
+from twinpilots.plan.simulate import PassTiming
 from twinpilots.plan.tasks import PassShape
 from twinpilots.plan.workload import Workload
 

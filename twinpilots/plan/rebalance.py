@@ -16,13 +16,13 @@ from typing import Literal
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.draft import Attention, PlanOptions, split_of
+from twinpilots.plan.estimate import PassEstimator
 from twinpilots.plan.load import PassLoad, SeqClass, pass_load
 from twinpilots.plan.memory import tasks_allowance
 from twinpilots.plan.plan import BucketPlan, Plan, Split
 from twinpilots.plan.pricing import QUICK_SAMPLES, SAMPLES, coarse_packet_bytes
 from twinpilots.plan.problem import Problem
 from twinpilots.plan.program import BLOCKS, Machine, Program, solve_program
-from twinpilots.plan.simulate import PassEstimator
 from twinpilots.plan.tasks import GPU_KV, NUM_GROUPS
 from twinpilots.plan.terms import MeanPass, planned_terms
 from twinpilots.plan.workload import Limits, Workload

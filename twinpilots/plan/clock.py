@@ -1,0 +1,149 @@
+"""The simulator's event loop: when each task of a few passes, run back to back on the virtual clock, starts and ends.
+
+Owns `Clock`. Waits, hand-off latency, the driver's fence between passes, link_in running one pass ahead, and the slowdown of a processor while the link moves
+data or the other processor reads. Knows tasks by their seconds only: prices are `cost.py`'s, and what is reported of a pass is `simulate.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+
+from twinpilots.hardware.profile import HardwareProfile
+from twinpilots.plan.tasks import QUEUES, Task
+
+ALL = CPU, GPU, LINK_IN, LINK_OUT = (0, 1, 2, 3)
+
+
+class Clock:
+    """The event loop. Task i of pass p is number ``p * count + i``; a queue is blocked (next event at infinity), about to start, or running."""
+
+    def __init__(
+        self, tasks: Sequence[Task], seconds: Sequence[float], memory_frac: Sequence[float], profile: HardwareProfile, driver_s: float, reported: int
+    ) -> None:  # fmt: skip
+        self.count = len(tasks)
+        self.reported = reported  # pass 0 fills the pipeline; the pass after this one is only prefetched
+        self.num_passes = reported + 2
+        self.seconds = seconds
+        self.overhead_s = driver_s  # between two passes
+        numbers = {name: number for number, name in enumerate(QUEUES)}
+        self.copy_slowdown = [(side.copy_slowdown, side.least_copy_slowdown) if side else (1.0, 1.0) for side in (profile.cpu, profile.gpu)]
+        reads = (profile.cpu.read_bytes_per_s, profile.gpu.read_bytes_per_s if profile.gpu else 0.0)
+        self.peer_slowdown = (profile.cpu.peer_slowdown, profile.gpu.peer_slowdown if profile.gpu else 1.0)
+        self.link_slowdown = profile.link.peer_slowdown if profile.link else 1.0
+        self.memory_frac = memory_frac
+        self.memory_share = (reads[CPU] / sum(reads), reads[GPU] / sum(reads))  # of the traffic when both read all the time
+        self.order: list[list[int]] = [[], [], [], []]
+        self.fenced = [task.kind != "load" for task in tasks]
+        queue_of = [numbers[task.queue] for task in tasks]
+        for task in tasks:
+            self.order[queue_of[task.index]].append(task.index)
+        self.waits = [
+            [(w.task - self.count if w.previous else w.task, _handoff_s(profile, queue_of[task.index], queue_of[w.task])) for w in task.waits] for task in tasks
+        ]
+        self.slowed: tuple[int, ...] = () if self._undisturbed else (CPU, GPU) if self.link_slowdown == 1.0 else ALL
+        self.factors: dict[tuple[int, int, int, bool], float] = {}
+        total = self.num_passes * self.count
+        self.start, self.end = [inf] * total, [inf] * total
+        self.pass_end = [inf] * self.num_passes
+        self.left = [sum(self.fenced)] * self.num_passes
+        self.link_busy_s = 0.0
+
+    @property
+    def _undisturbed(self) -> bool:
+        """Whether nobody slows anybody down."""
+        return self.copy_slowdown == [(1.0, 1.0)] * 2 and self.peer_slowdown == (1.0, 1.0) and self.link_slowdown == 1.0
+
+    def run(self) -> None:
+        """Until the reported pass is over. Every pass ends with its last task outside the weight loads, all of which are consumed by then."""
+        order, end, start, count = self.order, self.end, self.start, self.count
+        lengths = [len(queue) for queue in order]
+        place, passed = [0, 0, 0, 0], [self.num_passes if not length else 0 for length in lengths]  # of each queue's current task, and of its pass
+        current = [queue[0] if queue else -1 for queue in order]
+        event = [inf] * 4  # when the current task starts or ends; infinity: blocked or done
+        running = [False] * 4
+        factors = [1.0] * 4  # how much slower than alone each queue's current task runs now
+        slow = 0  # link queues at work
+        now, finished = 0.0, True
+        while True:
+            for q in ALL if finished else ():
+                if event[q] == inf and passed[q] < self.num_passes:
+                    event[q] = self._ready(current[q], passed[q], now)
+            then = min(event)
+            q = event.index(then)
+            assert then < inf, "the waits of the task list form a cycle"
+            if slow and self.pass_end[self.reported - 1] <= now:
+                self.link_busy_s += then - now
+            now, number, task, finished = then, passed[q], current[q], running[q]
+            if finished:
+                running[q], event[q] = False, inf
+                end[number * count + task] = now
+                place[q] += 1
+                if place[q] == lengths[q]:
+                    place[q], passed[q] = 0, number + 1
+                current[q] = order[q][place[q]]
+                slow -= q >= LINK_IN
+                if self._ends_pass(task, number, now) and number == self.reported:
+                    return
+            else:
+                running[q] = True
+                start[number * count + task] = now
+                slow += q >= LINK_IN
+                event[q] = now + self.seconds[task]
+                factors[q] = 1.0
+            for side in self.slowed:
+                if running[side]:
+                    factor = self._factor(side, current[CPU] if running[CPU] else -1, current[GPU] if running[GPU] else -1, slow > 0)
+                    if factor != factors[side]:
+                        event[side] = now + (event[side] - now) * factor / factors[side]
+                        factors[side] = factor
+
+    def _factor(self, side: int, on_cpu: int, on_gpu: int, link_at_work: bool) -> float:
+        """How much slower than alone what runs on a queue is beside the compute queues' present tasks (-1: none) and the link."""
+        key = side, on_cpu, on_gpu, link_at_work
+        found = self.factors.get(key)
+        if found is None:
+            found = self.factors[key] = self._computed_factor(side, (on_cpu, on_gpu), link_at_work)
+        return found
+
+    def _computed_factor(self, side: int, tasks: Sequence[int], link_at_work: bool) -> float:
+        """The processors' slow-down was measured with both reading all the time; with less traffic it is less, and it stretches only the part of a task's
+        time that goes to reading.
+        """
+        fracs = [self.memory_frac[task] if task >= 0 else 0.0 for task in tasks]
+        if side >= LINK_IN:
+            return 1.0 + (self.link_slowdown - 1.0) * fracs[CPU]
+        reading, computing = self.copy_slowdown[side] if link_at_work else (1.0, 1.0)
+        factor = reading if reading == computing else max(computing, fracs[side] * reading)
+        if tasks[GPU - side] < 0:
+            return factor
+        traffic = self.memory_share[CPU] * fracs[CPU] + self.memory_share[GPU] * fracs[GPU]
+        return factor * max(1.0, fracs[side] * self.peer_slowdown[side] * traffic)
+
+    def _ready(self, task: int, number: int, now: float) -> float:
+        """When the waits of this task of pass ``number`` are over; infinity while one of them is still open."""
+        ready, end = now, self.end
+        if number and self.fenced[task]:
+            ready = max(ready, self.pass_end[number - 1] + self.overhead_s)
+        base = number * self.count
+        for target, latency_s in self.waits[task]:
+            if base + target >= 0:
+                over_s = end[base + target] + latency_s
+                if over_s > ready:
+                    ready = over_s
+        return ready
+
+    def _ends_pass(self, task: int, number: int, now: float) -> bool:
+        """Note that a task is done; whether it was the last of its pass."""
+        self.left[number] -= self.fenced[task]
+        if self.left[number] or not self.fenced[task]:
+            return False
+        self.pass_end[number] = now
+        return True
+
+
+def _handoff_s(profile: HardwareProfile, queue: int, other: int) -> float:
+    """From a record on one queue to the waiting task's start on another."""
+    if profile.link is None or queue == other:
+        return 0.0
+    return profile.link.handoff_s if queue + other == CPU + GPU else profile.link.queue_handoff_s
