@@ -22,7 +22,7 @@ from typing import Any, Self
 from benchmarks.adaptation_machine import split_cpu
 from benchmarks.truth_live import own_cache
 from twinpilots import LLM, SamplingParams
-from twinpilots.adaptation import MOST_CREDIT_S, describe
+from twinpilots.adaptation import MOST_CREDIT_S
 from twinpilots.device.cpu import choose_cores
 from twinpilots.device.emulated import EmulatedGpu
 from twinpilots.hardware.store import profile_key, save_profile
@@ -31,6 +31,7 @@ from twinpilots.machine import instruction_set
 from twinpilots.model.checkpoint import open_checkpoint
 from twinpilots.model.locate import resolve_model
 from twinpilots.online import PassPrediction
+from twinpilots.outcomes import describe
 from twinpilots.plan.load import decode_load
 from twinpilots.plan.memory import tasks_allowance
 from twinpilots.plan.plan import BucketPlan

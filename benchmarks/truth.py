@@ -75,6 +75,7 @@ class Never:
     """A runner that solves nothing: predictions are judged for one plan."""
 
     last_s = 0.0
+    disturbs = False
 
     def submit(self, solve: Callable[[], tuple[Option, ...]]) -> None:
         pass

@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from statistics import median
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 from twinpilots.hardware.profile import HardwareProfile
-from twinpilots.plan.draft import Attention
+from twinpilots.outcomes import Outcomes, Signature, describe, load_change, signature_of, words_of
 from twinpilots.plan.load import PassLoad
-from twinpilots.plan.plan import BucketPlan, Phase, Plan
-from twinpilots.plan.rebalance import Option, Pilots, pilots_of, shares_of, with_bucket
-from twinpilots.plan.tasks import NUM_GROUPS
+from twinpilots.plan.plan import BucketPlan, Plan
+from twinpilots.plan.rebalance import Option, in_the_manner_of, shares_of, with_bucket
 from twinpilots.stats.tracker import Snapshot, Tracker
 
 FIRST_PASSES = 4  # of a bucket, before it is asked about at all: what is over sooner is not worth a search
@@ -37,13 +36,9 @@ MIN_GAIN = 0.02  # of a pass's time: what a change must bring
 ALIKE = 0.4  # nearness below which two plans have too little in common for that,
 FAR_GAIN = 0.05  # and the gain that a change between them must bring
 JUDGED_PASSES = 8  # after which a change's outcome is written down
+CLEAR_PASSES, CLEAR_LOSS = 4, 1.1  # or sooner, when it is so clear a loss
 RECENT = 5  # passes whose median measured / predicted is a plan's outcome: two pauses of the process do not show
 KEPT_PLANS = 3  # buckets that were left and may come back
-REACH = 0.3  # how far the outcome of one plan speaks for others: difference of the rows' shares at which its weight falls by e
-OUTCOME_FADE = 0.997  # weight of an outcome after one more pass
-OUTCOME_AFTER_DRIFT = 0.2  # and after the rates have changed: it was another machine then
-OUTCOME_PRIOR = 1.0  # how much no outcome at all counts, in passes
-MOST_OUTCOME = 8.0  # passes that one plan's outcome counts at most
 SOLVING_FRAC = 0.01  # of the run's time that may go to solving anew, beside the devices but on the same machine
 MOST_CREDIT_S = 1.0  # what may be saved up, and, where rates have changed much, be owed
 HISTORY_LENGTH = 256
@@ -82,9 +77,10 @@ Solver = Callable[[Ask], tuple[Option, ...]]  # the bucket as it is first; pickl
 
 
 class Runner(Protocol):
-    """Solves one thing at a time, on the spot or elsewhere. ``last_s``: what the last solve took."""
+    """Solves one thing at a time, on the spot or elsewhere. ``last_s``: what the last solve took. ``disturbs``: whether passes beside a solve are slower."""
 
     last_s: float
+    disturbs: bool
 
     def submit(self, solve: Callable[[], tuple[Option, ...]]) -> None: ...
 
@@ -97,6 +93,7 @@ class Inline:
     """Solves on the spot and free of charge: for the virtual clock."""
 
     last_s = 0.0
+    disturbs = False
 
     def submit(self, solve: Callable[[], tuple[Option, ...]]) -> None:
         self._answer: tuple[Option, ...] | None = solve()
@@ -147,6 +144,7 @@ class _Bucket:
     made_outcome: float = 0.0  # the log outcome it was solved with
     asked_at: int = FIRST_PASSES - SETTLE_PASSES  # by its own passes
     patience: int = SETTLE_PASSES
+    carried: tuple[tuple[BucketPlan, BucketPlan], ...] = ()  # other buckets that were changed with it: (before, after)
     left: deque[BucketPlan] = field(default_factory=lambda: deque(maxlen=KEPT_PLANS))
     _log_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _measured_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
@@ -185,29 +183,6 @@ class _Bucket:
         return median(self._measured_s) if self._measured_s else None
 
 
-class Outcomes:
-    """What plans took when they ran, against what was predicted at the tracker's rates: lent to plans that are alike."""
-
-    def __init__(self) -> None:
-        self._found: dict[Signature, tuple[float, float, int]] = {}  # -> (log outcome, passes that count, pass number)
-
-    def put(self, own: Signature, log_outcome: float, passes: int, at: int) -> None:
-        self._found[own] = (log_outcome, min(float(passes), MOST_OUTCOME), at)
-
-    def log_factor(self, own: Signature, at: int, unknown: float = 0.0) -> float:
-        """log(measured / predicted) to expect of such a plan; ``unknown`` for one that nothing is known about."""
-        weight, total = OUTCOME_PRIOR, OUTCOME_PRIOR * unknown
-        for signature, (log_outcome, passes, then) in self._found.items():
-            near = own.nearness(signature) * passes * OUTCOME_FADE ** (at - then)
-            weight += near
-            total += near * log_outcome
-        return total / weight
-
-    def doubt(self) -> None:
-        """The machine has changed: what was found out so far counts less."""
-        self._found = {signature: (log_outcome, OUTCOME_AFTER_DRIFT * passes, at) for signature, (log_outcome, passes, at) in self._found.items()}
-
-
 class Adaptation:
     """Fed with every pass; answers with a change when there is one. ``runner`` takes a solve and gives its answer, at once or some passes later."""
 
@@ -227,7 +202,8 @@ class Adaptation:
         self.num_passes += 1
         self._credit_s = min(MOST_CREDIT_S, self._credit_s + SOLVING_FRAC * seen.measured_s)
         state = self._state(seen)
-        state.add(seen)
+        if not self.is_disturbed:
+            state.add(seen)
         self._watch_rates()
         if not self._unsettled and state.num_ratios >= 2:
             self.outcomes.put(state.signature, state.log_outcome, state.passes, self.num_passes)
@@ -244,6 +220,11 @@ class Adaptation:
             return None
         self._credit_s -= self._runner.last_s
         return self._decide(answer, seen)
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether a search beside the passes slows them down: what they take says nothing of the plan, nor of the rates."""
+        return self._asked is not None and self._runner.disturbs
 
     def expected_factor(self, bucket: BucketPlan) -> float:
         """Measured / predicted to expect of the next pass, predicted at the tracker's rates."""
@@ -369,14 +350,31 @@ class Adaptation:
         self.history.append(record)
         self._judging = record, fresh
         reason = f"{ask.reason}: predicted {then_s * 1e3:.3g} ms a pass instead of {now_s * 1e3:.3g} ms"
-        return Change(plan=with_bucket(ask.plan, ask.bucket, option.bucket), reason=reason)
+        return Change(plan=self._carry(with_bucket(ask.plan, ask.bucket, option.bucket), fresh), reason=reason)
+
+    def _carry(self, plan: Plan, state: _Bucket) -> Plan:
+        """Of fewer tokens the CPU computes no smaller part, of more no larger one, for it reads less and computes more: a batch that drains need not find out
+        anew, bucket by bucket, what it has just learned. Only buckets that have not run; each is solved itself when it does."""
+        like = state.bucket
+        for bucket in plan.buckets:
+            lacks = (shares_of(bucket)[0] - shares_of(like)[0]) * (like.max_tokens - bucket.max_tokens) < 0
+            if bucket.phase == like.phase and lacks and id(bucket) not in self._buckets:
+                moved = in_the_manner_of(bucket, like)
+                self._buckets[id(moved)] = _Bucket(bucket=moved, left=deque([bucket], maxlen=KEPT_PLANS))
+                state.carried = (*state.carried, (bucket, moved))
+                plan = with_bucket(plan, bucket, moved)
+        return plan
 
     def _judge(self, seen: PassSeen) -> Change | None:
         """Write down what the last change brought, once that is known; the way back if that was a loss."""
-        if self._judging is None or self._judging[1].passes < JUDGED_PASSES:
+        if self._judging is None:
             return None
-        (record, state), self._judging = self._judging, None
+        record, state = self._judging
         before_s, after_s = record.measured_before_s, state.measured_s
+        is_clear = state.passes >= CLEAR_PASSES and before_s is not None and after_s is not None and after_s > CLEAR_LOSS * before_s
+        if state.passes < JUDGED_PASSES and not is_clear:
+            return None
+        self._judging = None
         record.measured_after_s = after_s
         if before_s is None or after_s is None or after_s <= (1.0 + MIN_GAIN) * before_s or seen.bucket is not state.bucket:
             return None
@@ -389,63 +387,14 @@ class Adaptation:
                 predicted_before_s=after_s, predicted_after_s=before_s, measured_before_s=after_s,
             )
         )  # fmt: skip
+        plan = with_bucket(seen.plan, state.bucket, back)
+        for before, after in state.carried:
+            if id(after) in self._buckets and not self._buckets[id(after)].passes:
+                del self._buckets[id(after)]
+                plan = with_bucket(plan, after, before)
         del self._buckets[id(state.bucket)]
         self._buckets[id(back)] = _Bucket(
             bucket=back, made_for=seen.load, made_at=state.made_at, asked_at=0, patience=MOST_PATIENCE, left=deque([state.bucket], maxlen=KEPT_PLANS)
         )
         reason = f"the last change was a loss: {after_s * 1e3:.3g} ms a pass instead of {before_s * 1e3:.3g} ms"
-        return Change(plan=with_bucket(seen.plan, state.bucket, back), reason=reason)
-
-
-def load_change(then: PassLoad, now: PassLoad) -> float:
-    """The largest factor by which tokens or context differ; host KV that comes or goes counts as doubling."""
-    found = 1.0
-    for before, after in zip(_load_sizes(then), _load_sizes(now), strict=True):
-        found = max(found, max(before, after) / max(1.0, min(before, after)))
-    return found
-
-
-def _load_sizes(load: PassLoad) -> tuple[float, float]:
-    """(tokens, mean context)."""
-    groups = load.groups(-1, 0, NUM_GROUPS)
-    return float(load.tokens()), sum(group.kv_tokens for group in groups) / max(1, load.num_seqs)
-
-
-def words_of(load: PassLoad) -> str:
-    tokens, context = _load_sizes(load)
-    return f"{tokens:.0f} tokens at a context of {context:.0f}"
-
-
-def _host_side(bucket: BucketPlan) -> Attention:
-    return bucket.host_attention if bucket.phase == "decode" else bucket.host_prefill_attention
-
-
-def describe(bucket: BucketPlan) -> str:
-    on_cpu, streamed = shares_of(bucket)
-    shares = f"{100 * streamed:.0f} % streamed, {100 * on_cpu:.0f} % CPU"
-    return f"{shares}, {bucket.micro_batches} micro-batches, host KV attended by the {_host_side(bucket).upper()}"
-
-
-class Signature(NamedTuple):
-    """What makes plans of a bucket alike."""
-
-    pilots: Pilots
-    phase: Phase
-    micro_batches: int
-    host_side: Attention
-    on_cpu: float
-    streamed: float
-    max_tokens: int
-
-    def nearness(self, other: Signature) -> float:
-        """How much of another plan's outcome holds for this one: nothing when other pilots compute, or in another phase."""
-        if (self.pilots, self.phase) != (other.pilots, other.phase):
-            return 0.0
-        distance = abs(self.on_cpu - other.on_cpu) + abs(self.streamed - other.streamed) + 0.1 * abs(math.log2(self.max_tokens / other.max_tokens))
-        distance += 0.2 * (self.micro_batches != other.micro_batches) + 0.2 * (self.host_side != other.host_side)
-        return math.exp(-distance / REACH)
-
-
-def signature_of(bucket: BucketPlan) -> Signature:
-    on_cpu, streamed = shares_of(bucket)
-    return Signature(pilots_of(bucket), bucket.phase, bucket.micro_batches, _host_side(bucket), round(on_cpu, 3), round(streamed, 3), bucket.max_tokens)
+        return Change(plan=plan, reason=reason)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import twinpilots
-from twinpilots.background_worker import Answer, read_frame, write_frame
+from twinpilots.background_worker import SPARE_CORES, Answer, num_cpus, read_frame, write_frame
 from twinpilots.plan.rebalance import Option
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ class Background:
 
     def __init__(self) -> None:
         self.last_s = FIRST_GUESS_S
+        self.disturbs = num_cpus() < SPARE_CORES
         self._thread: threading.Thread | None = None
         self._answer: tuple[Option, ...] | None = None
         self._process: subprocess.Popen[bytes] | None = None

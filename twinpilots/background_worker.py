@@ -61,14 +61,14 @@ def answered(call: Any) -> Answer:
     return Answer(value=value, cpu_s=time.process_time() - began, error=error)
 
 
-def _num_cpus() -> int:
+def num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
 def resting() -> Iterator[None]:
     """Work in bursts, where there is no core to spare."""
-    if _num_cpus() >= SPARE_CORES:
+    if num_cpus() >= SPARE_CORES:
         yield
         return
 

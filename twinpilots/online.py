@@ -6,7 +6,7 @@ of what was simulated. The session drives it on a real machine, `benchmarks.adap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -89,11 +89,14 @@ class OnlinePlanner:
         if self.witness is not None:
             self.witness(done)
         every = LOOK_ALONE if self.profile.gpu is None else LOOK_PASSES
-        if self.tracker.num_passes < EAGER_PASSES or not self.tracker.is_settled or (self.tracker.num_passes + 1) % every == 0:
+        if self.adaptation.is_disturbed:
+            self.tracker.pass_over()
+        elif self.tracker.num_passes < EAGER_PASSES or not self.tracker.is_settled or (self.tracker.num_passes + 1) % every == 0:
             self.tracker.observe(self.records(done), done.seconds)
         else:
             self.tracker.pass_over()
-        self._follow_driver(done)
+        if not self.adaptation.is_disturbed:
+            self._follow_driver(done)
         jumps, self._num_jumps = self._num_jumps, self.tracker.num_jumps
         if jumps != self._num_jumps or (self.tracker.num_passes % RENEW_PASSES == 0 and self.tracker.drift(self._renewed_at)[0] > RENEW_DRIFT):
             self._renew()
@@ -124,9 +127,9 @@ class OnlinePlanner:
 
     # -- predictions -------------------------------------------------------------------------------------------------------------------------
 
-    def prepare(self, plan: Plan, budget_s: float) -> None:
-        """Before passes of ``plan`` follow each other: simulate what will come most."""
-        self.predictions.prepare(plan, budget_s)
+    def prepare(self, plan: Plan, buckets: Sequence[BucketPlan], budget_s: float) -> None:
+        """Before passes of ``plan`` follow each other: simulate what will come most of these buckets."""
+        self.predictions.prepare(plan, buckets, budget_s)
 
     def _renew(self) -> None:
         self._renewed_at = self.tracker.snapshot()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from twinpilots.hardware.profile import HardwareProfile
@@ -99,10 +99,10 @@ class Predictions:
 
     # -- ahead ---------------------------------------------------------------------------------------------------------------------------------
 
-    def prepare(self, plan: Plan, budget_s: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Simulates typical passes of the plan's buckets that have none yet, the largest bucket first, until the time is up. One is simulated in any case."""
+    def prepare(self, plan: Plan, buckets: Sequence[BucketPlan], budget_s: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Simulates typical passes of those of the plan's buckets that have none yet, the largest bucket first, until the time is up, but one in any case."""
         until_s = clock() + budget_s
-        for bucket in sorted(plan.buckets, key=lambda bucket: (bucket.phase != "decode", -bucket.max_tokens)):
+        for bucket in sorted(buckets, key=lambda bucket: (bucket.phase != "decode", -bucket.max_tokens)):
             if not self._of(bucket):
                 for load in typical_loads(plan, bucket):
                     self._simulate(plan, bucket, load, self._work(plan, bucket, load))

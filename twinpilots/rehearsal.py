@@ -49,6 +49,7 @@ class _Nobody:
     """A runner that solves nothing: the plan stays."""
 
     last_s = 0.0
+    disturbs = False
 
     def submit(self, solve: Callable[[], tuple[Option, ...]]) -> None: ...
 

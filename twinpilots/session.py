@@ -96,7 +96,7 @@ class Session:
                     make_executor(spec, plan, machine.pilot, machine.gpu, CheckpointWeights(checkpoint), limits=limits, progress=bar.update)
                 )
             self.executor.prepare(PREPARE_S)
-            planner.online.prepare(plan, PRICE_S)
+            planner.online.prepare(plan, plan.buckets, PRICE_S)
             self._stack = stack.pop_all()
         self.load_s = time.perf_counter() - began
         self._stats = stats or EngineStats(
@@ -267,12 +267,14 @@ class Session:
         before = {id(bucket) for bucket in self.plan.buckets}
         self.scheduler.set_plan(plan)
         self.executor.set_plan(plan)
-        for bucket in plan.buckets:
+        last = None if self.last_pass is None else self.last_pass[0].bucket
+        now = [bucket for bucket in plan.buckets if last is None or (bucket.phase, bucket.max_tokens) == (last.phase, last.max_tokens)]
+        for bucket in now:  # others when they come
             if id(bucket) not in before:
                 self.executor.compile_bucket(bucket)
         self.plan = plan
         self._stats.plan_changes += 1
-        self._planner.online.prepare(plan, PRICE_S)
+        self._planner.online.prepare(plan, now, PRICE_S)
         self._planner.online.switched(plan, time.perf_counter() - began)
 
     def close(self) -> None:

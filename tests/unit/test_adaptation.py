@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from tests.planning import DEMO, memory_of, smollm2, workload
-from twinpilots.adaptation import BIG_DRIFT, JUDGED_PASSES, MOST_CREDIT_S, MOST_PATIENCE, SETTLE_PASSES, Adaptation, Ask, Change, Inline, PassSeen, load_change
+from twinpilots.adaptation import BIG_DRIFT, CLEAR_PASSES, JUDGED_PASSES, MOST_CREDIT_S, MOST_PATIENCE, SETTLE_PASSES, Adaptation, Ask, Change, Inline, PassSeen
+from twinpilots.outcomes import load_change
 from twinpilots.plan.load import PassLoad, decode_load
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.rebalance import Option, options, pilots_of, shares_of
@@ -127,15 +128,16 @@ def test_what_was_left_for_being_slow_is_not_retaken_on_the_same_prediction() ->
     assert driver.changes[1] - driver.changes[0] < 12
 
 
-def test_a_change_that_was_a_loss_is_undone() -> None:
-    """Also where the run has not yet paid for another solve."""
-    driver = Driver(truth_s={"both": 1.2, "cpu": 1.0}, belief_s={"both": 0.8, "cpu": 0.98}, noise=0.01)
+@pytest.mark.parametrize(("both_s", "after"), [(1.2, CLEAR_PASSES), (1.06, JUDGED_PASSES)])
+def test_a_change_that_was_a_loss_is_undone(both_s: float, after: int) -> None:
+    """Also where the run has not yet paid for another solve; at once where it is clear."""
+    driver = Driver(truth_s={"both": both_s, "cpu": 1.0}, belief_s={"both": 0.8, "cpu": 0.98}, noise=0.01)
     driver.plan = replace(PLAN, buckets=tuple(CPU_ONLY if bucket is BUCKET else bucket for bucket in PLAN.buckets))
     driver.run(SETTLE_PASSES)
     assert pilots_of(driver.bucket) == "both"
     driver.runner.last_s, driver.adaptation._credit_s = 1e9, -2 * MOST_CREDIT_S
     driver.run(100)
-    assert pilots_of(driver.bucket) == "cpu" and driver.changes[1:] == [SETTLE_PASSES + JUDGED_PASSES]
+    assert pilots_of(driver.bucket) == "cpu" and driver.changes[1:] == [SETTLE_PASSES + after]
     assert driver.adaptation.history[1].reason == "the last change was a loss"
 
 
@@ -156,8 +158,8 @@ def test_noise_alone_changes_nothing() -> None:
 class Late:
     """A runner whose answers come ``wait`` looks later; a solve costs ``last_s``."""
 
-    def __init__(self, wait: int, last_s: float = 0.0) -> None:
-        self.wait, self.last_s, self._left = wait, last_s, 0
+    def __init__(self, wait: int, last_s: float = 0.0, *, disturbs: bool = False) -> None:
+        self.wait, self.last_s, self.disturbs, self._left = wait, last_s, disturbs, 0
 
     def submit(self, solve: Callable[[], tuple[Option, ...]]) -> None:
         self._answer, self._left = solve(), self.wait
@@ -165,6 +167,39 @@ class Late:
     def collect(self) -> tuple[Option, ...] | None:
         self._left -= 1
         return self._answer if self._left < 0 else None
+
+
+@pytest.mark.parametrize("disturbs", [True, False])
+def test_passes_beside_a_search_that_slows_them_down_say_nothing_of_the_plan(disturbs: bool) -> None:
+    """The CPU alone is a tenth slower, and predicted so; beside the search two pilots take half as much again."""
+    driver = Driver(truth_s={"both": 1.0, "cpu": 1.1}, belief_s={"both": 1.0, "cpu": 1.1})
+    driver.adaptation = Adaptation(driver.tracker, driver.solve, Late(12, disturbs=disturbs))
+    driver.run(SETTLE_PASSES)
+    driver.truth_s["both"] = 1.5
+    driver.run(13)
+    driver.truth_s["both"] = 1.0
+    driver.run(30)
+    assert bool(driver.changes) is not disturbs
+
+
+def test_a_batch_that_drains_finds_the_cpu_alone_where_it_was_better_with_more_sequences() -> None:
+    driver = Driver(truth_s={"both": 1.0, "cpu": 0.8}, belief_s={"both": 1.0, "cpu": 0.8})
+    driver.run(SETTLE_PASSES)
+    kinds = {bucket.max_tokens: pilots_of(bucket) for bucket in driver.plan.buckets if bucket.phase == "decode"}
+    assert kinds == {1: "cpu", 2: "cpu", 4: "cpu", 8: "cpu", 16: "cpu"}
+    before = {bucket.max_tokens: pilots_of(bucket) for bucket in PLAN.buckets if bucket.phase == "decode"}
+    assert "both" in before.values()
+    assert [bucket for bucket in driver.plan.buckets if bucket.phase == "prefill"] == [bucket for bucket in PLAN.buckets if bucket.phase == "prefill"]
+    driver.plan.check(SPEC)
+
+
+def test_what_was_carried_over_goes_back_with_a_loss() -> None:
+    driver = Driver(truth_s={"both": 1.0, "cpu": 1.3}, belief_s={"both": 1.0, "cpu": 0.8})
+    first = driver.plan
+    driver.run(SETTLE_PASSES)
+    assert pilots_of(driver.plan.bucket_for("decode", 4)) == "cpu"
+    driver.run(JUDGED_PASSES)
+    assert driver.plan.buckets == first.buckets
 
 
 def test_what_comes_out_during_a_search_is_a_reason_for_the_next_one() -> None:

@@ -25,7 +25,7 @@ def plan() -> Plan:
 def test_nothing_is_simulated_while_passes_follow_each_other_and_predictions_stay_near() -> None:
     made = plan()
     predictions = Predictions(SPEC, DEMO, at_once=False)
-    predictions.prepare(made, budget_s=60.0)
+    predictions.prepare(made, made.buckets, budget_s=60.0)
     simulated, errors = predictions.num_simulated, []
     for num_seqs, context in LOADS:
         bucket = made.bucket_for("decode", num_seqs)
@@ -41,7 +41,7 @@ def test_nothing_is_simulated_while_passes_follow_each_other_and_predictions_sta
 def test_rates_that_change_are_followed_without_a_simulation() -> None:
     made = plan()
     predictions = Predictions(SPEC, DEMO, at_once=False)
-    predictions.prepare(made, budget_s=60.0)
+    predictions.prepare(made, made.buckets, budget_s=60.0)
     simulated = predictions.num_simulated
     assert DEMO.link is not None
     slow = replace(DEMO, link=replace(DEMO.link, up_bytes_per_s=DEMO.link.up_bytes_per_s / 3, down_bytes_per_s=DEMO.link.down_bytes_per_s / 3))
@@ -55,7 +55,7 @@ def test_rates_that_change_are_followed_without_a_simulation() -> None:
 def test_a_bucket_that_was_not_prepared_is_priced_by_its_relatives() -> None:
     made = plan()
     predictions = Predictions(SPEC, DEMO, at_once=False)
-    predictions.prepare(made, budget_s=0.0)
+    predictions.prepare(made, made.buckets, budget_s=0.0)
     assert predictions.num_simulated == 1
     bucket = made.bucket_for("decode", 4)
     assert predictions.timing(made, bucket, decode_load(1, 3, 100, bucket)).seconds > 0

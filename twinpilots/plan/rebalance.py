@@ -286,3 +286,11 @@ class _Search:
 def with_bucket(plan: Plan, old: BucketPlan, new: BucketPlan) -> Plan:
     """``plan`` with ``new`` in the place of ``old`` (the very object)."""
     return replace(plan, buckets=tuple(new if bucket is old else bucket for bucket in plan.buckets))
+
+
+def in_the_manner_of(bucket: BucketPlan, like: BucketPlan) -> BucketPlan:
+    """``bucket``'s passes computed as those of another bucket of the same plan."""
+    return replace(
+        bucket, splits=like.splits, micro_batches=min(like.micro_batches, bucket.max_tokens), host_attention=like.host_attention,
+        host_prefill_attention=like.host_prefill_attention,
+    )  # fmt: skip
