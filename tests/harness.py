@@ -102,8 +102,8 @@ class Rig:
     def most_passes(self) -> int:
         return self._most_passes  # whatever passes take
 
-    def execute_chain(self, batch: Any, stops: Any) -> np.ndarray:
-        tokens, _ = self.executor.execute_chain(batch, stops)
+    def execute_chain(self, batch: Any, rules: Any, uniforms: np.ndarray) -> np.ndarray:
+        tokens, _ = self.executor.execute_chain(batch, rules, uniforms)
         self.chains.append(len(tokens))
         return tokens
 

@@ -184,7 +184,7 @@ class LLM:
         return self._run([self._chat_ids(conversation) for conversation in conversations], sampling_params, use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """The growing output of one prompt, pass by pass; closing the iterator aborts the request."""
+        """The growing output of one prompt, after every pass, or every few where those are short; closing the iterator aborts the request."""
         return self._stream(self._as_ids(prompt), sampling_params)
 
     def stream_chat(self, messages: Sequence[Message], sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:

@@ -32,7 +32,7 @@ from twinpilots.progress import Progress
 from twinpilots.request import RequestOutput
 from twinpilots.runtime.accounts import span_seconds
 from twinpilots.runtime.batch import StepBatch
-from twinpilots.runtime.chain import Int32
+from twinpilots.runtime.chain import Int32, Rule
 from twinpilots.runtime.engine import Engine
 from twinpilots.runtime.executor import Executor, PassRecord, weight_shares
 from twinpilots.runtime.kv_cache import KvCache
@@ -132,9 +132,9 @@ class Session:
         """The engine's chainer: a chain's length now."""
         return self.executor.most_passes()
 
-    def execute_chain(self, batch: StepBatch, stops: Sequence[Int32]) -> Int32:
+    def execute_chain(self, batch: StepBatch, rules: Sequence[Rule], uniforms: np.ndarray) -> Int32:
         """The engine's chainer: remembers the batch, and each pass's record."""
-        tokens, self._records = self.executor.execute_chain(batch, stops)
+        tokens, self._records = self.executor.execute_chain(batch, rules, uniforms)
         self._batch = batch
         self.last_pass = batch, self.executor.logits(len(batch.items))
         return tokens

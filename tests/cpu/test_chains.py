@@ -76,18 +76,20 @@ def mixed(model: SavedModel) -> Requests:
     prompts = [rng.integers(0, model.spec.vocab_size, int(rng.integers(1, 20))).tolist() for _ in range(10)]
     return {
         str(number): (int(number * rng.integers(0, 9)), prompt, greedy(int(rng.integers(1, 40)))) for number, prompt in enumerate(prompts)
-    } | {"sampled": (30, [1, 2, 3], SamplingParams(seed=1, max_tokens=9)), "told": (90, [5, 6], greedy(7, logprobs=1))}  # fmt: skip
+    } | {
+        "drawn": (30, [1, 2, 3], SamplingParams(seed=1, max_tokens=30, ignore_eos=True)), "told": (60, [5, 6], greedy(7, logprobs=1)),
+        "few": (20, [9, 8], SamplingParams(seed=2, max_tokens=25, temperature=1.4, top_k=30, top_p=0.9, min_p=0.01, ignore_eos=True)),
+    }  # fmt: skip
 
 
 def test_tokens_are_the_same_with_arrivals_and_page_boundaries_alone_and_in_a_batch(model: SavedModel) -> None:
     requests = mixed(model)
     rig, together = chained_and_not(model, cpu_plan(model), requests)
     assert rig.scheduler.num_preemptions == 0
-    for name in ("0", "3", "7"):
-        rig, alone = chained_and_not(model, cpu_plan(model), {name: (0, requests[name][1], greedy(30))})
-        assert rig.chains == [16, 13]
-        shorter = min(len(alone[name][0]), len(together[name][0]))
-        assert alone[name][0][:shorter] == together[name][0][:shorter]
+    for name in ("2", "drawn", "few"):
+        _, prompt, params = requests[name]
+        rig, alone = chained_and_not(model, cpu_plan(model), {name: (0, prompt, params)})
+        assert alone[name] == together[name] and sum(rig.chains) == params.max_tokens - 1
 
 
 @pytest.mark.parametrize("plan", [{"host_pages": 7}, {"kv_dtype": "int8"}, {"page_size": 4, "host_pages": 30}], ids=["few pages", "int8", "small pages"])

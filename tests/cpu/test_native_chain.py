@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from tests.cpu.native_twin import Batch, Machine, Seq, insn, native
-from twinpilots.kernels.abi import CHAIN, NULL, Dtype, Meta, Op
+from twinpilots.kernels.abi import CHAIN, CHOICE, NULL, Dtype, Meta, Op
 from twinpilots.kernels.native import BAD_INSTRUCTION
+from twinpilots.request import SamplingParams
+from twinpilots.runtime.choice import choice_of, draw_slowly
 
 PAGE = 4
 FOREVER_NS = 60 * 10**9
@@ -34,7 +36,16 @@ class Rig:
         self.chain = np.zeros((), CHAIN)
         self.chain["logits"], self.chain["width"], self.chain["passes"], self.chain["page_size"] = logits, vocab, passes, PAGE
         self.chain["budget_ns"] = FOREVER_NS
-        for name, array in (("stop_ids", self.ids), ("stop_ends", self.ends), ("tokens", self.tokens), ("times", self.times), ("ended_ns", self.ended_ns)):
+        self.choices, self.uniforms = np.zeros(count, CHOICE), np.zeros((passes, count))
+        for name, array in (
+            ("choices", self.choices),
+            ("uniforms", self.uniforms),
+            ("stop_ids", self.ids),
+            ("stop_ends", self.ends),
+            ("tokens", self.tokens),
+            ("times", self.times),
+            ("ended_ns", self.ended_ns),
+        ):
             self.chain[name] = array.ctypes.data
 
     def run(self, pool: int = 0) -> np.ndarray:
@@ -68,6 +79,24 @@ def test_tokens_are_the_first_of_the_best_and_positions_go_on(isa: int, pool: in
         assert rig.machine.events[1] == 5 + 8, "every pass has its own id"
         flat = np.column_stack([rig.times[:, 0], rig.ended_ns]).ravel()
         assert (np.diff(flat) >= 0).all() and flat[0] > 0, "one pass after another, each with its times"
+
+
+def test_sequences_that_draw_take_their_own_number_in_every_pass(isa: int, pool: int) -> None:
+    rng = np.random.default_rng(3)
+    table = rng.standard_normal((90, 90), np.float32) * 2
+    kinds = [SamplingParams(temperature=0.0), SamplingParams(temperature=0.7), SamplingParams(top_k=9, top_p=0.8)]
+    rig = Rig(table, [4, 5, 6], [0, 3, 9], 7)
+    rig.uniforms[:] = rng.random(rig.uniforms.shape)
+    for number, params in enumerate(kinds):
+        rig.choices[number] = choice_of(params)
+    found = rig.run(pool)
+    before = np.vstack([[[4, 5, 6]], found[:-1]])
+    for number, params in enumerate(kinds):
+        drawn = [
+            table[token].argmax() if params.is_greedy else draw_slowly(table[token], params, u)
+            for token, u in zip(before[:, number], rig.uniforms[:, number], strict=True)
+        ]
+        assert found[:, number].tolist() == drawn
 
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])

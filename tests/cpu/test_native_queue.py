@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.cpu.native_twin import Machine, insn, mailbox_offset, native, rows_batch
-from twinpilots.kernels.abi import CHAIN, CONTROL, ENTRY, EVENTS_OFFSET, INSN, MAILBOX, MAILBOX_ENTRIES, NULL, Op, address
+from twinpilots.kernels.abi import CHAIN, CHOICE, CONTROL, ENTRY, EVENTS_OFFSET, INSN, MAILBOX, MAILBOX_ENTRIES, NULL, Op, address
 from twinpilots.kernels.native import ABORTED, BAD_INSTRUCTION, CANCELLED, ISA_NAMES, NO_MAILBOX, QUEUE_FULL, TIMED_OUT, LinkParams, Native
 
 BOX = mailbox_offset("gpu")
@@ -67,7 +67,7 @@ def test_records_lie_as_compiled():
         at(ENTRY, "count"),
     )
     queues = tuple(at(CONTROL, queue) for queue in ("gpu", "link_in", "link_out"))
-    assert native().abi_layout() == (*python, *queues, CHAIN.itemsize, at(CHAIN, "hurry"))
+    assert native().abi_layout() == (*python, *queues, CHAIN.itemsize, at(CHAIN, "hurry"), CHOICE.itemsize)
 
 
 def test_an_instruction_waits_for_its_event_and_records_its_own():

@@ -43,7 +43,15 @@ def test_enumerations_agree(enum: type[IntEnum]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, dtype", [("Insn", program.INSN), ("Entry", program.ENTRY), ("Mailbox", program.MAILBOX), ("Control", program.CONTROL), ("Chain", program.CHAIN)]
+    "name, dtype",
+    [
+        ("Insn", program.INSN),
+        ("Entry", program.ENTRY),
+        ("Mailbox", program.MAILBOX),
+        ("Control", program.CONTROL),
+        ("Chain", program.CHAIN),
+        ("Choice", program.CHOICE),
+    ],
 )
 def test_records_agree(name: str, dtype: np.dtype) -> None:
     assert record(name) == dtype

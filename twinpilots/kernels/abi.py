@@ -119,6 +119,16 @@ ENTRY = np.dtype(
         ("flags", "<i4"),
     ]
 )
+# How a sequence's tokens are chosen from its logits (runtime/choice.py).
+CHOICE = np.dtype(
+    [
+        ("temperature", "<f8"),  # 0: the best one
+        ("top_p", "<f8"),
+        ("floor", "<f8"),  # log of min_p
+        ("top_k", "<i8"),  # 0 or less: all
+    ]
+)
+
 # Decoding passes that follow each other without the driver in between (docs/execution.md, "Chained passes"). Pointers are plain ones of this process.
 CHAIN = np.dtype(
     [
@@ -126,6 +136,8 @@ CHAIN = np.dtype(
         ("width", "<i8"),
         ("stop_ids", "<i8"),  # pointer to int32: the tokens that end a sequence, one sequence's after the other's
         ("stop_ends", "<i8"),  # pointer to int32 [sequences]: where each one's end
+        ("choices", "<i8"),  # pointer to CHOICE [sequences]
+        ("uniforms", "<i8"),  # pointer to double [passes][sequences]: in [0, 1), one for every draw
         ("tokens", "<i8"),  # pointer to int32 [passes][sequences]: what was chosen
         ("times", "<i8"),  # pointer to int64 [passes][count][3]: as ENTRY.trace
         ("ended_ns", "<i8"),  # pointer to int64 [passes]: when each pass and its choice were over

@@ -73,6 +73,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tp_pool_destroy": (None, [c_void_p]),
     "tp_run": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64]),
     "tp_run_chain": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p]),
+    "tp_draw": (c_int, [c_void_p, c_int64, c_void_p, c_double]),
     "tp_queue_loop": (c_int, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
     "tp_submit": (c_int, [c_void_p, c_int64, c_void_p]),
     "tp_wait_idle": (c_int, [c_void_p, c_int64, c_double]),
@@ -169,6 +170,10 @@ class Native:
     def run_chain(self, host_base: int, entry: np.void | NDArray[Any], chain: NDArray[Any], *, pool: int = 0) -> int:
         """Run the decoding passes of one CHAIN record, from ``entry`` on, on the calling thread (and ``pool``); returns as `run` does."""
         return int(self._lib.tp_run_chain(host_base, _address(entry), _address(chain), pool or None))
+
+    def draw(self, row: NDArray[np.float32], choice: NDArray[Any], uniform: float) -> int:
+        """The token that a CHOICE record takes from a contiguous row of logits at ``uniform`` in [0, 1); -1 when they are not finite."""
+        return int(self._lib.tp_draw(row.ctypes.data, len(row), _address(choice), uniform))
 
     def queue_loop(self, host_base: int, gpu_base: int, mailbox_offset: int, *, pool: int = 0, link: LinkParams | LiveLink | None = None) -> int:
         """Serve a mailbox on the calling thread until abort (ABORTED) or an entry with flag 1 (0)."""

@@ -14,18 +14,26 @@ from numpy.typing import NDArray
 from twinpilots.kernels.abi import CHAIN
 from twinpilots.request import SamplingParams
 from twinpilots.runtime.batch import StepBatch
+from twinpilots.runtime.choice import choice_of
 
 MOST_PASSES = 16
 BUDGET_S = 0.05  # of a chain: what waits for it, a reader or Ctrl-C, does not notice
 Int32 = NDArray[np.int32]
 
 
-def stops_of(params: SamplingParams, eos_token_ids: frozenset[int]) -> Int32 | None:
-    """The tokens that end such a sequence; None for one that must not be chained, because choosing its tokens takes more than its best logits, or ending it
-    more than a token."""
-    if not params.is_greedy or params.changes_logits or params.logprobs is not None or params.prompt_logprobs is not None or params.stop_strings:
+@dataclass(frozen=True, slots=True, eq=False)
+class Rule:
+    """How a sequence's tokens are chosen, a CHOICE record, and which of them end it."""
+
+    choice: NDArray[np.void]
+    stops: Int32
+
+
+def rule_of(params: SamplingParams, eos_token_ids: frozenset[int]) -> Rule | None:
+    """None for a sequence that must not be chained, because choosing its tokens takes more than its logits, or ending it more than a token."""
+    if params.changes_logits or params.logprobs is not None or params.prompt_logprobs is not None or params.stop_strings:
         return None
-    return np.array(sorted({*(params.stop_token_ids or ()), *(() if params.ignore_eos else eos_token_ids)}), np.int32)
+    return Rule(choice_of(params), np.array(sorted({*(params.stop_token_ids or ()), *(() if params.ignore_eos else eos_token_ids)}), np.int32))
 
 
 def most_passes(pass_s: float) -> int:
@@ -51,22 +59,24 @@ class Chain:
         self.record["logits"], self.record["width"], self.record["page_size"] = logits, width, page_size
         self.record["budget_ns"] = round(BUDGET_S * 1e9)
         self._hurry = self.record["hurry"]
-        self._stops: SequenceABC[Int32] = ()
+        self._rules: SequenceABC[Rule] = ()
 
     def hurry(self) -> None:
         """From any thread: the pass that runs, or the next one to begin, is its chain's last."""
         self._hurry[...] = 1
 
-    def begin(self, batch: StepBatch, stops: SequenceABC[Int32], num_insns: int) -> ChainDone:
-        """The record for this batch, with fresh memory for what it brings."""
+    def begin(self, batch: StepBatch, rules: SequenceABC[Rule], uniforms: NDArray[np.float64], num_insns: int) -> ChainDone:
+        """The record for this batch, with fresh memory for what it brings. ``uniforms`` [passes, items] must live until `end`."""
         done = ChainDone(
-            np.empty((batch.passes, len(stops)), np.int32), np.empty((batch.passes, num_insns, 3), np.int64), np.empty(batch.passes, np.int64)
+            np.empty((batch.passes, len(rules)), np.int32), np.empty((batch.passes, num_insns, 3), np.int64), np.empty(batch.passes, np.int64)
         )  # fmt: skip
         record = self.record
-        if len(stops) != len(self._stops) or any(new is not old for new, old in zip(stops, self._stops, strict=True)):
-            self._stops, self._ids, self._ends = stops, np.concatenate(stops, dtype=np.int32), np.cumsum([len(ids) for ids in stops], dtype=np.int32)
-            record["stop_ids"], record["stop_ends"] = self._ids.ctypes.data, self._ends.ctypes.data
-        record["passes"] = batch.passes
+        if len(rules) != len(self._rules) or any(new is not old for new, old in zip(rules, self._rules, strict=True)):
+            self._rules, stops = rules, [rule.stops for rule in rules]
+            self._ids, self._ends = np.concatenate(stops, dtype=np.int32), np.cumsum([len(ids) for ids in stops], dtype=np.int32)
+            self._choices = np.stack([rule.choice for rule in rules])
+            record["stop_ids"], record["stop_ends"], record["choices"] = self._ids.ctypes.data, self._ends.ctypes.data, self._choices.ctypes.data
+        record["passes"], record["uniforms"] = batch.passes, uniforms.ctypes.data
         record["tokens"], record["times"], record["ended_ns"] = done.tokens.ctypes.data, done.times.ctypes.data, done.ended_ns.ctypes.data
         return done
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from twinpilots.model.tokenizer import Tokenizer
 from twinpilots.request import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams, Sequence, Status, TokenLogprobs
 from twinpilots.runtime.batch import BatchItem, StepBatch
-from twinpilots.runtime.chain import Int32, stops_of
+from twinpilots.runtime.chain import Int32, Rule, rule_of
 from twinpilots.runtime.kv_cache import KvCache
 from twinpilots.runtime.output_text import OutputText
 from twinpilots.runtime.sampler import Sampler, token_logprobs
@@ -45,20 +45,20 @@ class Chainer(Protocol):
         """How many a chain may have now; 1: none."""
         ...
 
-    def execute_chain(self, batch: StepBatch, stops: SequenceABC[Int32]) -> Int32:
-        """Tokens [passes, items]: of ``batch.passes`` passes, or of fewer when a token of an item's ``stops`` came or time was up. None at all when the
-        first pass's logits are not finite."""
+    def execute_chain(self, batch: StepBatch, rules: SequenceABC[Rule], uniforms: NDArray[np.float64]) -> Int32:
+        """Tokens [passes, items]: of ``batch.passes`` passes, or of fewer when a token stops its sequence or time was up. None at all when the first pass's
+        logits are not finite. ``uniforms`` [passes, items]: what draws are made with."""
         ...
 
 
 @dataclass(eq=False, slots=True)
 class _Output:
-    """One sequence's results so far. ``stops``: the tokens that end it, None when it must not be chained."""
+    """One sequence's results so far. ``rule``: None when it must not be chained."""
 
     sequence: Sequence
     text: OutputText | None
     logprobs: list[TokenLogprobs] | None
-    stops: Int32 | None
+    rule: Rule | None
     cumulative_logprob: float = 0.0
 
 
@@ -116,7 +116,7 @@ class Engine:
             if params.prompt_logprobs is not None and index == 0:
                 sequence.logits_from = 0
             text = OutputText(self.tokenizer, params, tokens) if self.tokenizer is not None else None
-            outputs.append(_Output(sequence, text, None if params.logprobs is None else [], stops_of(params, self.eos_token_ids)))
+            outputs.append(_Output(sequence, text, None if params.logprobs is None else [], rule_of(params, self.eos_token_ids)))
         request = _Request(request_id, prompt, tuple(tokens), outputs, None if params.prompt_logprobs is None else [None])
         self._requests[request_id] = request
         for output in outputs:
@@ -191,17 +191,19 @@ class Engine:
         if self.chainer is None or most < 2:
             return {}
         owners = [self._owner[item.sequence] for item in batch.items]
-        stops = [output.stops for _, output in owners if output.stops is not None]
-        batch = self.scheduler.chained(batch, most) if len(stops) == len(owners) else batch
+        rules = [output.rule for _, output in owners if output.rule is not None]
+        batch = self.scheduler.chained(batch, most) if len(rules) == len(owners) else batch
         if batch.passes < 2:
             return {}
-        tokens = self.chainer.execute_chain(batch, stops)
+        uniforms = np.array([self.sampler.uniforms(output.sequence, batch.passes) for _, output in owners]).T
+        tokens = self.chainer.execute_chain(batch, rules, np.ascontiguousarray(uniforms))
         if not len(tokens):
             return {}  # the pass by itself will say why
         columns: list[list[int]] = tokens.T.tolist()
         self.scheduler.commit_chain(batch, columns)
         self.last_sampled, self.last_passes = tuple([request.request_id for request, _ in owners]), len(tokens)
         for (request, output), new in zip(owners, columns, strict=True):
+            self.sampler.used(output.sequence, len(new))
             self._accept_chain(request, output, new)
         return {request.request_id: request for request, _ in owners}
 

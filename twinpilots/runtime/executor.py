@@ -26,7 +26,7 @@ from twinpilots.plan.schedule import expand
 from twinpilots.plan.tasks import PassShape, Queue
 from twinpilots.runtime.accounts import QueueAccount, busy_seconds, bytes_moved, instruction_bytes, instruction_rows, work_seconds
 from twinpilots.runtime.batch import MetadataWriter, StepBatch, metadata_words
-from twinpilots.runtime.chain import Chain, Int32, most_passes
+from twinpilots.runtime.chain import Chain, Int32, Rule, most_passes
 from twinpilots.runtime.compile import Compiler, Program
 from twinpilots.runtime.interrupts import Interrupts
 from twinpilots.runtime.kv_moves import KvMoves
@@ -164,14 +164,15 @@ class Executor:
         """How many passes a chain may have now; 1: none."""
         return most_passes(self.last_record.seconds) if self._chain is not None and self.last_record is not None else 1
 
-    def execute_chain(self, batch: StepBatch, stops: Sequence[Int32]) -> tuple[Int32, list[PassRecord]]:
-        """Runs up to ``batch.passes`` decoding passes: the tokens chosen [passes run, items], and each pass's record. An item's ``stops`` end the chain, as
-        do time, `hurry`, and logits that are not finite, whose pass does not count. Raises as `execute`."""
+    def execute_chain(self, batch: StepBatch, rules: Sequence[Rule], uniforms: np.ndarray) -> tuple[Int32, list[PassRecord]]:
+        """Runs up to ``batch.passes`` decoding passes: the tokens chosen [passes run, items], by each item's rule and ``uniforms`` [passes, items], and each
+        pass's record. A token that stops its sequence ends the chain, as do time, `hurry`, and logits that are not finite, whose pass does not count.
+        Raises as `execute`."""
         assert self._chain is not None, "only a CPU pilot alone chains passes"
         placed = self._program(batch.bucket, self._shape(batch))
         self._metadata.write(batch)
         first_pass, _ = self._take_stream(placed)
-        chain = self._chain.begin(batch, stops, len(placed.program.queues["cpu"]))
+        chain = self._chain.begin(batch, rules, uniforms, len(placed.program.queues["cpu"]))
         meta = self._meta[: self._meta[Meta.NUM_WORDS]].copy()
         began_ns = time.perf_counter_ns()
         with self.interrupts.held():

@@ -1,6 +1,7 @@
 """Chooses tokens from logits, and says how likely they were.
 
-Owns the sampling arithmetic (vLLM's semantics and order) and each sequence's random generator. Knows nothing of batches, pages or text.
+Owns what happens to logits before a token is drawn (vLLM's semantics and order) and each sequence's random generator; the draw itself is `choice.py`'s. Knows
+nothing of batches, pages or text.
 
 Order: logit masks and biases (min_tokens, logit_bias), penalties (repetition, frequency, presence), structured output, then argmax; or temperature, min_p,
 top_k, top_p and one draw. Logprobs are the log-softmax of the raw logits. A sequence's draws depend on its own logits and generator only, never on the batch.
@@ -16,10 +17,10 @@ from numpy.typing import NDArray
 
 from twinpilots.errors import NotFiniteError
 from twinpilots.request import SamplingParams, Sequence
+from twinpilots.runtime.choice import draw
 from twinpilots.runtime.structured import Grammar, Grammars
 
 MOST_PENALTY = 1e20  # of a repetition, either way: beyond, logits would leave the range of their type
-NUCLEUS_GUESS = 1024
 Row = NDArray[np.float32]
 Logits = NDArray[np.float32]  # [sequences, vocab]
 
@@ -29,6 +30,7 @@ class _State:
     """What sampling remembers of one sequence: its generator and, for penalties, which tokens it holds."""
 
     generator: np.random.Generator
+    ahead: list[float] = field(default_factory=list)  # drawn for passes that may be chained, and not used yet
     seen: NDArray[np.bool_] | None = None  # [vocab] in the prompt or the output
     counts: NDArray[np.int32] | None = None  # [vocab] in the output
     num_counted: int = 0
@@ -80,7 +82,19 @@ class Sampler:
             row = self._adjusted(row.copy(), sequence, state)
         if params.is_greedy:
             return int(row.argmax())
-        return draw(row, params, state.generator.random())
+        return draw(row, params, state.ahead.pop(0) if state.ahead else state.generator.random())
+
+    def uniforms(self, sequence: Sequence, count: int) -> list[float]:
+        """What its next ``count`` draws will be made with; `used` says how many of them were. Greedy sequences need none."""
+        if sequence.params.is_greedy:
+            return [0.0] * count
+        state = self._state(sequence)
+        state.ahead += state.generator.random(max(0, count - len(state.ahead))).tolist()
+        return state.ahead[:count]
+
+    def used(self, sequence: Sequence, count: int) -> None:
+        if not sequence.params.is_greedy:
+            del self._state(sequence).ahead[:count]
 
     def _state(self, sequence: Sequence) -> _State:
         state = self._states.get(sequence)
@@ -152,47 +166,6 @@ def penalise(row: Row, params: SamplingParams, seen: NDArray[np.bool_], counts: 
         row -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
     if params.presence_penalty != 0.0:
         row -= np.float32(params.presence_penalty) * (counts > 0).astype(np.float32)
-
-
-def draw(row: Row, params: SamplingParams, uniform: float) -> int:
-    """The token at ``uniform`` in [0, 1) of the cumulative distribution left by temperature, min_p, top_k and top_p."""
-    tokens, probs = kept_distribution(row, params)
-    cumulative = np.cumsum(probs, dtype=np.float64)
-    index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    if index >= len(probs):  # rounding at the very end: the last token that has any probability
-        index = int(np.flatnonzero(probs)[-1])
-    return int(index if tokens is None else tokens[index])
-
-
-def kept_distribution(row: Row, params: SamplingParams) -> tuple[NDArray[np.intp] | None, Row]:
-    """(token ids in ascending order, or None for all; their unnormalised probabilities) after temperature, min_p, top_k and top_p.
-
-    As in vLLM: top_p keeps the smallest set of likeliest tokens whose probability, among what top_k left, reaches p; ties with the k-th token stay.
-    """
-    scaled = (row - row.max()) / np.float32(params.temperature)  # the best is 0, so no temperature overflows to +inf
-    floor = np.log(params.min_p) if params.min_p > 0.0 else -np.inf
-    if 0 < params.top_k < len(row):
-        floor = max(floor, np.partition(scaled, len(row) - params.top_k)[len(row) - params.top_k])
-    tokens = np.flatnonzero(scaled >= np.float32(floor)) if floor > -np.inf else None
-    probs = np.exp(scaled if tokens is None else scaled[tokens])
-    if params.top_p >= 1.0:
-        return tokens, probs
-    survivors = _nucleus(probs, params.top_p)
-    return (survivors if tokens is None else tokens[survivors]), probs[survivors]
-
-
-def _nucleus(probs: Row, top_p: float) -> NDArray[np.intp]:
-    """Indices, ascending, of the likeliest entries before which less than ``top_p`` of the sum has been seen."""
-    needed = top_p * float(probs.sum(dtype=np.float64))
-    order = np.arange(len(probs))
-    if len(probs) > 4 * NUCLEUS_GUESS:  # sorting a whole vocabulary takes milliseconds, and the nucleus is nearly always small
-        likeliest = np.argpartition(probs, -NUCLEUS_GUESS)[-NUCLEUS_GUESS:]
-        if probs[likeliest].sum(dtype=np.float64) >= needed:
-            order = np.sort(likeliest)
-    order = order[np.argsort(-probs[order], kind="stable")]
-    sorted_probs = probs[order].astype(np.float64)
-    before = np.cumsum(sorted_probs) - sorted_probs
-    return np.sort(order[before < needed])
 
 
 def log_sum_exp(row: Row) -> float:

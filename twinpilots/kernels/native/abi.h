@@ -101,6 +101,14 @@ enum Meta : int32_t {
   HEADER = 16 + 8 * MAX_MICRO_BATCHES,
 };
 
+// How a sequence's tokens are chosen from its logits (runtime/choice.py).
+struct Choice {
+  double temperature;  // 0: the best one
+  double top_p;
+  double floor;        // log of min_p
+  int64_t top_k;       // 0 or less: all
+};
+
 // Decoding passes that follow each other without the driver in between. Not part of the arena: passed by the caller of tp_run_chain, in whose process its
 // pointers point.
 struct Chain {
@@ -108,6 +116,8 @@ struct Chain {
   int64_t width;
   int64_t stop_ids;   // pointer to int32: the tokens that end a sequence, one sequence's after the other's
   int64_t stop_ends;  // pointer to int32 [sequences]: where each one's end
+  int64_t choices;    // pointer to Choice [sequences]
+  int64_t uniforms;   // pointer to double [passes][sequences]: in [0, 1), one for every draw
   int64_t tokens;     // pointer to int32 [passes][sequences]: what was chosen
   int64_t times;      // pointer to int64 [passes][count][3]: as Entry.trace
   int64_t ended_ns;   // pointer to int64 [passes]: when each pass and its choice were over
@@ -127,7 +137,7 @@ struct LinkParams {
 };
 
 static_assert(sizeof(Insn) == 272 && sizeof(Entry) == 40 && sizeof(Mailbox) == 16 + 40 * MAILBOX_ENTRIES, "records are packed by construction");
-static_assert(sizeof(Chain) == 80, "as CHAIN");
+static_assert(sizeof(Chain) == 96 && sizeof(Choice) == 32, "as CHAIN and CHOICE");
 static_assert(sizeof(Control) <= EVENTS_OFFSET, "event slots follow the control block");
 
 }  // namespace tp

@@ -28,7 +28,7 @@ void tp_set_timeout(double seconds) { set_timeout_s(seconds); }
 // Sizes and offsets as compiled, for the test that holds them against program.py. Returns how many there are.
 int tp_abi_layout(int64_t* out, int n) {
   const int64_t values[] = {sizeof(Insn),           sizeof(Entry),           sizeof(Mailbox),           sizeof(Control),    EVENTS_OFFSET, offsetof(Insn, wait_event), offsetof(Insn, a), offsetof(Insn, f),
-                            offsetof(Entry, count), offsetof(Control, gpu), offsetof(Control, link_in), offsetof(Control, link_out), sizeof(Chain), offsetof(Chain, hurry)};
+                            offsetof(Entry, count), offsetof(Control, gpu), offsetof(Control, link_in), offsetof(Control, link_out), sizeof(Chain), offsetof(Chain, hurry), sizeof(Choice)};
   const int count = sizeof values / sizeof *values;
   for (int i = 0; i < std::min(n, count); i++) out[i] = values[i];
   return count;
@@ -52,6 +52,8 @@ int tp_run(void* host, void* gpu, const Entry* entry, void* pool, const LinkPara
 }
 
 int tp_run_chain(void* host, const Entry* entry, Chain* chain, void* pool) { return Queue(host, nullptr, -1, static_cast<Pool*>(pool), nullptr).run_chain(*entry, *chain); }
+
+int tp_draw(const float* row, int64_t n, const Choice* choice, double uniform) { return choose(kernels(), row, n, choice, uniform); }
 
 int tp_queue_loop(void* host, void* gpu, int64_t mailbox_offset, void* pool, const LinkParams* link) {
   return Queue(host, gpu, mailbox_offset, static_cast<Pool*>(pool), link).loop();

@@ -25,9 +25,11 @@ static void advance(int32_t* meta, const int32_t* tokens, int64_t page_size) {
 }
 
 // One token for every sequence; false where logits are not finite.
-bool Queue::choose(const Chain& chain, int64_t sequences, int32_t* tokens) {
+bool Queue::choose_all(const Chain& chain, int64_t sequences, int32_t* tokens) {
   const float* logits = ptr<const float>(chain.logits);
-  parallel(pool_, sequences, [&](int64_t i) { tokens[i] = (int32_t)kernels().argmax_row(logits + i * chain.width, chain.width); });
+  const auto* choices = reinterpret_cast<const Choice*>(chain.choices);
+  const auto* uniforms = reinterpret_cast<const double*>(chain.uniforms) + chain.done * sequences;
+  parallel(pool_, sequences, [&](int64_t i) { tokens[i] = choose(kernels(), logits + i * chain.width, chain.width, choices + i, uniforms[i]); });
   for (int64_t i = 0; i < sequences; i++)
     if (tokens[i] < 0) return false;
   return true;
@@ -45,7 +47,7 @@ int Queue::run_chain(Entry entry, Chain& chain) {
     if (chain.done) advance(meta, tokens - sequences, chain.page_size);
     publish(host_, event_slot(host_, EVENT_START), (uint32_t)entry.pass_id);
     if (const int error = run(entry, times)) return error;
-    if (!choose(chain, sequences, tokens)) return OK;
+    if (!choose_all(chain, sequences, tokens)) return OK;
     const int64_t now = ended[chain.done++] = now_ns();
     bool over = word(&chain.hurry).load(std::memory_order_relaxed) != 0 || now + (now - pass_began) - began > chain.budget_ns;
     for (int64_t i = 0; i < sequences; i++) over |= stops(chain, i, tokens[i]);

@@ -99,19 +99,22 @@ int Queue::run(const Entry& entry, int64_t (*trace)[3]) {
   const Insn* insns = ptr<const Insn>(entry.insns);
   meta_ = ptr<const int32_t>(entry.meta);
   rounded_of_ = {};
+  int64_t clock = 0;  // the end of the instruction before, where nothing has been done since: looking takes longer than what lies between
   for (int32_t i = 0; i < entry.count; i++) {
     const Insn& insn = insns[i];
     if (word(&control(host_)->abort).load(std::memory_order_relaxed)) return ABORTED;
     if (cancelled(entry.pass_id)) return CANCELLED;
     if (insn.num_waits < 0 || insn.num_waits > MAX_WAITS) return BAD_INSTRUCTION;
-    if (trace) trace[i][0] = now_ns();
+    if (trace) trace[i][0] = clock ? clock : now_ns();
     if (const int error = wait_for(insn, entry)) return error;
     if (link_.seed()) dawdle();
-    if (trace) trace[i][1] = now_ns();
+    if (trace) trace[i][1] = insn.num_waits || link_.seed() ? now_ns() : trace[i][0];
     if (const int error = execute(insn)) return error;
     forget_rounded(insn);
-    if (trace) trace[i][2] = now_ns();
-    if (insn.record >= 0) publish(host_, event_slot(host_, insn.record), (uint32_t)entry.pass_id);
+    if (trace) trace[i][2] = clock = now_ns();
+    if (insn.record < 0) continue;
+    publish(host_, event_slot(host_, insn.record), (uint32_t)entry.pass_id);
+    clock = 0;
   }
   return OK;
 }

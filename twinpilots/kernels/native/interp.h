@@ -18,6 +18,9 @@ int best_isa();
 int isa();  // the level in use
 int set_isa(int level);  // the level now in use, or -1 when this machine cannot
 
+// choose.cpp: the next token, by its logits; -1 where they are not finite. No choice: the best one
+int32_t choose(const Kernels& kernels, const float* row, int64_t n, const Choice* choice, double uniform);
+
 // quantize.cpp: row blocks of `blocks` blocks of 32 weights (Q8_0 or Q4_1), and row blocks to columns of a panel
 void quantize(int dtype, const float* weights, int64_t blocks, char* out, Pool* pool);
 void pack_columns(int dtype, const char* row_blocks, int64_t row_stride, int64_t rows, int64_t blocks, char* panel, int64_t w, int64_t column, Pool* pool);
@@ -44,7 +47,7 @@ class Queue {
     }
   };
   int run(const Entry& entry, int64_t (*trace)[3]);
-  bool choose(const Chain& chain, int64_t sequences, int32_t* tokens);
+  bool choose_all(const Chain& chain, int64_t sequences, int32_t* tokens);
   int wait_for(const Insn& insn, const Entry& entry);
   int wait_event(int event, int32_t value, int32_t pass_id);
   int execute(const Insn& insn);

@@ -116,6 +116,8 @@ struct Kernels {
   void (*rope_row)(const RopeArgs&, int64_t row, int64_t rope_row, int64_t slot);
   void (*attend_block)(const AttendArgs&, const Sequence&, int64_t kv_head0, int64_t kv_head1, int64_t query0, int64_t query1);
   int64_t (*argmax_row)(const float* x, int64_t n);  // the first of the largest; -1 where that is not finite, or anything is not a number
+  void (*exp_row)(const float* x, int64_t n, float best, float temperature, float floor, double* p);
+  void (*sum_blocks)(const double* p, int64_t n, double* sums);
   double (*read_sum)(const void* data, int64_t bytes);
   void (*quantize_blocks)(int dtype, const float* weights, int64_t blocks, char* out);  // of 32 weights, to Q8_0 or Q4_1
   double (*fma_burn)(int64_t rounds);  // returns the floating-point operations done

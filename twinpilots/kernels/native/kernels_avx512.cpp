@@ -12,6 +12,6 @@ namespace avx512 {
 #include "kernels_body.h"
 }  // namespace avx512
 
-const Kernels kAvx512 = {avx512::linear_panels, avx512::linear_in_block, avx512::round_row, avx512::quant_panel, avx512::quant_in_block, avx512::norm_row, avx512::add_row, avx512::embed_row, avx512::rope_row, avx512::attend_block, avx512::argmax_row, avx512::read_sum, avx512::quantize_blocks, avx512::fma_burn};
+const Kernels kAvx512 = {avx512::linear_panels, avx512::linear_in_block, avx512::round_row, avx512::quant_panel, avx512::quant_in_block, avx512::norm_row, avx512::add_row, avx512::embed_row, avx512::rope_row, avx512::attend_block, avx512::argmax_row, avx512::exp_row, avx512::sum_blocks, avx512::read_sum, avx512::quantize_blocks, avx512::fma_burn};
 }  // namespace tp
 #endif

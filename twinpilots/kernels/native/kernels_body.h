@@ -6,6 +6,7 @@
 #include "quant.h"
 #include "quant_linear.h"
 #include "rowwise.h"
+#include "choose.h"
 #include "attend.h"
 #include "quantize_block.h"
 #include "attend_int8.h"

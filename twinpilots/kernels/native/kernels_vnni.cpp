@@ -13,6 +13,6 @@ namespace vnni {
 #include "kernels_body.h"
 }  // namespace vnni
 
-const Kernels kAvx512Vnni = {vnni::linear_panels, vnni::linear_in_block, vnni::round_row, vnni::quant_panel, vnni::quant_in_block, vnni::norm_row, vnni::add_row, vnni::embed_row, vnni::rope_row, vnni::attend_block, vnni::argmax_row, vnni::read_sum, vnni::quantize_blocks, vnni::fma_burn};
+const Kernels kAvx512Vnni = {vnni::linear_panels, vnni::linear_in_block, vnni::round_row, vnni::quant_panel, vnni::quant_in_block, vnni::norm_row, vnni::add_row, vnni::embed_row, vnni::rope_row, vnni::attend_block, vnni::argmax_row, vnni::exp_row, vnni::sum_blocks, vnni::read_sum, vnni::quantize_blocks, vnni::fma_burn};
 }  // namespace tp
 #endif
