@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from twinpilots.model.spec import OpSpec
 from twinpilots.plan.draft import TIGHT_CHUNK_TOKENS, Attention, Draft, chunk_choices, nothing_resident, ring_rule, tight_ring, unit_edge
 from twinpilots.plan.grid import HEAD_LAYER, Axis, whole_grid
-from twinpilots.plan.memory import plan_memory
+from twinpilots.plan.memory import gpu_memory
 from twinpilots.plan.packets import align
 from twinpilots.plan.plan import Phase, Plan, Split
 from twinpilots.plan.pricing import prefill_shape
@@ -219,7 +219,7 @@ class Sizes:
         draft = draft_of(self.problem, setting)
         key = (setting.num_seqs, setting.gpu_seqs, setting.chunk, draft.staging_seqs, setting.ring)
         if key not in self._fixed:
-            self._fixed[key] = plan_memory(self.problem.spec, self.plan(setting)).gpu.total
+            self._fixed[key] = gpu_memory(self.problem.spec, self.plan(setting)).total
         return self._fixed[key]
 
     def waves(self, setting: Setting) -> int:
