@@ -12,13 +12,14 @@ from twinpilots.plan.plan import Plan
 from twinpilots.plan.polish import SMALL_STARTS, point_of, polish
 from twinpilots.plan.solver import SIMULATED_TASKS_PER_S, solve
 
-QUICK = (3, 4)  # problems whose space is searched in about a second; 3 is one that no named policy and no rounding of the program solves
+# (seed, number) of problems whose space is searched in about a second: no named policy, rounding of the program or single step solves these but the second
+QUICK = ((0, 3), (0, 4), (1, 119), (1, 88))
 
 
-@pytest.mark.parametrize("number", QUICK)
-def test_auto_is_within_a_percent_of_the_best_of_all_plans(number: int) -> None:
+@pytest.mark.parametrize(("seed", "number"), QUICK)
+def test_auto_is_within_a_percent_of_the_best_of_all_plans(seed: int, number: int) -> None:
     """The whole is `python -m benchmarks.optimality`; the search checks its bound against every plan that it simulates."""
-    found = outcome(0, number)
+    found = outcome(seed, number)
     assert found.gap is not None and found.gap <= GOOD
     assert found.plans > 10_000
 

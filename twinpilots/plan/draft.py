@@ -14,7 +14,7 @@ from typing import Literal
 from twinpilots.config import KvDtype
 from twinpilots.errors import LimitError
 from twinpilots.model.spec import ModelSpec, OpSpec
-from twinpilots.plan.memory import Templates, layer_template, plan_memory
+from twinpilots.plan.memory import Templates, gpu_memory, host_memory, layer_template
 from twinpilots.plan.packets import align, smallest_ring
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Policy, Split
 from twinpilots.plan.workload import Limits, Workload
@@ -289,8 +289,7 @@ def _grow(ops: Mapping[str, OpSpec], layer: Mapping[str, int], budget_bytes: int
 
 
 def fits(spec: ModelSpec, plan: Plan, limits: Limits) -> bool:
-    use = plan_memory(spec, plan)
-    return use.gpu.total <= limits.gpu_bytes and use.host.total <= limits.host_bytes
+    return gpu_memory(spec, plan).total <= limits.gpu_bytes and host_memory(spec, plan).total <= limits.host_bytes
 
 
 def most_sequences(cap: int, fits_with: Callable[[int], bool]) -> int:

@@ -151,12 +151,11 @@ class _Enumeration:
 
     def _cases(self) -> Iterator[_Case]:
         for setting in settings(self.problem):
-            room = self.problem.limits.gpu_bytes - self.sizes.fixed_bytes(setting)
-            if room < 0:
+            fits = self.sizes.fits(setting, self.space)
+            if not np.any(fits):
                 continue
             phases = {phase: self._phase(setting, phase) for phase in PHASES}
             waves, ringless = self.sizes.waves(setting), setting.ring == NO_RING
-            fits = self.space.bytes <= room
             by_phase = [each.least_without_ring if ringless else each.least for each in phases.values()]
             least = {by: np.where(fits, waves * (by_phase[0][by] + by_phase[1][by]), inf) for by in BY}
             yield _Case(setting, waves, phases, least, self.largest if ringless else setting.ring)
@@ -211,6 +210,9 @@ class _Enumeration:
         while self.pool and misses < most_misses and self.left > 0 and self.pool[-1][0] < self.best_s * self.overstated:
             about_s, case, residency = self.pool.pop()
             before_s = self.best_s
+            if not self._fits(case, residency):
+                self.left -= 1
+                continue
             found_s = self._price_pair(case, residency)
             self.overstated = max(self.overstated, about_s / found_s)
             misses = 0 if self.best_s < before_s else misses + 1
@@ -225,6 +227,20 @@ class _Enumeration:
         about = case.phases[phase].about[case.ring]
         return np.where(self.space.streaming, inf, about) if case.setting.ring == NO_RING else about
 
+    def _fits(self, case: _Case, residency: int) -> bool:
+        """Whether any of the plans that would be priced keeps the limits: of host memory, how much packets take is only known for a whole plan."""
+        decode, prefill = (self._promised(case, phase, residency) for phase in PHASES)
+        return any(self.problem.fits(self._whole(case, one, two)) for one in decode for two in prefill)
+
+    def _whole(self, case: _Case, decode: int, prefill: int) -> Plan:
+        return self.sizes.whole(case.setting, {"decode": self.space.splits(decode), "prefill": self.space.splits(prefill)})
+
+    def _promised(self, case: _Case, phase: Phase, residency: int) -> list[int]:
+        """The combinations of a residency that look best."""
+        members = self.space.members(residency)
+        about = self._about(case, phase)[members]
+        return [int(members[at]) for at in np.argsort(about, kind="stable")[:NEXT_BEST] if about[at] < inf]
+
     def _price_pair(self, case: _Case, residency: int) -> float:
         """Seconds of the best plan with this residency, whether it fits host memory or not."""
         found = {phase: self._price_phase(case, phase, residency) for phase in PHASES}
@@ -233,20 +249,19 @@ class _Enumeration:
                 seconds = case.waves * (decode_s + prefill_s)
                 if seconds >= self.best_s:
                     break
-                plan = self.sizes.whole(case.setting, {"decode": self.space.splits(decode), "prefill": self.space.splits(prefill)})
+                plan = self._whole(case, decode, prefill)
                 if self.problem.fits(plan):
                     self.best_s, self.best = seconds, plan
         return case.waves * (found["decode"][0][0] + found["prefill"][0][0])
 
     def _price_phase(self, case: _Case, phase: Phase, residency: int) -> list[tuple[float, int]]:
         """(seconds, combination), best first, of those that may be the best of this residency."""
-        members = self.space.members(residency)
-        about = self._about(case, phase)[members]
+        about = self._about(case, phase)
         found: list[tuple[float, int]] = []
-        for at in np.argsort(about, kind="stable")[:NEXT_BEST]:
-            if about[at] == inf or (found and about[at] >= found[0][0] * self.overstated):
+        for at in self._promised(case, phase, residency):
+            if found and about[at] >= found[0][0] * self.overstated:
                 break
-            found = sorted([*found, (self._price(case, phase, int(members[at])), int(members[at]))])
+            found = sorted([*found, (self._price(case, phase, at), at)])
         return found
 
     def _price(self, case: _Case, phase: Phase, combination: int) -> float:

@@ -55,34 +55,42 @@ class MemoryUse:
 
 def plan_memory(spec: ModelSpec, plan: Plan) -> MemoryUse:
     """What the runtime allocates for ``plan``, by tier and purpose."""
-    gpu = TierUse(weights=0, kv=0, ring=0, staging=0, workspace=0)
-    if plan.uses_gpu:
-        gpu = TierUse(
-            weights=resident_bytes(spec, plan) + small_tensor_bytes(spec, plan.max_model_len),
-            kv=gpu_kv_bytes(spec, plan),
-            ring=align(plan.ring_bytes),
-            staging=kv_staging_bytes(spec, plan),
-            workspace=activation_bytes(spec, plan, "gpu"),
-        )
+    return MemoryUse(gpu=gpu_memory(spec, plan), host=host_memory(spec, plan))
+
+
+def gpu_memory(spec: ModelSpec, plan: Plan) -> TierUse:
+    """The GPU's part alone, which the planner asks for most often."""
+    if not plan.uses_gpu:
+        return TierUse(weights=0, kv=0, ring=0, staging=0, workspace=0)
+    return TierUse(
+        weights=resident_bytes(spec, plan) + small_tensor_bytes(spec, plan.max_model_len),
+        kv=gpu_kv_bytes(spec, plan),
+        ring=align(plan.ring_bytes),
+        staging=kv_staging_bytes(spec, plan),
+        workspace=activation_bytes(spec, plan, "gpu"),
+    )
+
+
+def host_memory(spec: ModelSpec, plan: Plan) -> TierUse:
+    """And the host's."""
     small = small_tensor_bytes(spec, plan.max_model_len) if plan.uses_cpu else 0
-    host = TierUse(
+    return TierUse(
         weights=host_weight_bytes(spec, plan) + small,
         kv=host_kv_bytes(spec, plan),
         ring=0,
         staging=0,
         workspace=activation_bytes(spec, plan, "cpu") + control_bytes(spec, plan),
     )
-    return MemoryUse(gpu=gpu, host=host)
 
 
 def gpu_layout_bytes(spec: ModelSpec, plan: Plan) -> int:
     """Size of the GPU arena."""
-    return plan_memory(spec, plan).gpu.total
+    return gpu_memory(spec, plan).total
 
 
 def host_layout_bytes(spec: ModelSpec, plan: Plan) -> int:
     """Size of the host arena."""
-    return plan_memory(spec, plan).host.total
+    return host_memory(spec, plan).total
 
 
 # -- activations and control ---------------------------------------------------------------------------------------------------------------

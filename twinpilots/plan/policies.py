@@ -15,7 +15,7 @@ from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.draft import Draft, PlanOptions, everything_resident, most_sequences, nothing_resident, shortage
 from twinpilots.plan.makespan import balance
-from twinpilots.plan.memory import plan_memory, streamed_bytes
+from twinpilots.plan.memory import gpu_memory, streamed_bytes
 from twinpilots.plan.plan import Phase, Plan, Policy
 from twinpilots.plan.pricing import prompts_at_once
 from twinpilots.plan.problem import (
@@ -103,7 +103,7 @@ def build_layer_split(problem: Problem, draft: Draft, count: int) -> Plan | None
     draft = sized(draft, count, count)
 
     def fit(layers: int, *, head: bool) -> bool:
-        return plan_memory(problem.spec, _layers_on_gpu(problem, draft, layers, head=head)).gpu.total <= problem.limits.gpu_bytes
+        return gpu_memory(problem.spec, _layers_on_gpu(problem, draft, layers, head=head)).total <= problem.limits.gpu_bytes
 
     head = fit(0, head=True)
     layers = most_sequences(problem.spec.num_layers, lambda count: fit(count, head=head))

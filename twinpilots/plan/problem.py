@@ -31,7 +31,7 @@ from twinpilots.plan.draft import (
     shortage,
     tight_ring,
 )
-from twinpilots.plan.memory import Templates, layer_templates, plan_memory
+from twinpilots.plan.memory import Templates, gpu_memory, layer_templates
 from twinpilots.plan.plan import Phase, Plan
 from twinpilots.plan.workload import Limits, Workload
 
@@ -123,7 +123,7 @@ def tight_drafts(problem: Problem, base: Draft) -> Iterator[Draft]:
 def fill(problem: Problem, draft: Draft, target: Mapping[str, float] | None = None) -> Residency:
     """As many resident rows as GPU memory holds beside KV, ring and activations of ``draft``."""
     empty = problem.plan(draft, nothing_resident(problem.spec, problem.ops), no_cpu)
-    budget = problem.limits.gpu_bytes - plan_memory(problem.spec, empty).gpu.total
+    budget = problem.limits.gpu_bytes - gpu_memory(problem.spec, empty).total
     return fill_resident(problem.spec, problem.templates, max(0, budget), target)
 
 

@@ -22,11 +22,13 @@ from twinpilots.plan.policies import RULES, build_policy, can_run
 from twinpilots.plan.polish import polish
 from twinpilots.plan.pricing import Price, price_plan, waves_of
 from twinpilots.plan.problem import Problem, best_fit, runs_one
+from twinpilots.plan.space import op_groups
 from twinpilots.plan.terms import decode_pass, prefill_pass
 from twinpilots.plan.workload import Limits, Workload
 
 SEARCH_TASKS = 100_000  # whose time the search of a small model's whole space takes at most
-POLISH_TASKS = 24_000  # and what is left to find by steps of one unit from its end
+POLISH_TASKS = 12_000  # and what is left to find by steps of one unit from its end;
+COARSE_POLISH_TASKS = 48_000  # where that search moved several ops together
 SIMULATED_TASKS_PER_S = 15_000  # of one core, about: what a second of searching is worth in tasks
 NAMED: tuple[Policy, ...] = tuple(policy for policy in POLICIES if policy != "auto")
 
@@ -152,7 +154,8 @@ def _improved(problem: Problem, best_first: list[Plan], seconds: float, most_tas
         return polish(problem, best_first, most_tasks)
     plan = enumerated(problem, groups, seconds, budget)
     found = [] if plan is None else [plan]
-    return [*found, *polish(problem, [*found, best_first[0]], POLISH_TASKS if most_tasks is None else min(POLISH_TASKS, most_tasks // 4), starts=1)]
+    steps = POLISH_TASKS if groups == op_groups(problem) else COARSE_POLISH_TASKS
+    return [*found, *polish(problem, [*found, best_first[0]], steps if most_tasks is None else min(steps, most_tasks // 4), starts=1)]
 
 
 def _priced(problem: Problem, plan: Plan) -> Price:

@@ -10,10 +10,10 @@ before) and the units of the CPU (the same in all layers, as far as they are not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from itertools import combinations_with_replacement, product
+from itertools import chain, combinations_with_replacement, product
 from math import comb, prod
 
 import numpy as np
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from twinpilots.model.spec import OpSpec
 from twinpilots.plan.draft import TIGHT_CHUNK_TOKENS, Attention, Draft, chunk_choices, nothing_resident, ring_rule, tight_ring, unit_edge
 from twinpilots.plan.grid import HEAD_LAYER, Axis, whole_grid
-from twinpilots.plan.memory import plan_memory
+from twinpilots.plan.memory import gpu_memory, host_memory
 from twinpilots.plan.packets import align
 from twinpilots.plan.plan import Phase, Plan, Split
 from twinpilots.plan.pricing import prefill_shape
@@ -106,6 +106,7 @@ def small_groups(problem: Problem, most: int) -> Groups | None:
     mlp: Groups = [(first,), (second,)]
     ways: list[Groups] = [
         op_groups(problem),
+        [("q_proj",), ("k_proj", "v_proj"), ("o_proj",), *mlp, ("lm_head",)],
         [("q_proj", "k_proj", "v_proj"), ("o_proj",), *mlp, ("lm_head",)],
         [("q_proj", "k_proj", "v_proj", "o_proj"), *mlp, ("lm_head",)],
         [("q_proj", "k_proj", "v_proj", "o_proj"), (first, second), ("lm_head",)],
@@ -159,12 +160,21 @@ class Space:
     @cached_property
     def bytes(self) -> NDArray[np.int64]:
         """GPU bytes of every residency."""
+        return self._bytes(lambda _op, resident: resident)
+
+    @cached_property
+    def host_bytes(self) -> NDArray[np.int64]:
+        """Host bytes of the linears of every residency. A tied head stays there as a whole."""
+        tied = self.problem.spec.tied
+        return self._bytes(lambda op, resident: op.rows if tied and op.layer < 0 else op.rows - resident)
+
+    def _bytes(self, rows_of: Callable[[OpSpec, int], int]) -> NDArray[np.int64]:
         classes, templates = self.problem.spec.format_classes, self.problem.templates
         by_axis: list[NDArray[np.int64]] = []
         for axis, residencies in zip(self.axes, self.residencies, strict=True):
-            ops = [[templates[classes[layer] if layer >= 0 else 0][name] for layer, name in axis.keys(depth)] for depth in range(axis.depth)]
+            ops = [templates[classes[layer] if layer >= 0 else 0][name] for depth in range(axis.depth) for layer, name in axis.keys(depth)]
             in_order = [
-                sum(align(rows * op.row_bytes) for of_layer, layer_ops in zip(kept, ops, strict=True) for op, rows in zip(layer_ops, of_layer, strict=True))
+                sum(align(rows_of(op, rows) * op.row_bytes) for op, rows in zip(ops, chain.from_iterable(kept), strict=True))
                 for kept in residencies
             ]  # fmt: skip
             by_axis.append(np.array(in_order))
@@ -219,8 +229,15 @@ class Sizes:
         draft = draft_of(self.problem, setting)
         key = (setting.num_seqs, setting.gpu_seqs, setting.chunk, draft.staging_seqs, setting.ring)
         if key not in self._fixed:
-            self._fixed[key] = plan_memory(self.problem.spec, self.plan(setting)).gpu.total
+            self._fixed[key] = gpu_memory(self.problem.spec, self.plan(setting)).total
         return self._fixed[key]
+
+    def fits(self, setting: Setting, space: Space) -> NDArray[np.bool_]:
+        """Which residencies keep both limits, as far as is known before the splits are: packets take a little more of the host's."""
+        limits, sizes = self.problem.limits, self.plan(setting)
+        host = host_memory(self.problem.spec, replace(sizes, packet_bytes=0)).total - int(space.host_bytes[0])  # of all residencies, nothing comes first
+        found: NDArray[np.bool_] = (self.fixed_bytes(setting) + space.bytes <= limits.gpu_bytes) & (host + space.host_bytes <= limits.host_bytes)
+        return found
 
     def waves(self, setting: Setting) -> int:
         return -(-self.problem.workload.num_requests // setting.num_seqs)
