@@ -10,23 +10,21 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from statistics import median
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from twinpilots.hardware.profile import HardwareProfile
-from twinpilots.outcomes import Outcomes, Signature, describe, load_change, signature_of, words_of
+from twinpilots.outcomes import KEPT_PLANS, OUTCOME_FADE, RECENT, SETTLE_PASSES, BucketState, Outcomes, describe, load_change, signature_of, words_of
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import BucketPlan, Plan
-from twinpilots.plan.rebalance import Option, in_the_manner_of, shares_of, with_bucket
-from twinpilots.stats.tracker import Snapshot, Tracker
+from twinpilots.plan.rebalance import Option, alone, in_the_manner_of, pilots_of, shares_of, with_bucket
+from twinpilots.stats.tracker import Tracker
 
-FIRST_PASSES = 4  # of a bucket, before it is asked about at all: what is over sooner is not worth a search
-SETTLE_PASSES = 4  # after a change, before the next: the tracker must have seen the new plan
 CHECK_PASSES = 2  # of a bucket, between two looks at whether to ask
 MOST_UNSETTLED = 5  # passes that an ask waits while rates seem to be jumping: the first to jump are not the whole picture
 MOST_PATIENCE = 64  # passes between two asks that change nothing, at most
+UNDONE_PATIENCE = 16  # after a change that was undone: what its like would take is known now
 DRIFT = 0.04  # of a pass's time: rates that changed less need no new plan
 BIG_DRIFT = 0.12  # is asked about at once, whatever came of the last asks
 LOAD_CHANGE = 1.25  # factor on tokens or context
@@ -37,10 +35,10 @@ ALIKE = 0.4  # nearness below which two plans have too little in common for that
 FAR_GAIN = 0.05  # and the gain that a change between them must bring
 JUDGED_PASSES = 8  # after which a change's outcome is written down
 CLEAR_PASSES, CLEAR_LOSS = 4, 1.1  # or sooner, when it is so clear a loss
-RECENT = 5  # passes whose median measured / predicted is a plan's outcome: two pauses of the process do not show
-KEPT_PLANS = 3  # buckets that were left and may come back
 SOLVING_FRAC = 0.01  # of the run's time that may go to solving anew, beside the devices but on the same machine
 MOST_CREDIT_S = 1.0  # what may be saved up, and, where rates have changed much, be owed
+DISTURBED = 1.6  # times as long a pass may take because of a search beside it
+ALARM, ALARM_PASSES, ALARM_GAIN = 0.6, 3, 0.8  # log of measured / predicted that is one, in so many passes, where another plan takes at most this part of them
 HISTORY_LENGTH = 256
 
 
@@ -73,6 +71,7 @@ class Ask:
     surprise: float = 1.0
 
 
+Price = Callable[[Plan, BucketPlan, PassLoad], float]  # seconds of a pass, about, at once
 Solver = Callable[[Ask], tuple[Option, ...]]  # the bucket as it is first; picklable, for a runner may be another process
 
 
@@ -133,83 +132,35 @@ class Change:
     reason: str
 
 
-@dataclass(kw_only=True)
-class _Bucket:
-    """What is known of one bucket of the plan in force."""
-
-    bucket: BucketPlan
-    passes: int = 0
-    made_for: PassLoad | None = None
-    made_at: Snapshot = field(default_factory=dict)  # the tracker's rates that it was solved with
-    made_outcome: float = 0.0  # the log outcome it was solved with
-    asked_at: int = FIRST_PASSES - SETTLE_PASSES  # by its own passes
-    patience: int = SETTLE_PASSES
-    carried: tuple[tuple[BucketPlan, BucketPlan], ...] = ()  # other buckets that were changed with it: (before, after)
-    left: deque[BucketPlan] = field(default_factory=lambda: deque(maxlen=KEPT_PLANS))
-    _log_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
-    _measured_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
-
-    @cached_property
-    def signature(self) -> Signature:
-        return signature_of(self.bucket)
-
-    def add(self, seen: PassSeen) -> None:
-        self._log_ratios.append(math.log(seen.measured_s / seen.predicted_s))
-        self._measured_s.append(seen.measured_s)
-        self.passes += 1
-
-    @property
-    def log_outcome(self) -> float:
-        """log(measured / predicted), lately."""
-        return median(self._log_ratios) if self._log_ratios else self.made_outcome
-
-    @property
-    def num_ratios(self) -> int:
-        return len(self._log_ratios)
-
-    def forget_ratios(self) -> None:
-        self._log_ratios.clear()
-        self._measured_s.clear()
-
-    @property
-    def noise_log(self) -> float:
-        """How far the outcome may be off: the passes' mean distance from it over the root of their number."""
-        ratios = self._log_ratios
-        return sum(abs(each - self.log_outcome) for each in ratios) / len(ratios) ** 1.5 if ratios else 0.0
-
-    @property
-    def measured_s(self) -> float | None:
-        """Of a pass, lately."""
-        return median(self._measured_s) if self._measured_s else None
-
-
 class Adaptation:
     """Fed with every pass; answers with a change when there is one. ``runner`` takes a solve and gives its answer, at once or some passes later."""
 
-    def __init__(self, tracker: Tracker, solve: Solver, runner: Runner, *, switch_s: float = 0.0) -> None:
-        self.tracker, self._solve, self._runner = tracker, solve, runner
+    def __init__(self, tracker: Tracker, solve: Solver, runner: Runner, *, price: Price | None = None, switch_s: float = 0.0) -> None:
+        self.tracker, self._solve, self._runner, self._price = tracker, solve, runner, price
         self.switch_s = switch_s  # what a change costs once
         self.history: deque[ChangeRecord] = deque(maxlen=HISTORY_LENGTH)
         self.outcomes = Outcomes()
         self.num_passes = self.num_asks = self._num_jumps = self._unsettled = 0
+        self._optimism = 0.0  # log of measured / predicted of the last changes
         self._credit_s = 0.0  # what the run has paid for solving so far, less what that took
-        self._buckets: dict[int, _Bucket] = {}
+        self._buckets: dict[int, BucketState] = {}
         self._asked: Ask | None = None
-        self._judging: tuple[ChangeRecord, _Bucket] | None = None
+        self._judging: tuple[ChangeRecord, BucketState] | None = None
 
     def after_pass(self, seen: PassSeen) -> Change | None:
         """Take in a pass; the plan to go on with, or None to stay."""
         self.num_passes += 1
+        self._optimism *= OUTCOME_FADE
         self._credit_s = min(MOST_CREDIT_S, self._credit_s + SOLVING_FRAC * seen.measured_s)
         state = self._state(seen)
-        if not self.is_disturbed:
-            state.add(seen)
+        if not self.is_disturbed(seen.measured_s, seen.predicted_s * math.exp(state.log_outcome)):
+            state.add(seen.measured_s, seen.predicted_s)
         self._watch_rates()
         if not self._unsettled and state.num_ratios >= 2:
             self.outcomes.put(state.signature, state.log_outcome, state.passes, self.num_passes)
-        back = self._judge(seen)
-        if back is not None:
-            return back
+        at_once = self._judge(seen) or self._alarm(state, seen)
+        if at_once is not None:
+            return at_once
         if self._asked is None:
             reason = self._why_ask(state, seen)
             if reason is None:
@@ -221,10 +172,10 @@ class Adaptation:
         self._credit_s -= self._runner.last_s
         return self._decide(answer, seen)
 
-    @property
-    def is_disturbed(self) -> bool:
-        """Whether a search beside the passes slows them down: what they take says nothing of the plan, nor of the rates."""
-        return self._asked is not None and self._runner.disturbs
+    def is_disturbed(self, measured_s: float, expected_s: float) -> bool:
+        """Whether a search beside a pass has slowed it down: what it took then says nothing of the plan, nor of the rates. A search does not slow down by
+        more than `DISTURBED`."""
+        return self._asked is not None and self._runner.disturbs and measured_s < DISTURBED * expected_s
 
     def expected_factor(self, bucket: BucketPlan) -> float:
         """Measured / predicted to expect of the next pass, predicted at the tracker's rates."""
@@ -242,12 +193,12 @@ class Adaptation:
             )
         )  # fmt: skip
 
-    def _state(self, seen: PassSeen) -> _Bucket:
+    def _state(self, seen: PassSeen) -> BucketState:
         key = id(seen.bucket)
         if key not in self._buckets:
             alive = {id(bucket) for bucket in seen.plan.buckets}
             self._buckets = {number: state for number, state in self._buckets.items() if number in alive}
-            self._buckets[key] = _Bucket(bucket=seen.bucket)
+            self._buckets[key] = BucketState(bucket=seen.bucket)
         return self._buckets[key]
 
     def _watch_rates(self) -> None:
@@ -261,7 +212,7 @@ class Adaptation:
 
     # -- asking ------------------------------------------------------------------------------------------------------------------------------
 
-    def _why_ask(self, state: _Bucket, seen: PassSeen) -> str | None:
+    def _why_ask(self, state: BucketState, seen: PassSeen) -> str | None:
         """The reason to have this bucket solved again, or None."""
         waited = state.passes - state.asked_at
         if state.passes % CHECK_PASSES:
@@ -286,7 +237,7 @@ class Adaptation:
             return f"passes take {math.exp(state.log_outcome):.2f} of what was predicted"
         return None
 
-    def _ask(self, state: _Bucket, seen: PassSeen, reason: str) -> None:
+    def _ask(self, state: BucketState, seen: PassSeen, reason: str) -> None:
         ask = Ask(
             profile=self.tracker.profile(), plan=seen.plan, bucket=seen.bucket, load=seen.load, kept=tuple(state.left), driver_s=seen.driver_s, reason=reason,
             surprise=math.exp(state.log_outcome),
@@ -316,15 +267,15 @@ class Adaptation:
                 best, best_s = option, seconds
         least_gain = MIN_GAIN
         if best is not None and signature_of(best.bucket).nearness(state.signature) < ALIKE:
-            # What this plan has taught says little of the other: rates that were never measured, and this one's noise, count against the change.
-            least_gain = max(FAR_GAIN, 3 * state.noise_log)
+            # What this plan has taught says little of the other: this one's noise counts against the change, and how much the last ones promised too much.
+            least_gain = max(FAR_GAIN, 3 * state.noise_log, -math.expm1(-self._optimism))
         gain_s = now_s - best_s
         if best is None or gain_s < least_gain * now_s or gain_s * seen.remaining < self.switch_s:
             state.patience = min(MOST_PATIENCE, 2 * state.patience)
             return None
-        return self._change(ask, state, best, now_s, best_s)
+        return self._change(ask, state, seen, best, now_s, best_s)
 
-    def _log_outcome(self, option: Option, state: _Bucket, outcome: float) -> float:
+    def _log_outcome(self, option: Option, state: BucketState, outcome: float) -> float:
         """What to expect of an option beyond its prediction: what its like took, of which the plan in force is the nearest witness."""
         own = signature_of(option.bucket)
         near = own.nearness(state.signature)
@@ -332,15 +283,15 @@ class Adaptation:
         joins = own.pilots == "both" and state.signature.pilots != "both"
         return near * outcome + (1.0 - near) * self.outcomes.log_factor(own, self.num_passes, max(0.0, outcome) if joins else 0.0)
 
-    def _change(self, ask: Ask, state: _Bucket, option: Option, now_s: float, then_s: float) -> Change:
+    def _change(self, ask: Ask, state: BucketState, seen: PassSeen, option: Option, now_s: float, then_s: float) -> Change:
         record = ChangeRecord(
             pass_number=self.num_passes, reason=ask.reason, what=f"{describe(ask.bucket)} -> {describe(option.bucket)}", predicted_before_s=now_s,
             predicted_after_s=then_s, measured_before_s=state.measured_s,
         )  # fmt: skip
         left = deque([each for each in state.left if each != option.bucket], maxlen=KEPT_PLANS)
         left.append(ask.bucket)
-        fresh = _Bucket(
-            bucket=option.bucket, made_for=ask.load, made_at=state.made_at, asked_at=0, left=left,
+        fresh = BucketState(
+            bucket=option.bucket, made_for=ask.load, since=seen.load, made_at=state.made_at, asked_at=0, left=left,
             # What the search knew of, not what has come out since: passes that turn out slower than that are a reason to search again.
             made_outcome=self._log_outcome(option, state, state.made_outcome),
             patience=min(MOST_PATIENCE, 2 * state.patience) if option.bucket in state.left else SETTLE_PASSES,
@@ -352,7 +303,28 @@ class Adaptation:
         reason = f"{ask.reason}: predicted {then_s * 1e3:.3g} ms a pass instead of {now_s * 1e3:.3g} ms"
         return Change(plan=self._carry(with_bucket(ask.plan, ask.bucket, option.bucket), fresh), reason=reason)
 
-    def _carry(self, plan: Plan, state: _Bucket) -> Plan:
+    def _alarm(self, state: BucketState, seen: PassSeen) -> Change | None:
+        """Two pilots that take far longer than all rates say wait for each other: one alone is tried before a search has ended, and undone when that was
+        wrong."""
+        if self._price is None or self._judging is not None or state.has_alarmed or state.num_ratios < ALARM_PASSES or pilots_of(seen.bucket) != "both":
+            return None
+        measured_s = state.measured_s
+        if measured_s is None or state.log_outcome - state.made_outcome < ALARM or seen.remaining < SETTLE_PASSES:
+            return None
+        state.has_alarmed = True
+        candidates = [alone(seen.bucket, "cpu"), alone(seen.bucket, "stream")]
+        seconds = [self._price(seen.plan, each, seen.load) for each in candidates]
+        then_s, found = min(seconds), candidates[seconds.index(min(seconds))]
+        if then_s > ALARM_GAIN * measured_s:
+            return None
+        ask = Ask(
+            profile=self.tracker.offline, plan=seen.plan, bucket=seen.bucket, load=seen.load, kept=(), driver_s=seen.driver_s,
+            reason=f"passes take {math.exp(state.log_outcome):.2f} of what was predicted",
+        )  # fmt: skip
+        state.made_at = self.tracker.snapshot()
+        return self._change(ask, state, seen, Option(bucket=found, seconds=then_s, pilots=pilots_of(found)), measured_s, then_s)
+
+    def _carry(self, plan: Plan, state: BucketState) -> Plan:
         """Of fewer tokens the CPU computes no smaller part, of more no larger one, for it reads less and computes more: a batch that drains need not find out
         anew, bucket by bucket, what it has just learned. Only buckets that have not run; each is solved itself when it does."""
         like = state.bucket
@@ -360,7 +332,7 @@ class Adaptation:
             lacks = (shares_of(bucket)[0] - shares_of(like)[0]) * (like.max_tokens - bucket.max_tokens) < 0
             if bucket.phase == like.phase and lacks and id(bucket) not in self._buckets:
                 moved = in_the_manner_of(bucket, like)
-                self._buckets[id(moved)] = _Bucket(bucket=moved, left=deque([bucket], maxlen=KEPT_PLANS))
+                self._buckets[id(moved)] = BucketState(bucket=moved, left=deque([bucket], maxlen=KEPT_PLANS))
                 state.carried = (*state.carried, (bucket, moved))
                 plan = with_bucket(plan, bucket, moved)
         return plan
@@ -376,9 +348,11 @@ class Adaptation:
             return None
         self._judging = None
         record.measured_after_s = after_s
+        if after_s is not None:
+            self._optimism = max(0.0, math.log(after_s / record.predicted_after_s), self._optimism / 2)
         if before_s is None or after_s is None or after_s <= (1.0 + MIN_GAIN) * before_s or seen.bucket is not state.bucket:
             return None
-        if state.made_for is None or load_change(state.made_for, seen.load) > LOAD_CHANGE:
+        if state.since is None or load_change(state.since, seen.load) > LOAD_CHANGE:
             return None  # another load, other times
         back = state.left[-1]
         self.history.append(
@@ -393,8 +367,8 @@ class Adaptation:
                 del self._buckets[id(after)]
                 plan = with_bucket(plan, after, before)
         del self._buckets[id(state.bucket)]
-        self._buckets[id(back)] = _Bucket(
-            bucket=back, made_for=seen.load, made_at=state.made_at, asked_at=0, patience=MOST_PATIENCE, left=deque([state.bucket], maxlen=KEPT_PLANS)
+        self._buckets[id(back)] = BucketState(
+            bucket=back, made_for=seen.load, made_at=state.made_at, asked_at=0, patience=UNDONE_PATIENCE, left=deque([state.bucket], maxlen=KEPT_PLANS)
         )
         reason = f"the last change was a loss: {after_s * 1e3:.3g} ms a pass instead of {before_s * 1e3:.3g} ms"
         return Change(plan=plan, reason=reason)

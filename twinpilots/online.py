@@ -16,7 +16,7 @@ from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.expected import DOWN, UP, ExpectedTime, PassWork, WorkKind
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import BucketPlan, Plan
-from twinpilots.plan.rebalance import Option, option_of, options
+from twinpilots.plan.rebalance import Option, Sequences, option_of, options
 from twinpilots.plan.tasks import Schedule
 from twinpilots.predictions import Predictions
 from twinpilots.runtime.stats import BusySeconds
@@ -70,7 +70,7 @@ class OnlinePlanner:
     ) -> None:  # fmt: skip
         self.spec, self.profile, self.adapts = spec, profile, adapts  # the profile as history corrects it
         self.tracker, self.witness = Tracker(profile), witness
-        self.adaptation = Adaptation(self.tracker, partial(resolve, spec), runner)
+        self.adaptation = Adaptation(self.tracker, partial(resolve, spec), runner, price=self._price)
         self._renewed_at: Snapshot = {}
         self._num_jumps = 0
         self.predictions = Predictions(spec, profile, at_once=at_once)
@@ -89,13 +89,14 @@ class OnlinePlanner:
         if self.witness is not None:
             self.witness(done)
         every = LOOK_ALONE if self.profile.gpu is None else LOOK_PASSES
-        if self.adaptation.is_disturbed:
+        is_disturbed = self.adaptation.is_disturbed(done.seconds, prediction.seconds)
+        if is_disturbed:
             self.tracker.pass_over()
         elif self.tracker.num_passes < EAGER_PASSES or not self.tracker.is_settled or (self.tracker.num_passes + 1) % every == 0:
             self.tracker.observe(self.records(done), done.seconds)
         else:
             self.tracker.pass_over()
-        if not self.adaptation.is_disturbed:
+        if not is_disturbed:
             self._follow_driver(done)
         jumps, self._num_jumps = self._num_jumps, self.tracker.num_jumps
         if jumps != self._num_jumps or (self.tracker.num_passes % RENEW_PASSES == 0 and self.tracker.drift(self._renewed_at)[0] > RENEW_DRIFT):
@@ -108,6 +109,10 @@ class OnlinePlanner:
                 driver_s=self._driver_s,
             )
         )  # fmt: skip
+
+    def _price(self, plan: Plan, bucket: BucketPlan, load: PassLoad) -> float:
+        """Of sequences dealt the way of another bucket."""
+        return self.predictions.timing(plan, bucket, Sequences.of(load).load(bucket)).seconds + self._driver_s
 
     def _follow_driver(self, done: PassDone) -> None:
         usual_s = self.profile.step_s(done.load.num_seqs)

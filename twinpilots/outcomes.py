@@ -1,11 +1,15 @@
-"""What plans took when they ran, lent to plans that are alike; and what makes plans and loads alike.
+"""What buckets' plans took when they ran, lent to plans that are alike; and what makes plans and loads alike.
 
-Owns `Outcomes`, `Signature` and the words for a bucket and for a load. Pure. Knows nothing of when plans change (`adaptation`).
+Owns `BucketState`, `Outcomes`, `Signature` and the words for a bucket and for a load. Pure. Knows nothing of when plans change (`adaptation`).
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import median
 from typing import NamedTuple
 
 from twinpilots.plan.draft import Attention
@@ -13,12 +17,68 @@ from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import BucketPlan, Phase
 from twinpilots.plan.rebalance import Pilots, pilots_of, shares_of
 from twinpilots.plan.tasks import NUM_GROUPS
+from twinpilots.stats.tracker import Snapshot
 
+SETTLE_PASSES = 4  # after a change, before the next: the tracker must have seen the new plan
+RECENT = 5  # passes whose median measured / predicted is a plan's outcome: two pauses of the process do not show
+KEPT_PLANS = 3  # buckets that were left and may come back
 REACH = 0.3  # how far the outcome of one plan speaks for others: difference of the rows' shares at which its weight falls by e
 OUTCOME_FADE = 0.997  # weight of an outcome after one more pass
 OUTCOME_AFTER_DRIFT = 0.2  # and after the rates have changed: it was another machine then
 OUTCOME_PRIOR = 1.0  # how much no outcome at all counts, in passes
 MOST_OUTCOME = 8.0  # passes that one plan's outcome counts at most
+
+
+@dataclass(kw_only=True)
+class BucketState:
+    """What is known of one bucket of the plan in force."""
+
+    bucket: BucketPlan
+    passes: int = 0
+    made_for: PassLoad | None = None
+    since: PassLoad | None = None  # the load when it came into force
+    made_at: Snapshot = field(default_factory=dict)  # the tracker's rates that it was solved with
+    made_outcome: float = 0.0  # the log outcome it was solved with
+    asked_at: int = 0  # by its own passes
+    patience: int = SETTLE_PASSES
+    has_alarmed: bool = False
+    carried: tuple[tuple[BucketPlan, BucketPlan], ...] = ()  # other buckets that were changed with it: (before, after)
+    left: deque[BucketPlan] = field(default_factory=lambda: deque(maxlen=KEPT_PLANS))
+    _log_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    _measured_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    @cached_property
+    def signature(self) -> Signature:
+        return signature_of(self.bucket)
+
+    def add(self, measured_s: float, predicted_s: float) -> None:
+        self._log_ratios.append(math.log(measured_s / predicted_s))
+        self._measured_s.append(measured_s)
+        self.passes += 1
+
+    @property
+    def log_outcome(self) -> float:
+        """log(measured / predicted), lately."""
+        return median(self._log_ratios) if self._log_ratios else self.made_outcome
+
+    @property
+    def num_ratios(self) -> int:
+        return len(self._log_ratios)
+
+    def forget_ratios(self) -> None:
+        self._log_ratios.clear()
+        self._measured_s.clear()
+
+    @property
+    def noise_log(self) -> float:
+        """How far the outcome may be off: the passes' mean distance from it over the root of their number."""
+        ratios = self._log_ratios
+        return sum(abs(each - self.log_outcome) for each in ratios) / len(ratios) ** 1.5 if ratios else 0.0
+
+    @property
+    def measured_s(self) -> float | None:
+        """Of a pass, lately."""
+        return median(self._measured_s) if self._measured_s else None
 
 
 class Outcomes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -191,6 +192,50 @@ def test_a_batch_that_drains_finds_the_cpu_alone_where_it_was_better_with_more_s
     assert "both" in before.values()
     assert [bucket for bucket in driver.plan.buckets if bucket.phase == "prefill"] == [bucket for bucket in PLAN.buckets if bucket.phase == "prefill"]
     driver.plan.check(SPEC)
+
+
+def test_two_pilots_that_wait_for_each_other_are_parted_before_a_search_has_ended() -> None:
+    driver = Driver(truth_s={"both": 1.0, "cpu": 2.0}, belief_s={"both": 1.0, "cpu": 2.0})
+    driver.adaptation = Adaptation(driver.tracker, driver.solve, Late(1000), price=lambda _plan, bucket, _load: {"cpu": 2.0, "stream": 3.0}[pilots_of(bucket)])
+    driver.run(20)
+    driver.truth_s["both"] = 5.0
+    driver.run(6)
+    assert pilots_of(driver.bucket) == "cpu"
+    assert len(driver.changes) == 1
+    assert driver.adaptation.history[0].reason == "passes take 5.00 of what was predicted"
+
+
+def test_a_slow_box_alone_parts_nobody() -> None:
+    """Everything takes twice as long: one pilot would not be quicker."""
+    driver = Driver(truth_s={"both": 1.0, "cpu": 2.0}, belief_s={"both": 1.0, "cpu": 2.0})
+    driver.adaptation = Adaptation(driver.tracker, driver.solve, Late(1000), price=lambda _plan, _bucket, _load: 2.0)
+    driver.run(20)
+    driver.truth_s["both"] = 2.1
+    driver.run(20)
+    assert driver.changes == []
+
+
+def test_a_loss_is_undone_however_long_the_search_took() -> None:
+    """The load has changed while it was looked for, but not since the change."""
+    driver = Driver(truth_s={"both": 1.0, "cpu": 1.3}, belief_s={"both": 1.0, "cpu": 0.8})
+    driver.adaptation = Adaptation(driver.tracker, driver.solve, Late(12))
+    driver.run(SETTLE_PASSES)
+    driver.context = 400
+    driver.run(12)
+    assert pilots_of(driver.bucket) == "cpu"
+    driver.run(JUDGED_PASSES)
+    assert pilots_of(driver.bucket) == "both"
+
+
+def test_who_was_promised_too_much_wants_more_the_next_time() -> None:
+    """The CPU alone is 25 % slower than promised: a gain of 20 % is believed no more."""
+    driver = Driver(truth_s={"both": 1.0, "cpu": 1.0}, belief_s={"both": 1.0, "cpu": 0.8})
+    driver.run(SETTLE_PASSES + JUDGED_PASSES)
+    assert driver.adaptation._optimism == pytest.approx(math.log(1.25), rel=0.1)
+    fresh = Driver(truth_s={"both": 1.0, "cpu": 1.0}, belief_s={"both": 1.0, "cpu": 0.85})
+    fresh.adaptation._optimism = math.log(1.25)
+    fresh.run(SETTLE_PASSES)
+    assert fresh.changes == []
 
 
 def test_what_was_carried_over_goes_back_with_a_loss() -> None:

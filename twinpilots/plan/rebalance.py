@@ -289,8 +289,22 @@ def with_bucket(plan: Plan, old: BucketPlan, new: BucketPlan) -> Plan:
 
 
 def in_the_manner_of(bucket: BucketPlan, like: BucketPlan) -> BucketPlan:
-    """``bucket``'s passes computed as those of another bucket of the same plan."""
+    """``bucket``'s passes computed as those of another bucket of the same plan, in micro-batches of no fewer tokens: each of them reads all weights."""
+    micro_batches = max(1, min(like.micro_batches, like.micro_batches * bucket.max_tokens // like.max_tokens))
     return replace(
-        bucket, splits=like.splits, micro_batches=min(like.micro_batches, bucket.max_tokens), host_attention=like.host_attention,
+        bucket, splits=like.splits, micro_batches=micro_batches, host_attention=like.host_attention,
         host_prefill_attention=like.host_prefill_attention,
     )  # fmt: skip
+
+
+def alone(bucket: BucketPlan, pilots: Literal["cpu", "stream"]) -> BucketPlan:
+    """The bucket with all rows that are not resident the CPU's, or streamed, in one micro-batch."""
+    made: dict[int, Mapping[str, Split]] = {}
+    for layer in bucket.splits:
+        if id(layer) not in made:
+            left = {name: split.rows - split.resident for name, split in layer.items()}
+            made[id(layer)] = {
+                name: Split(resident=split.resident, streamed=0 if pilots == "cpu" else left[name], cpu=left[name] if pilots == "cpu" else 0)
+                for name, split in layer.items()
+            }
+    return replace(bucket, splits=tuple(made[id(layer)] for layer in bucket.splits), micro_batches=1)
