@@ -26,7 +26,7 @@ from twinpilots.stats.tracker import Snapshot, Tracker
 EAGER_PASSES = 16  # the first ones: all are looked at
 LOOK_PASSES = 2  # while nothing is unusual, every second pass tells enough: looking takes the driver's time
 LOOK_ALONE = 8  # the same where there is no GPU, so no work to move: only predictions gain by it
-RENEW_PASSES = 16  # how often the rates that predictions go by are looked after; a jump is followed at once
+RENEW_LOOKS = 8  # how often the rates that predictions go by are looked after, in passes looked at; a jump is followed at once
 RENEW_DRIFT = 0.04  # of a pass's time: less is left to what passes of the plan have taught, because simulating anew is not free
 DRIVER_DECAY = 0.2  # weight of the newest pass in the mean of the driver's time
 DRIVER_MOST = 4.0  # times its usual time that one pass's may count as: a pause of the process is not the driver's work
@@ -99,7 +99,7 @@ class OnlinePlanner:
         if not is_disturbed:
             self._follow_driver(done)
         jumps, self._num_jumps = self._num_jumps, self.tracker.num_jumps
-        if jumps != self._num_jumps or (self.tracker.num_passes % RENEW_PASSES == 0 and self.tracker.drift(self._renewed_at)[0] > RENEW_DRIFT):
+        if jumps != self._num_jumps or (self.tracker.num_passes % (RENEW_LOOKS * every) == 0 and self.tracker.drift(self._renewed_at)[0] > RENEW_DRIFT):
             self._renew()
         if not self.adapts:
             return None

@@ -43,6 +43,7 @@ from twinpilots.trace import Recorder, TracedPass
 logger = logging.getLogger(__name__)
 STORE_PASSES = 5000  # between two times that what was learned is stored: a run that is killed has not learned in vain
 ACCOUNT_EVERY_NS = 50_000_000  # of passes: slower passes are accounted for one by one
+ACCOUNT_ALONE_NS = 250_000_000  # where there is no GPU, so no work to move: nobody is in a hurry to learn
 PREPARE_S = 0.6  # what loading may spend on compiling programs ahead,
 PRICE_S = 0.2  # and on simulating passes
 
@@ -115,6 +116,7 @@ class Session:
         self._records: list[PassRecord] = []  # of the step's passes
         self._unaccounted: list[_Step] = []
         self._unaccounted_ns = 0
+        self._account_every_ns = ACCOUNT_ALONE_NS if profile.gpu is None else ACCOUNT_EVERY_NS
         self._owed_ns = self._charge_ns = 0  # what accounting took and no pass was charged with yet, and what each of the next ones is
         self._moving_ns = 0  # of steps in which nothing but KV moved: the next pass is charged with them
         self.last_pass: tuple[StepBatch, np.ndarray] | None = None  # its logits are a view, valid until the next pass
@@ -162,7 +164,7 @@ class Session:
             self._batch, self._records, self._moving_ns = None, [], 0
         else:
             self._moving_ns += ended_ns - began_ns
-        if self._trace is not None or self._unaccounted_ns >= ACCOUNT_EVERY_NS or not self.engine.has_unfinished():
+        if self._trace is not None or self._unaccounted_ns >= self._account_every_ns or not self.engine.has_unfinished():
             self.account()
         return outputs
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -137,39 +138,58 @@ def write_metadata(batch: StepBatch, out: Int32, spec: ModelSpec, plan: Plan) ->
 
 
 class MetadataWriter:
-    """Writes pass after pass into ``out``. Where the same sequences decode on in the same pages, only what grew is touched. Chained passes have advanced
-    positions in ``out`` themselves."""
+    """Writes pass after pass into ``out``. Where the same sequences decode on, only what grew is touched. Chained passes have advanced positions in ``out``
+    themselves."""
 
     def __init__(self, out: Int32, spec: ModelSpec, plan: Plan) -> None:
         self.out, self._spec, self._plan = out, spec, plan
         self._may_grow = not any(rope.long_inv_freq for rope in spec.ropes)  # a sequence that outgrows longrope's table changes more than its lengths
-        self._seen: list[tuple[int, int]] | None = None  # the sequences of the last pass, when all decoded, and how many pages they were given
-        self._groups: list[list[int]] = []
+        self._seen: list[int] | None = None  # the sequences of the last pass, when all decoded,
+        self._num_pages: list[int] = []  # how many pages each was given,
+        self._groups: list[list[int]] = []  # and their groups by micro-batch
 
     def write(self, batch: StepBatch) -> None:
         """Fill ``out``. Raises ValueError when the pass does not fit."""
         items = batch.items
         groups = [[len(group) for group in groups] for groups in batch.micro_batches]
         decoding = self._may_grow and all(item.num_tokens == 1 == item.num_logits for item in items)
-        seen = [(id(item.sequence), len(item.pages)) for item in items]
-        if not (decoding and seen == self._seen and groups == self._groups and self._grow(items)):
+        seen, num_pages = [id(item.sequence) for item in items], [len(item.pages) for item in items]
+        if not (decoding and seen == self._seen and groups == self._groups and self._grow(items, num_pages)):
             self._seen = None
             write_metadata(batch, self.out, self._spec, self._plan)
         if decoding:
-            self._seen, self._groups = seen, groups
+            self._seen, self._num_pages, self._groups = seen, num_pages, groups
 
-    def _grow(self, items: tuple[BatchItem, ...]) -> bool:
-        """False, changing nothing, when somebody has not gone on, or into another page."""
-        out, count, size = self.out, len(items), self._plan.page_size
+    def _grow(self, items: tuple[BatchItem, ...], num_pages: list[int]) -> bool:
+        """False, changing nothing, when somebody has not gone on, or where staging pages move."""
+        out, size = self.out, self._plan.page_size
         starts = np.array([item.start for item in items], np.int32)
-        positions = out[out[Meta.OFF_POSITION] : out[Meta.OFF_POSITION] + count]
-        if ((starts <= positions) | (starts // size != positions // size)).any():
+        position = self._array(Meta.OFF_POSITION, items)
+        moves = num_pages != self._num_pages or bool((starts // size != position // size).any())
+        if (starts <= position).any() or (moves and not self._list_pages(items, num_pages)):
             return False
-        grown = starts - positions
+        grown = starts - position
         for word in (Meta.OFF_POSITION, Meta.OFF_ROPE_ROW, Meta.OFF_SLOT, Meta.OFF_SEQ_KV):
-            out[out[word] : out[word] + count] += grown
-        out[out[Meta.OFF_TOKEN] : out[Meta.OFF_TOKEN] + count] = [item.sequence.tokens[item.start] for item in items]
+            self._array(word, items)[:] += grown
+        if moves:
+            page = out[out[Meta.OFF_PAGE] + self._array(Meta.OFF_SEQ_PAGES, items) + starts // size]
+            self._array(Meta.OFF_SLOT, items)[:] = page * size + starts % size
+        self._array(Meta.OFF_TOKEN, items)[:] = [item.sequence.tokens[item.start] for item in items]
         return True
+
+    def _list_pages(self, items: tuple[BatchItem, ...], num_pages: list[int]) -> bool:
+        """The page tables anew; False where staging pages follow them, or there is no room."""
+        out, first, total = self.out, int(self.out[Meta.OFF_PAGE]), sum(num_pages)
+        if any(groups[STREAMED_KV] for groups in self._groups) or first + total > len(out):
+            return False
+        self._array(Meta.OFF_SEQ_PAGES, items)[:] = self._array(Meta.OFF_SEQ_HOME, items)[:] = [0, *accumulate(num_pages[:-1])]
+        np.concatenate([item.pages for item in items], out=out[first : first + total])
+        out[Meta.NUM_WORDS] = first + total
+        return True
+
+    def _array(self, word: Meta, items: tuple[BatchItem, ...]) -> Int32:
+        """The numbers of decoding sequences: one each."""
+        return self.out[self.out[word] : self.out[word] + len(items)]
 
 
 def _exclusive_sum(values: Int32) -> Int32:

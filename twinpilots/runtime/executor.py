@@ -179,11 +179,10 @@ class Executor:
             self.pilot.run_chain(self._entry(placed, "cpu", self._pass_id, first_pass), self._chain.record, self.host)
         done = self._chain.end(chain)
         self._pass_id += batch.passes - 1  # also those that were not run: an id whose events may be set is never used again
-        seconds = np.diff(done.ended_ns, prepend=began_ns) * 1e-9
-        records = [
-            PassRecord(placed, {"cpu": times}, meta, pass_s, ended_ns, 0, len(batch.items), 0, 0.0)
-            for times, pass_s, ended_ns in zip(done.times, seconds.tolist(), done.ended_ns.tolist(), strict=True)
-        ]
+        records = []
+        for times, ended_ns in zip(done.times, done.ended_ns.tolist(), strict=True):
+            records.append(PassRecord(placed, {"cpu": times}, meta, (ended_ns - began_ns) * 1e-9, ended_ns, 0, len(batch.items), 0, 0.0))
+            began_ns = ended_ns
         self.last_record = records[-1] if records else None
         return done.tokens, records
 
