@@ -135,13 +135,14 @@ def measure_case(bench: Bench, point: Point, policy: Policy, limit_s: float) -> 
         passes, num_seqs = run(session, point, warm, timed)
         used, own = card_used_bytes(bench.device), session.executor.ledger.peak("gpu")
         stats = session.stats.as_dict(peak_gpu_bytes=own, peak_host_bytes=session.executor.ledger.peak("host"))
+        launches = dict(getattr(session.executor.gpu, "launches", {}))  # a CUDA device's: how many instructions were replayed in graphs
         finite = session.last_pass is not None and bool(np.isfinite(session.last_pass[1]).all())
     planner.close()
     footprint = own if used is None or bench.used_before_bytes is None else used - bench.used_before_bytes
     return {
         **passes.figures(bench, point, solution.plan, limits), "num_seqs": num_seqs, "gpu_memory": point.gpu_memory, "footprint_bytes": footprint,
         "peak_bytes": stats["peak_bytes"], "weights_frac": stats["weights_frac"], "tracked_tokens_per_s": stats["tokens_per_s"]["predicted"],
-        "finite": finite, "load_s": session.load_s,
+        "finite": finite, "load_s": session.load_s, "launches": launches,
         "plan": {"max_pass_tokens": solution.plan.max_pass_tokens, "gpu_pages": solution.plan.gpu_pages, "host_pages": solution.plan.host_pages},
     }  # fmt: skip
 

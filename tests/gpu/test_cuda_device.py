@@ -12,10 +12,12 @@ import torch
 from tests.cpu.native_twin import Machine
 from tests.device_programs import entry, insn, load, weights
 from tests.programs import ARENA, Program, add, attention, embed, linear, linear_in, norm
-from twinpilots.device.cuda import CudaGpu, _device_pointer
+from tests.planning import llama
+from twinpilots.device.cuda import CudaGpu, CudaRuntime, _device_pointer
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import LimitError
 from twinpilots.kernels.abi import EVENTS_OFFSET, Op, Space, address
+from twinpilots.kernels.triton import unavailable
 from twinpilots.runtime.machine import OFFSET_MASK, decode
 from twinpilots.runtime.machine import Machine as TorchMachine
 from twinpilots.runtime.torch_ops import execute, multiply
@@ -110,3 +112,76 @@ def test_instructions_on_the_gpu_agree_with_the_cpu(program: Program, seed: int)
     changed = after.view(np.uint32) != before.view(np.uint32)
     np.testing.assert_allclose(found.view(np.float32)[changed], after.view(np.float32)[changed], rtol=3e-2, atol=6e-2)
     assert np.array_equal(found.view(np.uint32)[~changed], before.view(np.uint32)[~changed])
+
+
+class Eager(CudaRuntime):
+    """The same device without graphs."""
+
+    def graphs(self) -> None:
+        return None
+
+
+def generated(gpu: CudaGpu, plan_seed: int, dtype: str) -> tuple[list[list[int]], list[np.ndarray]]:
+    """Tokens and logits of some passes of a small random model under a hand-set plan with all three shares."""
+    from tests.hand_plans import random_plan
+    from twinpilots.device.cpu import CpuPilot, choose_cores
+    from twinpilots.model.dummy import DummyCheckpoint
+    from twinpilots.request import SamplingParams
+    from twinpilots.runtime.engine import Engine
+    from twinpilots.runtime.executor import Executor
+    from twinpilots.runtime.kv_cache import KvCache
+    from twinpilots.runtime.scheduler import Scheduler
+    from twinpilots.session import CheckpointWeights
+
+    spec = llama(layers=3, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=128, vocab=130, dtype=dtype, max_model_len=128)  # type: ignore[arg-type]
+    plan, logits = random_plan(spec, plan_seed), list[np.ndarray]()
+    pilot = CpuPilot(cores=choose_cores(gpu=True, emulated=False).pilot)
+    with Executor(spec, plan, pilot, gpu, CheckpointWeights(DummyCheckpoint(spec))) as executor:
+
+        class Keeping:
+            def execute(self, batch: object, *, more: bool) -> np.ndarray:
+                found = executor.execute(batch, more=more)  # type: ignore[arg-type]
+                logits.append(found.copy())
+                return found
+
+        kv = KvCache(plan)
+        engine = Engine(Keeping(), Scheduler(plan, kv), kv, vocab_size=spec.vocab_size)
+        for number in range(3):
+            engine.add_request(str(number), [3 + number, 5, 7, 11][: 2 + number], SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
+        outputs = {}
+        while engine.has_unfinished():
+            outputs |= {output.request_id: list(output.outputs[0].token_ids) for output in engine.step() if output.finished}
+    pilot.close()
+    return [outputs[str(number)] for number in range(3)], logits
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("plan_seed", [200, 201])
+def test_replayed_launches_give_the_same_bits(plan_seed: int, dtype: str) -> None:
+    if unavailable(torch.device(DEVICE)) is not None:
+        pytest.skip("no Triton kernels here: nothing is captured")
+    eager, graphed = CudaGpu(0, Eager(0)), CudaGpu(0)
+    wanted_tokens, wanted = generated(eager, plan_seed, dtype)
+    tokens, found = generated(graphed, plan_seed, dtype)
+    assert eager.launches["replayed"] == 0 < eager.launches["launched"]
+    assert graphed.launches["replayed"] > graphed.launches["captured"] > 0, graphed.launches
+    assert tokens == wanted_tokens and len(found) == len(wanted)
+    for number, (row, reference) in enumerate(zip(found, wanted, strict=True)):
+        assert np.array_equal(row.view(np.uint32), reference.view(np.uint32)), f"pass {number} differs"
+
+
+def test_memory_that_somebody_else_has_pinned_is_used_and_stays_theirs() -> None:
+    host, keeper = HostArena(64 * MIB, num_events=64), CudaRuntime(0)
+    keeper.pin(host)
+    for _ in range(2):  # engines that follow one another over the same arena
+        host.renew(None)
+        gpu = CudaGpu(0)
+        gpu.open(host, 16 * MIB)
+        src, data = weights(host, 4 * MIB)
+        gpu.submit("link_in", entry(host, load(host, [(0, src, 4 * MIB)], record=2)))
+        gpu.wait("link_in", 10.0)
+        assert np.array_equal(gpu.read(0, 4 * MIB), data)
+        gpu.close()
+    assert _device_pointer(host.base) is not None, "still pinned"
+    keeper.release(host)
+    host.close()
