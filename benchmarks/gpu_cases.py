@@ -74,22 +74,22 @@ def run_family(task: FamilyTask, emit: Emit) -> None:
     profile = stored_profile(task.device, spec) or measure_machine(task.device, spec, progress=lambda note: emit({"event": "note", "note": note}))
     rates = measured_rates(task.device, profile)
     emit({"event": "rates", "rates": rates, "profile": asdict(profile)})
-    most = spec.linear_bytes + spec.embedding_bytes + max(_kv_bytes(point) for point in points)
+    most = spec.linear_bytes * 17 // 16 + spec.embedding_bytes + max(_kv_bytes(point) for point in points)  # a sixteenth for activations and programs
     with closing(Stock(spec, emulated=profile.emulated, pin=_pin(task.device))) as stock:
         bench = Bench(device=task.device, stock=stock, profile=profile, rates=rates, used_before_bytes=used, most_host_bytes=most)
         for number, (index, policy) in enumerate(task.cases):
             began, left_s = time.monotonic(), deadline - time.monotonic()
             urgent = [case for case in task.cases[number:] if case[1] in FIRST] or task.cases[number:]
-            case = f"{points[index].name} {policy}"
-            emit({"event": "begin", "case": case, "point": index, "policy": policy})
+            case = {"case": f"{points[index].name} {policy}", "point": index, "policy": policy}
+            emit({"event": "begin", **case})
             found: dict[str, Any] = {}
-            run = partial(_into, found, bench, points[index], cast(Policy, policy), min(left_s, 2 * left_s / len(urgent)))
-            result = outcome(run)
-            seconds = time.monotonic() - began
-            emit({"event": "case", "case": case, "point": index, "policy": policy, **result, "figures": found or None, "seconds": seconds})
+            result = outcome(partial(_into, found, bench, points[index], cast(Policy, policy), min(left_s, 2 * left_s / len(urgent))))
+            emit({"event": "case", **case, **result, "figures": found or None, "seconds": time.monotonic() - began})
 
 
 def _into(found: dict[str, Any], bench: Bench, point: Point, policy: Policy, limit_s: float) -> None:
+    if limit_s < SETUP_S:  # finding a plan takes a second or two itself
+        raise LimitError("not run: the time was up")
     found.update(measure_case(bench, point, policy, limit_s))
 
 
@@ -135,14 +135,13 @@ def measure_case(bench: Bench, point: Point, policy: Policy, limit_s: float) -> 
         passes, num_seqs = run(session, point, warm, timed)
         used, own = card_used_bytes(bench.device), session.executor.ledger.peak("gpu")
         stats = session.stats.as_dict(peak_gpu_bytes=own, peak_host_bytes=session.executor.ledger.peak("host"))
-        launches = dict(getattr(session.executor.gpu, "launches", {}))  # a CUDA device's: how many instructions were replayed in graphs
         finite = session.last_pass is not None and bool(np.isfinite(session.last_pass[1]).all())
     planner.close()
     footprint = own if used is None or bench.used_before_bytes is None else used - bench.used_before_bytes
     return {
         **passes.figures(bench, point, solution.plan, limits), "num_seqs": num_seqs, "gpu_memory": point.gpu_memory, "footprint_bytes": footprint,
         "peak_bytes": stats["peak_bytes"], "weights_frac": stats["weights_frac"], "tracked_tokens_per_s": stats["tokens_per_s"]["predicted"],
-        "finite": finite, "load_s": session.load_s, "launches": launches,
+        "finite": finite, "load_s": session.load_s,
         "plan": {"max_pass_tokens": solution.plan.max_pass_tokens, "gpu_pages": solution.plan.gpu_pages, "host_pages": solution.plan.host_pages},
     }  # fmt: skip
 
@@ -193,6 +192,7 @@ class Passes:
             "predicted": self.tokens / predicted_s, "plan_bound": self.tokens / plan_s, "hardware_bound": bound, "efficiency": rate / bound,
             "driver_frac": 1.0 - sum(self.executor_s) / self.seconds,
             "busy_s": since(self.before["busy_s"], self.after["busy_s"]), "bytes": since(self.before["bytes"], self.after["bytes"]),
+            "launches": since(dict.fromkeys(self.after["launches"], 0) | self.before["launches"], self.after["launches"]),
         }  # fmt: skip
 
 
@@ -215,7 +215,8 @@ class _Clock:
         self.executor_s.append(record.seconds)
 
     def sums(self) -> dict[str, Any]:
-        return self.session.stats.as_dict(peak_gpu_bytes=0, peak_host_bytes=0)
+        launches = getattr(self.session.executor.gpu, "launches", {})  # a CUDA device's: what was launched one by one, what was replayed
+        return {**self.session.stats.as_dict(peak_gpu_bytes=0, peak_host_bytes=0), "launches": dict(launches)}
 
     def passes(self, tokens: int, before: Mapping[str, Any]) -> Passes:
         return Passes(

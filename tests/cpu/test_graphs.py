@@ -113,7 +113,7 @@ class Bed:
         return self.host.view(trace, np.int64, (len(insns), 3)).copy() if times else None
 
     def counts(self) -> dict[str, int]:
-        return dict(self.gpu.launches)
+        return {name: count for name, count in self.gpu.launches.items() if name != "host_ns"}
 
 
 @contextmanager

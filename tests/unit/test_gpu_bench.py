@@ -108,7 +108,7 @@ def figures(rate: float, **changes: Any) -> dict[str, Any]:
     values = {
         "tokens_per_s": rate, "predicted": rate * 1.02, "plan_bound": 10.0, "hardware_bound": 10.0, "efficiency": rate / 10.0, "driver_frac": 0.01,
         "footprint_bytes": 8 * GIB, "gpu_memory": 8 * GIB, "finite": True, "weights_frac": {"resident": 0.4, "streamed": 0.3, "cpu": 0.3},
-        "launches": {"launched": 10, "captured": 5, "replayed": 90},
+        "launches": {"launched": 10, "captured": 5, "replayed": 90, "host_ns": 100_000_000},
         "seconds": 1.0, "busy_s": {"cpu": 0.5, "gpu": 0.2, "link": 0.9},
     }  # fmt: skip
     return values | changes

@@ -9,6 +9,7 @@ to capture is a `Graphs` (device/cuda.py), so that all of this is tested without
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ class Replays:
     """What one queue knows of its parts. ``graphs`` None: nothing is captured, ever (any more)."""
 
     graphs: Graphs | None
-    counts: Counter[str] = field(default_factory=Counter)  # instructions "launched" one by one, "replayed"; parts "captured"
+    counts: Counter[str] = field(default_factory=Counter)  # instructions "launched" one by one, "replayed"; parts "captured"; "host_ns" spent on all that
     _codes: dict[bytes, Code] = field(default_factory=dict)
     _known: dict[Hashable, _Known] = field(default_factory=dict)
     _learning: list[tuple[_Known, Times]] = field(default_factory=list)
@@ -94,6 +95,14 @@ class Replays:
     ) -> bool:  # fmt: skip
         """Run a part: ``launch(index)`` is an instruction of it (whether a kernel of the device's own took it), ``timed`` the same with its times. False
         when the part was replayed: then the caller sees to when it ended, and `tell` makes up the times between."""
+        began_ns = time.perf_counter_ns()
+        launched = self._run(machine, code, part, times, launch, timed)
+        self.counts["host_ns"] += time.perf_counter_ns() - began_ns
+        return launched
+
+    def _run(
+        self, machine: Machine, code: Code, part: range, times: Times | None, launch: Callable[[int], bool], timed: Callable[[int], bool]
+    ) -> bool:  # fmt: skip
         known = self._find(machine, code, part)
         if known is not None and known.replay is None and known.shares is not None:
             known.replay = self._captured(part, launch)
