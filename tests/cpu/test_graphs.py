@@ -17,6 +17,7 @@ from benchmarks.gpu_steps import TokenTask, run_tokens
 from tests.cpu.native_twin import Batch, Seq
 from tests.cpu.test_cuda_standin import MIB, FakeRuntime
 from tests.device_programs import entry, insn
+from tests.graph_case import PLAN_SEEDS, compare
 from twinpilots.device.cuda import CudaGpu
 from twinpilots.device.memory import HostArena
 from twinpilots.kernels.abi import NULL, Meta, NormKind, Op, Space, address
@@ -227,6 +228,20 @@ def test_replayed_passes_generate_the_same_tokens(case: str) -> None:
     run_tokens(TokenTask(device="cuda:0", cases=(case,)), events.append, gpu)
     assert events[-1]["ok"] is True, events[-1]["detail"]
     assert gpu.launches["replayed"] > gpu.launches["captured"] > 0, gpu.launches
+
+
+def test_replayed_passes_give_the_same_bits_and_a_wrong_replay_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpu-check's own comparison."""
+
+    class Alone(GraphRuntime):
+        def graphs(self) -> None:
+            return None
+
+    assert "instructions replayed" in compare(CudaGpu(0, Alone()), CudaGpu(0, GraphRuntime()), PLAN_SEEDS[1])
+    capture = RecordingGraphs.capture
+    monkeypatch.setattr(RecordingGraphs, "capture", lambda self, launch: (lambda: None) if capture(self, launch) else None)
+    with pytest.raises(AssertionError, match=r"other tokens|logits of passes"):
+        compare(CudaGpu(0, Alone()), CudaGpu(0, GraphRuntime()), PLAN_SEEDS[1])
 
 
 def test_the_shape_of_a_pass_leaves_out_nothing_but_how_many_words_there_are() -> None:

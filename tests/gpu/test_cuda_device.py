@@ -11,7 +11,7 @@ import torch
 
 from tests.cpu.native_twin import Machine
 from tests.device_programs import entry, insn, load, weights
-from tests.planning import llama
+from tests.graph_case import PLAN_SEEDS, Eager, compare
 from tests.programs import ARENA, Program, add, attention, embed, linear, linear_in, norm
 from twinpilots.device.cuda import CudaGpu, CudaRuntime, _device_pointer
 from twinpilots.device.memory import HostArena
@@ -114,59 +114,11 @@ def test_instructions_on_the_gpu_agree_with_the_cpu(program: Program, seed: int)
     assert np.array_equal(found.view(np.uint32)[~changed], before.view(np.uint32)[~changed])
 
 
-class Eager(CudaRuntime):
-    """The same device without graphs."""
-
-    def graphs(self) -> None:
-        return None
-
-
-def generated(gpu: CudaGpu, plan_seed: int) -> tuple[list[list[int]], list[np.ndarray]]:
-    """Tokens and logits of some passes of a small random model under a hand-set plan with all three shares."""
-    from tests.hand_plans import random_plan
-    from twinpilots.device.cpu import CpuPilot, choose_cores
-    from twinpilots.model.dummy import DummyCheckpoint
-    from twinpilots.request import SamplingParams
-    from twinpilots.runtime.engine import Engine
-    from twinpilots.runtime.executor import Executor
-    from twinpilots.runtime.kv_cache import KvCache
-    from twinpilots.runtime.scheduler import Scheduler
-    from twinpilots.session import CheckpointWeights
-
-    spec = llama(layers=3, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=128, vocab=130, dtype="bf16", max_model_len=128)
-    plan, logits = random_plan(spec, plan_seed), list[np.ndarray]()
-    pilot = CpuPilot(cores=choose_cores(gpu=True, emulated=False).pilot)
-    with Executor(spec, plan, pilot, gpu, CheckpointWeights(DummyCheckpoint(spec))) as executor:
-
-        class Keeping:
-            def execute(self, batch: object, *, more: bool) -> np.ndarray:
-                found = executor.execute(batch, more=more)  # type: ignore[arg-type]
-                logits.append(found.copy())
-                return found
-
-        kv = KvCache(plan)
-        engine = Engine(Keeping(), Scheduler(plan, kv), kv, vocab_size=spec.vocab_size)
-        for number in range(3):
-            engine.add_request(str(number), [3 + number, 5, 7, 11][: 2 + number], SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
-        outputs = {}
-        while engine.has_unfinished():
-            outputs |= {output.request_id: list(output.outputs[0].token_ids) for output in engine.step() if output.finished}
-    pilot.close()
-    return [outputs[str(number)] for number in range(3)], logits
-
-
-@pytest.mark.parametrize("plan_seed", [200, 201])
+@pytest.mark.parametrize("plan_seed", PLAN_SEEDS)
 def test_replayed_launches_give_the_same_bits(plan_seed: int) -> None:
     if unavailable(torch.device(DEVICE)) is not None:
         pytest.skip("no Triton kernels here: nothing is captured")
-    eager, graphed = CudaGpu(0, Eager(0)), CudaGpu(0)
-    wanted_tokens, wanted = generated(eager, plan_seed)
-    tokens, found = generated(graphed, plan_seed)
-    assert eager.launches["replayed"] == 0 < eager.launches["launched"]
-    assert graphed.launches["replayed"] > graphed.launches["captured"] > 0, graphed.launches
-    assert tokens == wanted_tokens and len(found) == len(wanted)
-    for number, (row, reference) in enumerate(zip(found, wanted, strict=True)):
-        assert np.array_equal(row.view(np.uint32), reference.view(np.uint32)), f"pass {number} differs"
+    compare(CudaGpu(0, Eager(0)), CudaGpu(0), plan_seed)
 
 
 def test_memory_that_somebody_else_has_pinned_is_used_and_stays_theirs() -> None:
