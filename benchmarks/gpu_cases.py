@@ -89,7 +89,7 @@ def run_family(task: FamilyTask, emit: Emit) -> None:
 
 def _into(found: dict[str, Any], bench: Bench, point: Point, policy: Policy, limit_s: float) -> None:
     if limit_s < SETUP_S:  # finding a plan takes a second or two itself
-        raise LimitError("not run: the time was up")
+        raise LimitError(f"not run: {max(0.0, limit_s):.0f} s are its share of the time left")
     found.update(measure_case(bench, point, policy, limit_s))
 
 
