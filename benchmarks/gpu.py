@@ -45,7 +45,7 @@ from twinpilots.plan.plan import POLICIES
 SCHEMA = 1
 BUDGET_S = 510.0  # of the nine minutes; starting and ending take the rest
 STALL_S = 150.0  # without a word from a worker: filling and pinning 100 GB of host memory takes a minute at worst
-PEERS_S = 120.0  # set aside where other engines are asked
+PEERS_S = 180.0  # set aside where other engines are asked
 MAX_DEATHS = 3  # of one model's workers, before its remaining cases are given up
 
 

@@ -74,22 +74,22 @@ def run_family(task: FamilyTask, emit: Emit) -> None:
     profile = stored_profile(task.device, spec) or measure_machine(task.device, spec, progress=lambda note: emit({"event": "note", "note": note}))
     rates = measured_rates(task.device, profile)
     emit({"event": "rates", "rates": rates, "profile": asdict(profile)})
-    most = spec.linear_bytes + spec.embedding_bytes + max(_kv_bytes(point) for point in points)
+    most = spec.linear_bytes * 17 // 16 + spec.embedding_bytes + max(_kv_bytes(point) for point in points)  # a sixteenth for activations and programs
     with closing(Stock(spec, emulated=profile.emulated, pin=_pin(task.device))) as stock:
         bench = Bench(device=task.device, stock=stock, profile=profile, rates=rates, used_before_bytes=used, most_host_bytes=most)
         for number, (index, policy) in enumerate(task.cases):
             began, left_s = time.monotonic(), deadline - time.monotonic()
             urgent = [case for case in task.cases[number:] if case[1] in FIRST] or task.cases[number:]
-            case = f"{points[index].name} {policy}"
-            emit({"event": "begin", "case": case, "point": index, "policy": policy})
+            case = {"case": f"{points[index].name} {policy}", "point": index, "policy": policy}
+            emit({"event": "begin", **case})
             found: dict[str, Any] = {}
-            run = partial(_into, found, bench, points[index], cast(Policy, policy), min(left_s, 2 * left_s / len(urgent)))
-            result = outcome(run)
-            seconds = time.monotonic() - began
-            emit({"event": "case", "case": case, "point": index, "policy": policy, **result, "figures": found or None, "seconds": seconds})
+            result = outcome(partial(_into, found, bench, points[index], cast(Policy, policy), min(left_s, 2 * left_s / len(urgent))))
+            emit({"event": "case", **case, **result, "figures": found or None, "seconds": time.monotonic() - began})
 
 
 def _into(found: dict[str, Any], bench: Bench, point: Point, policy: Policy, limit_s: float) -> None:
+    if limit_s < SETUP_S:  # finding a plan takes a second or two itself
+        raise LimitError(f"not run: {max(0.0, limit_s):.0f} s are its share of the time left")
     found.update(measure_case(bench, point, policy, limit_s))
 
 
@@ -192,6 +192,7 @@ class Passes:
             "predicted": self.tokens / predicted_s, "plan_bound": self.tokens / plan_s, "hardware_bound": bound, "efficiency": rate / bound,
             "driver_frac": 1.0 - sum(self.executor_s) / self.seconds,
             "busy_s": since(self.before["busy_s"], self.after["busy_s"]), "bytes": since(self.before["bytes"], self.after["bytes"]),
+            "launches": since(dict.fromkeys(self.after["launches"], 0) | self.before["launches"], self.after["launches"]),
         }  # fmt: skip
 
 
@@ -214,7 +215,8 @@ class _Clock:
         self.executor_s.append(record.seconds)
 
     def sums(self) -> dict[str, Any]:
-        return self.session.stats.as_dict(peak_gpu_bytes=0, peak_host_bytes=0)
+        launches = getattr(self.session.executor.gpu, "launches", {})  # a CUDA device's: what was launched one by one, what was replayed
+        return {**self.session.stats.as_dict(peak_gpu_bytes=0, peak_host_bytes=0), "launches": dict(launches)}
 
     def passes(self, tokens: int, before: Mapping[str, Any]) -> Passes:
         return Passes(

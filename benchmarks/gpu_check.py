@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_steps import KernelTask, PointTask, RatesTask, TokenTask, token_cases
+from benchmarks.gpu_steps import GraphTask, KernelTask, PointTask, RatesTask, TokenTask, token_cases
 from benchmarks.gpu_workers import (
     ROOT,
     Verdict,
@@ -47,6 +47,7 @@ SCHEMA = 1
 BUDGET_S = 510.0  # of the nine minutes; starting and ending take the rest
 STALL_S = 60.0  # a token case takes a second or two; the first of a worker also starts torch, CUDA and transformers
 MAX_DEATHS = 4  # workers that die or hang before the remaining token cases are given up
+DEVICE_TESTS_S = 120.0  # some compile kernels
 KERNELS_S = 90.0  # the most that kernel cases may take: compiling one takes a second or two
 TOKENS_S = 200.0  # the most that token cases may take, so that rates and points get their turn
 POINT_S = 120.0
@@ -101,7 +102,7 @@ def device_tests(check: Check) -> None:
         return
     # Not our configuration file: it names options of plug-ins that a bare box lacks.
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider", str(ROOT / "tests" / "gpu")]
-    done = subprocess.run(command, cwd=ROOT, env=worker_environment(), capture_output=True, text=True, check=False, timeout=min(90.0, check.left_s))
+    done = subprocess.run(command, cwd=ROOT, env=worker_environment(), capture_output=True, text=True, check=False, timeout=min(DEVICE_TESTS_S, check.left_s))
     failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     for line in failures:
         say(f"      {line[:200]}")
@@ -129,6 +130,23 @@ def kernel_tests(check: Check) -> None:
         check.judge("triton kernels", None, f"torch's operations run instead: {found[0]['detail']}")
     else:
         check.judge("triton kernels", counts[True] > 0 and not counts[False] and (reason is None or reason.endswith("were up")), text)
+
+
+def graph_tests(check: Check) -> None:
+    """Launches captured in graphs and replayed, against the same ones launched one by one: logits bit by bit."""
+    if not check.device.startswith("cuda:"):
+        check.judge("graphs", None, "not run: they need a CUDA device")
+        return
+    found: list[dict[str, Any]] = []
+    reason = None
+    for event in events_of(STEPS_MODULE, "graphs", GraphTask(device=check.device), limit_s=min(KERNELS_S, check.left_s), stall_s=KERNELS_S):
+        if event["event"] == "case":
+            found.append(event)
+        elif event["event"] == "end":
+            reason = event["reason"]
+    detail = "; ".join(f"{event['case']}: {event['detail']}" for event in found) + (f"; ended early: {reason}" if reason else "")
+    infeasible = [event for event in found if event["ok"] is None]
+    check.judge("graphs", None if infeasible else bool(found) and all(event["ok"] for event in found) and reason is None, detail)
 
 
 def token_tests(check: Check) -> None:
@@ -287,7 +305,7 @@ def checked(args: argparse.Namespace) -> Check:
     )  # fmt: skip
 
 
-STEPS = (build_native_library, device_tests, kernel_tests, token_tests, measure_rates, measure_points)
+STEPS = (build_native_library, device_tests, kernel_tests, graph_tests, token_tests, measure_rates, measure_points)
 
 
 def run_steps(check: Check) -> None:

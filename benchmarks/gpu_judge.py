@@ -29,7 +29,7 @@ def judge(document: Document) -> list[Verdict]:
     found = [_cases(points), _memory(points), _finite(points)]
     speed = [
         _efficiency(points, "decode", DECODE_EFFICIENCY), _efficiency(points, "prefill", PREFILL_EFFICIENCY), _simulated_ratio(points),
-        _roofline_ratio(document), _resident(points), _prediction(points), _driver(points), *_peers(points),
+        _roofline_ratio(document), _resident(points), _prediction(points), _driver(points), _graphs(points), *_peers(points),
     ]  # fmt: skip
     return found + [Verdict(name=verdict.name, ok=None if emulated else verdict.ok, detail=verdict.detail) for verdict in speed]
 
@@ -151,6 +151,18 @@ def _driver(points: Sequence[Mapping[str, Any]]) -> Verdict:
     worst = max(shares, key=lambda name: shares[name])
     text = f"at most {100 * shares[worst]:.1f} % of a pass outside the executor ({worst}), {100 * DRIVER_FRAC:.0f} % allowed"
     return Verdict(name="step loop", ok=shares[worst] <= DRIVER_FRAC, detail=text)
+
+
+def _graphs(points: Sequence[Mapping[str, Any]]) -> Verdict:
+    """On a card, the compute queue's launches are captured and replayed: where nothing was, something has refused."""
+    seen = [each for _, policy, each in figures(points) if policy == "auto" and each["launches"]]
+    if not seen:
+        return Verdict(name="graphs", ok=None, detail="no instructions on a card")
+    replayed, launched = (sum(each["launches"].get(name, 0) for each in seen) for name in ("replayed", "launched"))
+    most = max(1e-9 * each["launches"].get("host_ns", 0) / each["seconds"] for each in seen)
+    share = 100 * replayed / max(1, replayed + launched)
+    text = f"{share:.0f} % of auto's instructions on the card were replayed; launching took {100 * most:.0f} % of a pass at most"
+    return Verdict(name="graphs", ok=replayed > 0, detail=text)
 
 
 def _peers(points: Sequence[Mapping[str, Any]]) -> list[Verdict]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.gpu_points import GIB, Point
 from benchmarks.gpu_workers import Emit, card_used_bytes, outcome, serve
+from twinpilots.device.cpu import choose_cores
 from twinpilots.errors import LimitError
 from twinpilots.model.dummy import CONFIGS
 from twinpilots.model.spec import ModelSpec
@@ -71,6 +72,8 @@ def placed_model(point: Point, device: str) -> Any:
     import accelerate
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.set_num_threads(len(choose_cores(gpu=True, emulated=False).pilot))  # our own workers do with one
 
     spec, dtype = point.spec, getattr(torch, DTYPES[point.spec.weight_dtype])
     fields = {key: value for key, value in CONFIGS[point.model.removeprefix("dummy:")].items() if key not in ("model_type", "dtype")}

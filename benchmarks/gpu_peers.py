@@ -25,6 +25,7 @@ from twinpilots.errors import UserError
 
 PEERS = ("accelerate", "llama.cpp")
 RESERVE_BYTES = 3 * GIB // 2  # under the cap, beside llama.cpp's layers: context, libraries, what a pass computes with
+ACCELERATE_SHARE = 0.6  # of the time: it makes its weights anew for every point
 GENERATED = 16  # tokens per sequence that llama.cpp is timed with
 LLAMA_BENCH = "llama-batched-bench"
 Result = dict[str, Any]  # tokens_per_s, footprint_bytes and more; ``reason`` where there is no figure
@@ -38,7 +39,7 @@ def peer_results(points: Sequence[Point], device: str, budget_s: float, llama_cp
     """(point, peer, result) of every point that is compared with others."""
     compared = [point for point in points if point.against_peers]
     began = time.monotonic()
-    yield from accelerate_results(compared, device, budget_s / 2)
+    yield from accelerate_results(compared, device, ACCELERATE_SHARE * budget_s)
     yield from llama_cpp_results(compared, device, budget_s - (time.monotonic() - began), llama_cpp)
 
 
@@ -115,10 +116,9 @@ def run_llama_cpp(program: Path, model: Path, point: Point, device: str, limit_s
     """The rate that it reports, and the most of the card that was seen in use. SubprocessError when it fails or takes too long."""
     before, most, began = card_used_bytes(device), 0, time.monotonic()
     command = llama_cpp_command(program, model, point)
+    environment = {name: value for name, value in worker_environment().items() if name != "OMP_NUM_THREADS"}  # its threads are its own affair
     with tempfile.TemporaryFile("w+") as output:
-        child = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**worker_environment(), "CUDA_VISIBLE_DEVICES": device.partition(":")[2]}
-        )
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**environment, "CUDA_VISIBLE_DEVICES": device.partition(":")[2]})
         try:
             while child.poll() is None:
                 if time.monotonic() - began > limit_s:

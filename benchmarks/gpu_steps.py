@@ -61,7 +61,14 @@ class KernelTask:
     device: str
 
 
-TASKS = {"kernels": KernelTask, "tokens": TokenTask, "rates": RatesTask, "point": PointTask}
+@dataclass(frozen=True, kw_only=True)
+class GraphTask:
+    """Passes whose launches are captured in graphs, against the same passes launched one by one, on ``device``."""
+
+    device: str
+
+
+TASKS = {"kernels": KernelTask, "graphs": GraphTask, "tokens": TokenTask, "rates": RatesTask, "point": PointTask}
 
 
 def token_cases(families: tuple[str, ...], variants: tuple[str, ...], dtypes: tuple[str, ...]) -> tuple[str, ...]:
@@ -114,6 +121,29 @@ def run_kernels(task: KernelTask, emit: Emit) -> None:
             return ", ".join(f"{op} {count}" for op, count in run_case(name, 0, device).launches.items())
 
         emit({"event": "case", "case": name, **outcome(run), "seconds": time.monotonic() - began})
+
+
+def run_graphs(task: GraphTask, emit: Emit) -> None:
+    """Each hand-set plan of tests/graph_case.py once. Infeasible: the one case "graphs", with the reason."""
+    import torch
+
+    from twinpilots.kernels.triton import unavailable
+
+    if (reason := unavailable(torch.device(task.device))) is not None:
+        emit({"event": "case", "case": "graphs", "ok": None, "detail": reason, "seconds": 0.0})
+        return
+    from tests.graph_case import PLAN_SEEDS, Eager, compare
+    from twinpilots.device.cuda import CudaGpu
+
+    index = int(task.device.removeprefix("cuda:"))
+    for seed in PLAN_SEEDS:
+        emit({"event": "begin", "case": f"plan {seed}"})
+        began = time.monotonic()
+
+        def run(seed: int = seed) -> str:
+            return compare(CudaGpu(index, Eager(index)), CudaGpu(index), seed)
+
+        emit({"event": "case", "case": f"plan {seed}", **outcome(run), "seconds": time.monotonic() - began})
 
 
 def run_variant(model: Any, dtype: str, variant: str, gpu: GpuDevice) -> str:
@@ -210,7 +240,7 @@ def measure_point(task: PointTask) -> dict[str, Any]:
 
 # -- the process ---------------------------------------------------------------------------------------------------------------------------
 
-RUN: Mapping[str, Callable[[Any, Emit], None]] = {"kernels": run_kernels, "tokens": run_tokens, "rates": run_rates, "point": run_point}
+RUN: Mapping[str, Callable[[Any, Emit], None]] = {"kernels": run_kernels, "graphs": run_graphs, "tokens": run_tokens, "rates": run_rates, "point": run_point}
 
 
 if __name__ == "__main__":

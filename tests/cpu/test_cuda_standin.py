@@ -79,6 +79,9 @@ class FakeRuntime:
     def kernels(self) -> None:
         return None
 
+    def graphs(self) -> None:
+        return None
+
     def use(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 

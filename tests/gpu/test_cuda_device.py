@@ -11,11 +11,13 @@ import torch
 
 from tests.cpu.native_twin import Machine
 from tests.device_programs import entry, insn, load, weights
+from tests.graph_case import PLAN_SEEDS, Eager, compare
 from tests.programs import ARENA, Program, add, attention, embed, linear, linear_in, norm
-from twinpilots.device.cuda import CudaGpu, _device_pointer
+from twinpilots.device.cuda import CudaGpu, CudaRuntime, _device_pointer
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import LimitError
 from twinpilots.kernels.abi import EVENTS_OFFSET, Op, Space, address
+from twinpilots.kernels.triton import unavailable
 from twinpilots.runtime.machine import OFFSET_MASK, decode
 from twinpilots.runtime.machine import Machine as TorchMachine
 from twinpilots.runtime.torch_ops import execute, multiply
@@ -110,3 +112,27 @@ def test_instructions_on_the_gpu_agree_with_the_cpu(program: Program, seed: int)
     changed = after.view(np.uint32) != before.view(np.uint32)
     np.testing.assert_allclose(found.view(np.float32)[changed], after.view(np.float32)[changed], rtol=3e-2, atol=6e-2)
     assert np.array_equal(found.view(np.uint32)[~changed], before.view(np.uint32)[~changed])
+
+
+@pytest.mark.parametrize("plan_seed", PLAN_SEEDS)
+def test_replayed_launches_give_the_same_bits(plan_seed: int) -> None:
+    if unavailable(torch.device(DEVICE)) is not None:
+        pytest.skip("no Triton kernels here: nothing is captured")
+    compare(CudaGpu(0, Eager(0)), CudaGpu(0), plan_seed)
+
+
+def test_memory_that_somebody_else_has_pinned_is_used_and_stays_theirs() -> None:
+    host, keeper = HostArena(64 * MIB, num_events=64), CudaRuntime(0)
+    keeper.pin(host)
+    for _ in range(2):  # engines that follow one another over the same arena
+        host.renew(None)
+        gpu = CudaGpu(0)
+        gpu.open(host, 16 * MIB)
+        src, data = weights(host, 4 * MIB)
+        gpu.submit("link_in", entry(host, load(host, [(0, src, 4 * MIB)], record=2)))
+        gpu.wait("link_in", 10.0)
+        assert np.array_equal(gpu.read(0, 4 * MIB), data)
+        gpu.close()
+    assert _device_pointer(host.base) is not None, "still pinned"
+    keeper.release(host)
+    host.close()

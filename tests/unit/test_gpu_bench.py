@@ -108,6 +108,7 @@ def figures(rate: float, **changes: Any) -> dict[str, Any]:
     values = {
         "tokens_per_s": rate, "predicted": rate * 1.02, "plan_bound": 10.0, "hardware_bound": 10.0, "efficiency": rate / 10.0, "driver_frac": 0.01,
         "footprint_bytes": 8 * GIB, "gpu_memory": 8 * GIB, "finite": True, "weights_frac": {"resident": 0.4, "streamed": 0.3, "cpu": 0.3},
+        "launches": {"launched": 10, "captured": 5, "replayed": 90, "host_ns": 100_000_000},
         "seconds": 1.0, "busy_s": {"cpu": 0.5, "gpu": 0.2, "link": 0.9},
     }  # fmt: skip
     return values | changes
@@ -149,6 +150,7 @@ def test_good_figures_pass_every_verdict_that_they_bear_on() -> None:
         ({"driver_frac": 0.031}, {}, "step loop"),
         ({"footprint_bytes": 8 * GIB + (2 << 20)}, {}, "memory promise"),
         ({}, {"finite": False}, "finite logits"),
+        ({"launches": {"launched": 100}}, {}, "graphs"),
     ],
 )
 def test_each_threshold_fails_its_own_verdict(auto: dict[str, Any], stream: dict[str, Any], broken: str) -> None:

@@ -109,6 +109,22 @@ def test_kernels_that_fail_are_reported_and_a_machine_without_them_is_no_failure
     assert run(device="emulated:demo")[0] is None
 
 
+def test_graphs_are_judged_by_every_plan_and_not_where_nothing_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*events: tuple[str, bool | None], reason: str | None = None, device: str = "cuda:0") -> bool | None:
+        told = [{"event": "case", "case": name, "ok": ok, "detail": "why", "seconds": 0.1} for name, ok in events]
+        monkeypatch.setattr(gpu_check, "events_of", lambda *_, **__: [*told, {"event": "end", "reason": reason}])
+        found = check(device=device)
+        gpu_check.graph_tests(found)
+        return found.verdicts[0].ok
+
+    assert run(("plan 1", True), ("plan 2", True)) is True
+    assert run(("plan 1", True), ("plan 2", False)) is False
+    assert run(("plan 1", True), reason="its process ended with exit code -11") is False
+    assert run() is False
+    assert run(("graphs", None)) is None
+    assert run(device="emulated:demo") is None
+
+
 def test_a_worker_that_cannot_start_ends_the_case_with_a_reason() -> None:
     found = gpu_check.only_case(gpu_check.STEPS_MODULE, "rates", gpu_steps.RatesTask(device="emulated:demo", model="dummy:none"), 30.0)
     assert found["ok"] is False

@@ -20,7 +20,7 @@ LEVELS = {
     "openai": 1, "openai.prompts": 4,
     "plan": 2, "stats": 2,
     "kernels": 3, "model": 3, "device": 3, "hardware": 3, "runtime.interpreter": 3, "runtime.machine": 3, "runtime.torch_ops": 3, "runtime.torch_quant": 3,
-    "runtime.triton_ops": 3,
+    "runtime.triton_ops": 3, "runtime.graphs": 3,
     "runtime": 4, "distributed": 4,
     "api": 5, "session": 5, "planner": 5, "online": 5, "adaptation": 5, "background": 5, "history": 5, "machine": 5, "profiling": 5, "trace": 5, "doctor": 5,
     "kv_pricing": 5, "outcomes": 5, "predictions": 5, "rehearsal": 5,
@@ -39,7 +39,15 @@ IMPURE = {"torch", "transformers", "time", "datetime", "subprocess", "threading"
 # Heavy packages may be imported inside functions only, so that starting is quick; torch at the top of the modules that are torch.
 HEAVY = {"torch", "triton", "transformers", "scipy", "gguf", "huggingface_hub", "matplotlib", "fastapi", "pydantic", "uvicorn"}
 SERVER_MODULES = ("server.app", "server.run")  # nobody imports these but the serve command, when it runs
-TORCH_MODULES = ("runtime.interpreter", "runtime.machine", "runtime.torch_ops", "runtime.torch_quant", "runtime.triton_ops", "device.cuda")
+TORCH_MODULES = (
+    "runtime.interpreter",
+    "runtime.machine",
+    "runtime.torch_ops",
+    "runtime.torch_quant",
+    "runtime.triton_ops",
+    "device.cuda",
+    "device.cuda_graphs",
+)
 TRITON_MODULES = ("kernels.triton.attention", "kernels.triton.linear", "kernels.triton.rowwise")
 ALLOWED = {
     **dict.fromkeys(TORCH_MODULES, frozenset({"torch"})),

@@ -15,12 +15,12 @@ torch interpreter's queue loop on its stream, the compute queue's with Triton ke
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -31,11 +31,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twinpilots.device.base import ENTRY_QUIT, OK, QUEUE_NAMES, Mailbox, QueueName
+from twinpilots.device.cuda_graphs import CudaGraphs, forget_error
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import DeviceUnavailableError, LimitError
 from twinpilots.kernels.abi import ENTRY, NULL
 from twinpilots.kernels.native import TIMED_OUT
 from twinpilots.kernels.triton import unavailable
+from twinpilots.runtime.graphs import Graphs, Replays
 from twinpilots.runtime.interpreter import POLL_S, WAIT_TIMEOUT_S, has_reached, queue_loop
 from twinpilots.runtime.torch_ops import Kernels
 from twinpilots.units import format_bytes
@@ -77,6 +79,10 @@ class Runtime(Protocol):
         """Kernels of the device's own for the compute queue; None: torch's operations do it all."""
         ...
 
+    def graphs(self) -> Graphs | None:
+        """How launches of the compute queue are captured; None: not at all."""
+        ...
+
     def use(self, stream: Any) -> AbstractContextManager[Any]:
         """Launches inside this block go to ``stream``."""
         ...
@@ -102,9 +108,9 @@ class CudaRuntime:
         with torch.cuda.device(self.device):  # memory is registered with the current device, whose address the alias gets
             status = int(torch.cuda.cudart().cudaHostRegister(host.base, host.num_bytes, REGISTER_FLAGS))
             if status == ALREADY_REGISTERED:  # by who keeps the arena for several engines, and unpins it in the end
-                _forget_error(self.device)
+                forget_error(self.device)
             elif status != 0:
-                _forget_error(self.device)
+                forget_error(self.device)
                 _LOG.warning("cannot pin %s of host memory (CUDA error %d): copies will be slow and block", format_bytes(host.num_bytes), status)
                 return None
             else:
@@ -145,6 +151,9 @@ class CudaRuntime:
 
         return kernels_for(self.device)
 
+    def graphs(self) -> Graphs | None:
+        return CudaGraphs(self.device)
+
     def use(self, stream: Any) -> AbstractContextManager[Any]:
         return torch.cuda.stream(stream)
 
@@ -164,12 +173,6 @@ def _device_pointer(host_address: int) -> int | None:
     except (OSError, AttributeError):
         return None
     return pointer.value if status == 0 else None
-
-
-def _forget_error(device: torch.device) -> None:
-    """A failed call of the CUDA run time is reported once more, by the next kernel launch: let that be this one."""
-    with contextlib.suppress(RuntimeError):
-        torch.ones(1, device=device)
 
 
 class StreamSync:
@@ -253,6 +256,7 @@ class CudaGpu:
         self._host: HostArena | None = None
         self._threads: list[threading.Thread] = []
         self._failure: str | None = None
+        self.launches: Counter[str] = Counter()  # of the compute queue, as `Replays.counts`
 
     def open(self, host: HostArena, num_bytes: int) -> None:
         if self._arena is not None:
@@ -284,7 +288,8 @@ class CudaGpu:
             with self._runtime.use(stream):
                 sync = StreamSync(self._runtime, stream, host, alias, board)
                 kernels = self._runtime.kernels() if queue == "gpu" else None
-                queue_loop(self._mailboxes[queue].offset, host.bytes, self._arena, host_alias=alias, sync=sync, kernels=kernels)
+                replays = Replays(None if kernels is None else self._runtime.graphs(), self.launches if queue == "gpu" else Counter())
+                queue_loop(self._mailboxes[queue].offset, host.bytes, self._arena, host_alias=alias, sync=sync, kernels=kernels, replays=replays)
         except (RuntimeError, AssertionError, ValueError, LookupError, TypeError) as error:
             self._failure = f"{queue} of {self.name} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             _LOG.exception("%s", self._failure)

@@ -21,6 +21,7 @@ from twinpilots.device.base import ENTRY_QUIT, OK
 from twinpilots.device.memory import HostArena
 from twinpilots.kernels.abi import CONTROL, ENTRY, EVENTS_OFFSET, INSN, MAILBOX, MAILBOX_ENTRIES, MAX_WAITS, NULL
 from twinpilots.kernels.native import ABORTED, BAD_INSTRUCTION, CANCELLED, TIMED_OUT, Native
+from twinpilots.runtime.graphs import Code, Replays
 from twinpilots.runtime.machine import Insn, Machine
 from twinpilots.runtime.torch_ops import Kernels, execute, is_known, link_bytes
 
@@ -106,9 +107,11 @@ class _Queue:
     """One interpreter's state: the machine, how it synchronises, what may stop it."""
 
     def __init__(
-        self, machine: Machine, host: NDArray[np.uint8], sync: Sync, link: LinkRates | None, mailbox: _Mailbox | None, kernels: Kernels | None = None
-    ) -> None:
+        self, machine: Machine, host: NDArray[np.uint8], sync: Sync, link: LinkRates | None, mailbox: _Mailbox | None, kernels: Kernels | None = None,
+        replays: Replays | None = None,
+    ) -> None:  # fmt: skip
         self._machine, self._host, self._sync, self._mailbox, self._kernels = machine, host, sync, mailbox, kernels
+        self._replays = replays or Replays(None)
         self._link = link or LinkRates()
         self._random = random.Random(self._link.adversarial_seed)
         self._abort = host[: CONTROL.itemsize].view(CONTROL)["abort"]
@@ -120,25 +123,63 @@ class _Queue:
 
     def run(self, entry: np.void | NDArray[Any]) -> int:
         """One entry to its end; its status as tp_run's."""
+        with torch.inference_mode():  # all of it: a tensor made inside must not be written outside
+            return self._run(entry)
+
+    def _run(self, entry: np.void | NDArray[Any]) -> int:
         pass_id, trace = int(entry["pass_id"]), int(entry["trace"])
-        insns = self._machine.insns(int(entry["insns"]), int(entry["count"]))
+        code = self._code(int(entry["insns"]), int(entry["count"]))
         self._machine.begin(int(entry["meta"]))
-        times = None if trace == NULL else self._host[trace : trace + 24 * len(insns)].view(np.int64).reshape(-1, 3)
-        for number, insn in enumerate(insns):
-            status = self._step(insn, pass_id, int(entry["first_pass"]), None if times is None else times[number])
+        times = None if trace == NULL else self._host[trace : trace + 24 * len(code.insns)].view(np.int64).reshape(-1, 3)
+        status = OK
+        for part in code.parts:
+            status = self._run_part(code, part, pass_id, int(entry["first_pass"]), times)
             if status != OK:
                 break
-        else:
-            status = OK
         self._sync.drain()
+        if status == OK:
+            self._replays.tell()
+        else:
+            self._replays.forget()
         return status
 
-    def _step(self, insn: Insn, pass_id: int, first_pass: int, times: NDArray[np.int64] | None) -> int:
+    def _code(self, address: int, count: int) -> Code:
+        raw = self._host[address : address + count * INSN.itemsize].tobytes()
+        return self._replays.code(raw, lambda: self._machine.insns(address, count), lambda insn: is_known(insn) and 0 <= insn.num_waits <= MAX_WAITS)
+
+    def _run_part(self, code: Code, part: range, pass_id: int, first_pass: int, times: NDArray[np.int64] | None) -> int:
+        """Instructions of which only the first waits and only the last records."""
         status = self.stopped(pass_id)
+        if status == OK and not code.unknown.isdisjoint(part):
+            status = BAD_INSTRUCTION
+        if status == OK:
+            status = self._wait(code.insns[part.start], pass_id, first_pass, None if times is None else times[part.start])
         if status != OK:
             return status
-        if not is_known(insn) or not 0 <= insn.num_waits <= MAX_WAITS:
-            return BAD_INSTRUCTION
+
+        def launch(index: int) -> bool:
+            return self._execute(code.insns[index])
+
+        def timed(index: int) -> bool:
+            if times is None:
+                return launch(index)
+            if index > part.start:
+                self._sync.mark(times[index], 0)
+                self._sync.mark(times[index], 1)
+            taken = launch(index)
+            self._sync.mark(times[index], 2)
+            return taken
+
+        each = None if times is None else times[part.start : part.stop]
+        if not self._replays.run(self._machine, code, part, each, launch, timed) and each is not None:
+            self._sync.mark(each[-1], 2)
+        record = code.insns[part.stop - 1].record
+        if record >= 0:
+            self._sync.record(record, pass_id)
+        return OK
+
+    def _wait(self, insn: Insn, pass_id: int, first_pass: int, times: NDArray[np.int64] | None) -> int:
+        """Until the instruction may begin; marks the wait."""
         if times is not None:
             self._sync.mark(times, 0)
         for event, offset in zip(insn.wait_event[: insn.num_waits], insn.wait_offset, strict=False):
@@ -151,28 +192,23 @@ class _Queue:
             time.sleep(self._random.random() * self._random.choice((1e-4, 2e-3)))
         if times is not None:
             self._sync.mark(times, 1)
-        self._execute(insn)
-        if times is not None:
-            self._sync.mark(times, 2)
-        if insn.record >= 0:
-            self._sync.record(insn.record, pass_id)
         return OK
 
-    def _execute(self, insn: Insn) -> None:
-        """The instruction, and what is left of the time that its bytes take on the emulated link."""
+    def _execute(self, insn: Insn) -> bool:
+        """The instruction, and what is left of the time that its bytes take on the emulated link. Whether a kernel of the device's own took it."""
         began = time.monotonic()
-        execute(self._machine, insn, self._kernels)
+        taken = execute(self._machine, insn, self._kernels)
         link = self._link
         if not (link.up_bytes_per_s or link.down_bytes_per_s or link.latency_s):
-            return
+            return taken
         moved = link_bytes(self._machine, insn)
-        if moved is None:
-            return
-        num_bytes, direction = moved
-        rate = (link.up_bytes_per_s, link.down_bytes_per_s)[direction]
-        left = began + link.latency_s + (num_bytes / rate if rate else 0.0) - time.monotonic()
-        if left > 0:
-            time.sleep(left)
+        if moved is not None:
+            num_bytes, direction = moved
+            rate = (link.up_bytes_per_s, link.down_bytes_per_s)[direction]
+            left = began + link.latency_s + (num_bytes / rate if rate else 0.0) - time.monotonic()
+            if left > 0:
+                time.sleep(left)
+        return taken
 
     def loop(self) -> int:
         """Serve the mailbox until abort (ABORTED) or an entry with the quit flag (OK)."""
@@ -209,10 +245,10 @@ def run_program(
 
 def queue_loop(
     mailbox_offset: int, host: NDArray[np.uint8], gpu: Tensor, *, host_alias: Tensor | None = None, sync: Sync | None = None, link: LinkRates | None = None,
-    kernels: Kernels | None = None,
+    kernels: Kernels | None = None, replays: Replays | None = None,
 ) -> int:  # fmt: skip
-    """Serve one mailbox on the calling thread: tp_queue_loop's twin, by polling."""
-    return _Queue(Machine(host, gpu, host_alias), host, sync or HostSync(host), link, _Mailbox(host, mailbox_offset), kernels).loop()
+    """Serve one mailbox on the calling thread: tp_queue_loop's twin, by polling. ``replays``: what may be launched at one stroke, and what was."""
+    return _Queue(Machine(host, gpu, host_alias), host, sync or HostSync(host), link, _Mailbox(host, mailbox_offset), kernels, replays).loop()
 
 
 class SerialRunner:

@@ -6,6 +6,7 @@ queues, waits or streams.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from twinpilots.kernels.abi import INSN, NULL, Dtype, Meta, Space
 TORCH_DTYPES: dict[int, torch.dtype] = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16, Dtype.INT8: torch.int8}
 OFFSET_MASK = (1 << 56) - 1
 SCALE_BYTES = 4  # of int8 KV: fp32
+KV_CLASS = 256  # tokens: attention is launched for contexts rounded up to this, so that passes one token apart are launched alike
 
 
 class KvShape(NamedTuple):
@@ -75,6 +77,11 @@ class Batch:
         self.header: list[int] = words[: Meta.HEADER].tolist()
         self._tensors: dict[tuple[int, int, int], Tensor] = {}
 
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """All of the metadata that launches are made with: rows, sequences and offsets (not how many words there are), and where it lies."""
+        return (*self.header[: Meta.NUM_WORDS], *self.header[Meta.NUM_WORDS + 1 :], self.device_words.data_ptr())
+
     def ints(self, which: Meta, first: int, last: int) -> list[int]:
         start = self.header[which]
         found: list[int] = self.words[start + first : start + last].tolist()
@@ -109,6 +116,10 @@ class Machine:
     @property
     def is_aliased(self) -> bool:
         return self._alias is not None
+
+    @property
+    def has_metadata(self) -> bool:
+        return self._meta >= 0
 
     @property
     def batch(self) -> Batch:
@@ -199,3 +210,13 @@ class Machine:
         """[num_pages, 2 (k, v), G, page_size] of int8 pages, no copy."""
         stride = (page_stride // SCALE_BYTES, shape.kv_heads * shape.page_size, shape.page_size, 1)
         return self.strided(address + shape.scales_offset, torch.float32, (num_pages, 2, shape.kv_heads, shape.page_size), stride)
+
+
+def launched_kv(machine: Machine, insn: Insn) -> tuple[int, int]:
+    """(most query tokens, longest context, rounded up) of the sequences of an ATTEND: what it is launched with, beside its rows."""
+    sequences = machine.sequences(insn, insn.glo, insn.ghi)
+    if not len(sequences):
+        return 0, 0
+    span = sequences.start, sequences.stop
+    queries, kv = max(machine.batch.ints(Meta.OFF_SEQ_LEN, *span)), max(machine.batch.ints(Meta.OFF_SEQ_KV, *span))
+    return queries, -(-kv // KV_CLASS) * KV_CLASS

@@ -312,15 +312,17 @@ class Kernels(Protocol):
         ...
 
 
-def execute(machine: Machine, insn: Insn, kernels: Kernels | None = None) -> None:
-    """Run one instruction; nothing happens when it has no rows."""
+def execute(machine: Machine, insn: Insn, kernels: Kernels | None = None) -> bool:
+    """Run one instruction; nothing happens when it has no rows. Whether it was left to ``kernels``, or nothing was to be done."""
     if insn.op in ROW_OPS:
         first, last = machine.rows(insn)
         if first == last:
-            return
+            return True
     with torch.inference_mode():
-        if kernels is None or not kernels.run(machine, insn):
-            OPS[insn.op](machine, insn)
+        if kernels is not None and kernels.run(machine, insn):
+            return True
+        OPS[insn.op](machine, insn)
+    return False
 
 
 def is_known(insn: Insn) -> bool:

@@ -18,7 +18,7 @@ from twinpilots.kernels.abi import DTYPE_CODES, NULL, Activations, Dtype, Epilog
 from twinpilots.kernels.triton import attention, cannot_build, multiplies, rowwise
 from twinpilots.kernels.triton.linear import Finish, linear
 from twinpilots.model.weight_format import FORMATS, WeightFormat
-from twinpilots.runtime.machine import SCALE_BYTES, TORCH_DTYPES, Insn, KvShape, Machine
+from twinpilots.runtime.machine import SCALE_BYTES, TORCH_DTYPES, Insn, KvShape, Machine, launched_kv
 
 _LOG = logging.getLogger(__name__)
 SCRATCH_BYTES = 32 * 2**20  # partial sums; a launch that would need more is cut into fewer parts
@@ -119,10 +119,8 @@ def _attend(k: TritonOps, m: Machine, insn: Insn) -> int:
     (first, last), sequences, batch = m.rows(insn), m.sequences(insn, insn.glo, insn.ghi), m.batch
     if first == last:
         return 0
-    span = sequences.start, sequences.stop
-    attended = attention.Attended(
-        sequences=sequences, rows=range(first, last), max_queries=max(batch.ints(Meta.OFF_SEQ_LEN, *span)), max_kv=max(batch.ints(Meta.OFF_SEQ_KV, *span)),
-    )  # fmt: skip
+    max_queries, max_kv = launched_kv(m, insn)
+    attended = attention.Attended(sequences=sequences, rows=range(first, last), max_queries=max_queries, max_kv=max_kv)
     header = batch.header
     offsets = header[Meta.OFF_SEQ_ROW], header[Meta.OFF_SEQ_LEN], header[Meta.OFF_SEQ_KV], header[Meta.OFF_SEQ_PAGES], header[Meta.OFF_PAGE]
     q, out = m.matrix(qkv, ld, 0, last, heads * head_dim), m.matrix(dst, dst_ld, 0, last, heads * head_dim)
