@@ -28,9 +28,9 @@ from twinpilots.errors import LimitError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.dummy import DummyCheckpoint
 from twinpilots.plan.bounds import pass_bound
+from twinpilots.plan.estimate import estimate_pass_s
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import BucketPlan, Plan, Policy
-from twinpilots.plan.simulate import estimate_pass_s
 from twinpilots.plan.solver import solve
 from twinpilots.plan.workload import Limits
 from twinpilots.planner import Planner, limits_of, pass_load_of

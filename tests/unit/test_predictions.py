@@ -6,10 +6,10 @@ from dataclasses import replace
 from statistics import median
 
 from tests.planning import DEMO, smollm2
+from twinpilots.plan.estimate import estimate_pass_s
 from twinpilots.plan.load import decode_load
 from twinpilots.plan.plan import Plan
 from twinpilots.plan.policies import build_policy
-from twinpilots.plan.simulate import estimate_pass_s
 from twinpilots.plan.workload import Limits, Workload
 from twinpilots.predictions import Predictions
 

@@ -2,15 +2,15 @@
 
 Owns `phase_bound` and `Pass`. A pass's tasks are played in their order on the two compute queues, with the simulator's own costs. What can only make a pass
 longer is left out: slower work beside copies, hazards other than a value that is not there yet, packets. Where nothing is streamed that is the simulation
-itself. With a link to ask (`played.py`) the same tasks tell about how long the pass takes, instead of how long at least.
+itself. With a link to ask (`played_link.py`) the same tasks tell about how long the pass takes, instead of how long at least.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,48 +21,16 @@ from twinpilots.plan.cost import ACTIVATION_BYTES, attention_s, linear_s, rope_a
 from twinpilots.plan.grid import HEAD_LAYER, Bools, Floats, Grid
 from twinpilots.plan.load import PassLoad, SeqClass
 from twinpilots.plan.plan import Phase, Plan
+from twinpilots.plan.played_link import PlayedLink
 from twinpilots.plan.pricing import phase_loads
 from twinpilots.plan.problem import Problem
+from twinpilots.plan.schedule import DEVICES, OTHER
 from twinpilots.plan.tasks import GPU_KV, HOST_KV, STREAMED_KV, Device
 
-DEVICES: tuple[Device, ...] = ("gpu", "cpu")
-OTHER: dict[Device, Device] = {"gpu": "cpu", "cpu": "gpu"}
 QKV = ("q_proj", "k_proj", "v_proj")
 _Ends = Mapping[tuple[Device, str], Floats]  # by device and op
 _Before = Callable[[int], Mapping[Device, Floats]]  # micro-batch -> when each device may begin
 _After = Callable[[int, _Ends], Mapping[Device, Floats]]  # micro-batch, when its linears are done -> when each device can go on
-
-
-class Link(Protocol):
-    """What a pass asks of the link. Times are from the pass's begin, by combination."""
-
-    def fetched(self, key: Hashable, op: OpSpec, rows: Floats) -> Floats:
-        """When streamed rows are there; the first to ask has them loaded."""
-
-    def used(self, key: Hashable, end: Floats) -> None:
-        """They were in use until then."""
-
-    def fetched_kv(self, slot: int, num_bytes: int) -> Floats:
-        """When a staging slot is full."""
-
-    def used_kv(self, slot: int, end: Floats) -> None: ...
-
-    def slowed(self, device: Device, start: Floats, seconds: Floats | float) -> Floats | float:
-        """What a task of so many seconds takes beside the link's work, about."""
-
-    def peer_drag(self, device: Device, fracs: Mapping[Device, float], beside: Floats | float) -> Floats | float:
-        """How much slower beside the other device is what keeps memory busy for these parts of its time; ``beside``: of that time, the part
-        in which the other works on the same op, at least."""
-
-    def crowded(self, keys: Sequence[Hashable]) -> Bools:
-        """Where these rows are not in the ring all at once."""
-
-    def saved(self) -> Any: ...
-
-    def restore(self, saved: Any) -> None: ...
-
-    def keep(self, where: Bools, other: Any) -> None:
-        """What is now stays ``where``; elsewhere what was saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +55,7 @@ def phase_bound(problem: Problem, plan: Plan, phase: Phase, grid: Grid) -> Secon
 class Pass:
     """One pass on the clock of two queues. Times are from the begin of the pass, by combination. Without ``played`` no task takes longer than it must."""
 
-    def __init__(self, problem: Problem, plan: Plan, grid: Grid, load: PassLoad, played: Link | None = None) -> None:
+    def __init__(self, problem: Problem, plan: Plan, grid: Grid, load: PassLoad, played: PlayedLink | None = None) -> None:
         self.played = played
         self.problem, self.plan, self.grid, self.rows, self.load = problem, plan, grid, grid.rows, load
         self.mbs = list(range(len(load.micro_batches)))
@@ -224,7 +192,7 @@ class Pass:
         self.ready = one
         self.streamed_bytes = self.streamed_bytes + streamed
 
-    def _linears_played(self, played: Link, layer: int, names: Sequence[str], before: _Before, after: _After) -> None:
+    def _linears_played(self, played: PlayedLink, layer: int, names: Sequence[str], before: _Before, after: _After) -> None:
         """One phase of linears in the order that the ring's size decides."""
         self.beside = self._beside(layer, names)
         began = self._state(), played.saved()
