@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 STORE_PASSES = 5000  # between two times that what was learned is stored: a run that is killed has not learned in vain
 ACCOUNT_EVERY_NS = 50_000_000  # of passes: slower passes are accounted for one by one
 PREPARE_S = 0.6  # what loading may spend on compiling programs ahead,
-PRICE_S = 0.2  # and on simulating passes
+PRICE_S = 0.4  # and on simulating passes
 
 
 @dataclass(frozen=True, slots=True)
