@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from twinpilots.errors import DeviceLostError, LimitError
 from twinpilots.machine import instruction_set, open_machine, resolve_device
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ def measure_machine(
     with open_machine(device, threads) as machine:
         profile = measure(machine.pilot, machine.gpu, spec, quick=quick, progress=progress)
     progress("passes of a short model: the driver, and work among its neighbours")
-    profile = rehearse(machine.device, threads, spec, profile, quick=quick)
+    try:
+        profile = rehearse(machine.device, threads, spec, profile, quick=quick)
+    except (DeviceLostError, LimitError) as error:
+        logger.warning("the profile could not be corrected by real passes, predictions will be some 20 %% too quick (%s)", error)
     if store:
         try:
             save_profile(_key(machine.device, spec, threads, quick=quick), profile, latest_for=None if quick else machine.device)

@@ -45,7 +45,7 @@ STORE_PASSES = 5000  # between two times that what was learned is stored: a run 
 ACCOUNT_EVERY_NS = 50_000_000  # of passes: slower passes are accounted for one by one
 ACCOUNT_ALONE_NS = 250_000_000  # where there is no GPU, so no work to move: nobody is in a hurry to learn
 PREPARE_S = 0.6  # what loading may spend on compiling programs ahead,
-PRICE_S = 0.2  # and on simulating passes
+PRICE_S = 0.4  # and on simulating passes
 
 
 @dataclass(frozen=True, slots=True)
