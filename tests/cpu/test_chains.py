@@ -102,7 +102,8 @@ def test_a_sequence_that_stops_in_a_chain_ends_there_and_its_place_is_free(model
     with Rig(model.path, cpu_plan(model)) as rig:
         tokens = play(rig, {"a": (0, PROMPTS[0], greedy(40))})["a"][0]
     place = next(i for i in range(5, 40) if tokens[i] not in tokens[:i])
-    requests = {"a": (0, PROMPTS[0], greedy(40, stop_token_ids=[tokens[place]])), "b": (0, PROMPTS[2], greedy(40)), "c": (0, PROMPTS[1], greedy(3))}
+    drawn = SamplingParams(seed=3, max_tokens=40, ignore_eos=True)  # the numbers that a chain did not use are used by the next one
+    requests = {"a": (0, PROMPTS[0], greedy(40, stop_token_ids=[tokens[place]])), "b": (0, PROMPTS[2], drawn), "c": (0, PROMPTS[1], greedy(3))}
     rig, found = chained_and_not(model, cpu_plan(model, max_num_seqs=2), requests)
     assert found["a"] == (tokens[: place + 1], "stop", tokens[place])
     assert len(found["b"][0]) == 40 and len(found["c"][0]) == 3
