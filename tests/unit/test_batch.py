@@ -84,6 +84,14 @@ def test_the_largest_pass_of_a_plan_fits_its_metadata_words_exactly() -> None:
         write_metadata(batch, meta[:-1], toy_spec(), plan)
 
 
+def test_pages_that_sequences_share_are_listed_for_each_of_them() -> None:
+    plan = toy_plan(gpu_pages=17, host_pages=0, max_num_seqs=4, max_pass_tokens=4, max_model_len=64)
+    batch = deal(plan, [item(i, 64, 63, 1, [*range(15), 15 + i]) for i in range(2)] + [item(i, 60, 59, 1, list(range(15))) for i in (2, 3)])
+    meta = np.zeros(metadata_words(plan), np.int32)
+    write_metadata(batch, meta, toy_spec(), plan)
+    assert meta[meta[Meta.OFF_PAGE] : meta[Meta.NUM_WORDS]].tolist() == [*range(15), 15, *range(15), 16, *range(15), *range(15)]
+
+
 def test_counts_of_a_pass() -> None:
     fresh, again = item(1, 6, 0, 4, [0], num_logits=0, is_chunk=True), item(2, 6, 2, 4, [1, 2])
     again.sequence.num_seen = 5  # recomputed after a preemption: only position 5 is new

@@ -133,8 +133,13 @@ def control_bytes(spec: ModelSpec, plan: Plan) -> int:
             alike[key] = tasks_allowance(spec, plan, bucket, templates)
     programs = sum(alike[id(bucket.splits), bucket.micro_batches] for bucket in plan.buckets) * PROGRAMS_PER_BUCKET * INSTRUCTION_BYTES
     words = META_HEADER_WORDS + META_WORDS_PER_TOKEN * plan.max_pass_tokens + META_WORDS_PER_SEQ * plan.max_num_seqs
-    words += 2 * (plan.gpu_pages + plan.host_pages) + plan.kv_staging_pages
+    words += listed_pages(plan) + plan.kv_staging_pages
     return CONTROL_BYTES + align(programs) + align(META_BUFFERS * FP32_BYTES * words) + kv_move_bytes(spec, plan)
+
+
+def listed_pages(plan: Plan) -> int:
+    """Pages that the metadata of one pass may list: one that several sequences share is listed for each of them."""
+    return plan.max_num_seqs * -(-plan.max_model_len // plan.page_size)
 
 
 def kv_move_pages(plan: Plan) -> int:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from twinpilots.kernels.abi import MAX_MICRO_BATCHES, Meta
 from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.memory import listed_pages
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.tasks import NUM_GROUPS, STREAMED_KV, PassShape
 from twinpilots.request import Sequence
@@ -92,8 +93,8 @@ class StepBatch:
 
 
 def metadata_words(plan: Plan) -> int:
-    """int32 words that hold the metadata of any pass of ``plan``: every home page and every staging page is listed at most once."""
-    home = min(plan.gpu_pages + plan.host_pages, plan.max_num_seqs * -(-plan.max_model_len // plan.page_size))
+    """int32 words that hold the metadata of any pass of ``plan``."""
+    home = listed_pages(plan)
     staging = min(home, plan.kv_staging_pages)
     return Meta.HEADER + 4 * plan.max_pass_tokens + plan.max_num_seqs + 5 * plan.max_num_seqs + home + staging
 
