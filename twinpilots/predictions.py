@@ -23,6 +23,7 @@ MOST_REMEMBERED = 512  # passes
 NEARBY = math.log(1.15)  # of every resource's work: as good as the pass itself
 CONTEXTS = (0.25, 0.75)  # of the longest sequence: where passes are simulated ahead
 PROMPT_TOKENS = 128  # of a prompt, about
+QUEUES_OF = {"cpu": ("cpu",), "gpu": ("gpu",), "link": ("link_in", "link")}  # where a timing keeps a resource's work
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +42,13 @@ class _Known:
         """The timing of a pass with that work."""
         factors = {name: seconds / self.work[name] if self.work[name] else 1.0 for name, seconds in work.items()}
         alone = replace(self.timing, seconds=self.timing.seconds - self.driver_s, fill_s=self.timing.fill_s - self.driver_s).scaled(factors)
-        return replace(alone, seconds=alone.seconds + driver_s, fill_s=alone.fill_s + driver_s)
+        new = {name: seconds for name, seconds in work.items() if seconds and not self.work[name]}  # what this pass does not use cannot be scaled
+        added = {queue: seconds for name, seconds in new.items() for queue in QUEUES_OF[name]}
+        least_s = max(new.values(), default=0.0)
+        return replace(
+            alone, seconds=max(alone.seconds, least_s) + driver_s, fill_s=max(alone.fill_s, least_s) + driver_s, busy_s=alone.busy_s | added,
+            alone_s=alone.alone_s | {queue: seconds for queue, seconds in added.items() if queue in alone.alone_s},
+        )  # fmt: skip
 
 
 class Predictions:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from statistics import median
 
 from tests.planning import DEMO, smollm2
-from twinpilots.plan.estimate import estimate_pass_s
+from twinpilots.plan.estimate import PassEstimator, estimate_pass_s
 from twinpilots.plan.load import decode_load
 from twinpilots.plan.plan import Plan
 from twinpilots.plan.policies import build_policy
@@ -69,3 +69,22 @@ def test_what_is_asked_outside_a_run_is_simulated() -> None:
     load = decode_load(0, 64, 100, bucket)
     assert predictions.timing(made, bucket, load).seconds == estimate_pass_s(SPEC, made, bucket, DEMO, load)
     assert predictions.num_simulated == 1
+
+
+def test_work_that_the_stand_in_did_not_have_counts_as_it_is() -> None:
+    """A bucket whose relatives leave everything to the CPU, itself streams and computes on the GPU."""
+    made = plan()
+    used = made.bucket_for("decode", 4)
+    alone = replace(
+        made.bucket_for("decode", 64), host_attention="cpu",
+        splits=tuple({name: replace(split, streamed=0, cpu=split.streamed + split.cpu) for name, split in layer.items()} for layer in used.splits),
+    )  # fmt: skip
+    other = replace(made, buckets=(used, alone))
+    predictions = Predictions(SPEC, DEMO, at_once=False)
+    predictions.prepare(other, [alone], budget_s=0.0)
+    load = decode_load(1, 3, 100, used)
+    found, exact = predictions.timing(other, used, load), PassEstimator(SPEC, other, used, DEMO, load.shape).timing(load)
+    assert predictions.num_simulated == 1 and exact.busy_s["link_in"] > 0
+    for queue in ("gpu", "link_in"):
+        assert 0.6 < found.busy_s[queue] / exact.busy_s[queue] < 1.3
+    assert found.seconds >= max(found.busy_s.values())
