@@ -27,6 +27,7 @@ from benchmarks.gpu_points import Point, Slice, by_family, points_for
 from benchmarks.gpu_rates import rates_text
 from benchmarks.gpu_workers import (
     ROOT,
+    TimedRun,
     Verdict,
     build_native,
     device_name,
@@ -50,25 +51,17 @@ MAX_DEATHS = 3  # of one model's workers, before its remaining cases are given u
 
 
 @dataclass(kw_only=True)
-class Run:
-    """One slice: what is measured, when it must end, what was found."""
+class Run(TimedRun):
+    """One slice: what is measured, and what was found."""
 
-    device: str
-    commit: str
     part: Slice
     points: tuple[Point, ...]
     policies: tuple[str, ...]
     llama_cpp: Path | None
-    budget_s: float
-    began: float = field(default_factory=time.monotonic)
     families: list[dict[str, Any]] = field(default_factory=list)
     results: dict[Point, dict[str, dict[str, Any]]] = field(default_factory=dict)
     peers: dict[Point, dict[str, dict[str, Any]]] = field(default_factory=dict)
     native: str | None = None  # why there is no native library
-
-    @property
-    def left_s(self) -> float:
-        return self.began + self.budget_s - time.monotonic()
 
     def record(self, point: Point, policy: str, result: Mapping[str, Any]) -> None:
         found = {name: result.get(name) for name in ("ok", "detail", "figures", "seconds")}

@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks.gpu_steps import GraphTask, KernelTask, PointTask, RatesTask, TokenTask, token_cases
 from benchmarks.gpu_workers import (
     ROOT,
+    TimedRun,
     Verdict,
     breaks_promise,
     build_native,
@@ -57,25 +58,17 @@ POINT_POLICIES = ("auto", "stream", "cpu")
 
 
 @dataclass(kw_only=True)
-class Check:
-    """One run: what was asked for, when it must end, what was found."""
+class Check(TimedRun):
+    """One run: what was asked for, and what was found."""
 
-    device: str
-    commit: str
     model: str
     num_seqs: tuple[int, ...]
     families: tuple[str, ...]
-    budget_s: float
-    began: float = field(default_factory=time.monotonic)
     verdicts: list[Verdict] = field(default_factory=list)
     kernels: list[dict[str, Any]] = field(default_factory=list)
     cases: list[dict[str, Any]] = field(default_factory=list)
     rates: dict[str, Any] = field(default_factory=dict)
     points: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def left_s(self) -> float:
-        return self.began + self.budget_s - time.monotonic()
 
     @property
     def passed(self) -> bool:
@@ -109,20 +102,26 @@ def device_tests(check: Check) -> None:
     check.judge("device tests", done.returncode == 0, (done.stdout.strip().splitlines() or [f"pytest ended with exit code {done.returncode}"])[-1])
 
 
-def kernel_tests(check: Check) -> None:
-    """Each Triton kernel, compiled here, against torch. One that is wrong or cannot be built is reported; the latter is left to torch in what follows."""
-    if not check.device.startswith("cuda:"):
-        check.judge("triton kernels", None, "not run: they need a CUDA device")
-        return
+def cases_of(kind: str, task: Any, *, limit_s: float, stall_s: float) -> tuple[list[dict[str, Any]], str | None]:
+    """A worker's cases, and why it ended early. What failed, or could not be done, is said as it comes."""
     found: list[dict[str, Any]] = []
     reason = None
-    for event in events_of(STEPS_MODULE, "kernels", KernelTask(device=check.device), limit_s=min(KERNELS_S, check.left_s), stall_s=STALL_S):
+    for event in events_of(STEPS_MODULE, kind, task, limit_s=limit_s, stall_s=stall_s):
         if event["event"] == "case":
             found.append(event)
             if not event["ok"]:
                 say(f"      {event['case']}: {event['detail']}")
         elif event["event"] == "end":
             reason = event["reason"]
+    return found, reason
+
+
+def kernel_tests(check: Check) -> None:
+    """Each Triton kernel, compiled here, against torch. One that is wrong or cannot be built is reported; the latter is left to torch in what follows."""
+    if not check.device.startswith("cuda:"):
+        check.judge("triton kernels", None, "not run: they need a CUDA device")
+        return
+    found, reason = cases_of("kernels", KernelTask(device=check.device), limit_s=min(KERNELS_S, check.left_s), stall_s=STALL_S)
     check.kernels = [{name: event[name] for name in ("case", "ok", "detail", "seconds")} for event in found]
     counts = {ok: sum(event["ok"] is ok for event in found) for ok in (True, False, None)}
     text = f"{counts[True]} cases agree with torch, {counts[False]} do not" + (f"; ended early: {reason}" if reason else "")
@@ -137,13 +136,7 @@ def graph_tests(check: Check) -> None:
     if not check.device.startswith("cuda:"):
         check.judge("graphs", None, "not run: they need a CUDA device")
         return
-    found: list[dict[str, Any]] = []
-    reason = None
-    for event in events_of(STEPS_MODULE, "graphs", GraphTask(device=check.device), limit_s=min(KERNELS_S, check.left_s), stall_s=KERNELS_S):
-        if event["event"] == "case":
-            found.append(event)
-        elif event["event"] == "end":
-            reason = event["reason"]
+    found, reason = cases_of("graphs", GraphTask(device=check.device), limit_s=min(KERNELS_S, check.left_s), stall_s=KERNELS_S)
     detail = "; ".join(f"{event['case']}: {event['detail']}" for event in found) + (f"; ended early: {reason}" if reason else "")
     infeasible = [event for event in found if event["ok"] is None]
     check.judge("graphs", None if infeasible else bool(found) and all(event["ok"] for event in found) and reason is None, detail)

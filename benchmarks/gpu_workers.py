@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,20 @@ class Verdict:
     name: str
     ok: bool | None
     detail: str
+
+
+@dataclass(kw_only=True)
+class TimedRun:
+    """What every run on a card is told, and how long it still has."""
+
+    device: str
+    commit: str
+    budget_s: float
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def left_s(self) -> float:
+        return self.began + self.budget_s - time.monotonic()
 
 
 def say(text: str) -> None:

@@ -116,6 +116,11 @@ class Predictions:
                     if clock() > until_s:
                         return
 
+    def simulate_at_once(self, at_once: bool) -> None:
+        """From now on as the argument of the same name says; what was remembered was priced the other way."""
+        self.at_once = at_once
+        self._timings.clear()
+
     def renew(self, profile: HardwareProfile) -> None:
         """Other rates from now on. What was simulated still stands for what has so much more or less work by them."""
         self.profile = profile

@@ -185,7 +185,7 @@ class Session:
         """Every pass from now on goes into ``trace``; None: no longer. What a traced pass was predicted to take is simulated, however long that takes."""
         self.account()
         self._trace = trace
-        self._planner.online.predictions.at_once = trace is not None
+        self._planner.online.predictions.simulate_at_once(trace is not None)
 
     def account(self) -> None:
         """What the passes since the last time took goes to the stats, to the trace and to the planner, who may answer with another plan.

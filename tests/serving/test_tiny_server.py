@@ -44,7 +44,7 @@ def test_the_tokens_found_in_the_prefix_cache_are_told(server: ServerProcess) ->
 
 def test_one_request_of_a_client_passes_by_the_queue_of_another(server: ServerProcess) -> None:
     with ThreadPoolExecutor(max_workers=1) as pool:
-        crowd = pool.submit(complete, server, [9, 4], n=128, max_tokens=90, logprobs=1)  # which keeps passes from being chained: soon over
+        crowd = pool.submit(complete, server, [9, 4], n=128, max_tokens=90, logprobs=1)  # chained passes, which logprobs forbid, would be over too soon
         server.wait_for(lambda: server.live()["waiting"] > 60, "most of them wait")
         assert complete(server, [5, 6], "another-key", max_tokens=5).status == 200
         assert not crowd.done(), "it would have been the last"

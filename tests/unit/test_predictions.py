@@ -88,3 +88,14 @@ def test_work_that_the_stand_in_did_not_have_counts_as_it_is() -> None:
     for queue in ("gpu", "link_in"):
         assert 0.6 < found.busy_s[queue] / exact.busy_s[queue] < 1.3
     assert found.seconds >= max(found.busy_s.values())
+
+
+def test_a_trace_that_begins_in_the_middle_is_predicted_by_simulation_too() -> None:
+    made = plan()
+    predictions = Predictions(SPEC, DEMO, at_once=False)
+    predictions.prepare(made, [made.bucket_for("decode", 64)], budget_s=0.0)
+    bucket = made.bucket_for("decode", 4)
+    load = decode_load(1, 3, 100, bucket)
+    predictions.timing(made, bucket, load)
+    predictions.simulate_at_once(True)
+    assert predictions.timing(made, bucket, load).seconds == estimate_pass_s(SPEC, made, bucket, DEMO, load)
