@@ -14,6 +14,7 @@ from twinpilots.commands import bench
 from twinpilots.errors import UserError
 from twinpilots.hardware import kernel_bench
 from twinpilots.hardware.kernel_bench import KernelCase, Work, fits, supported_formats, whole_work
+from twinpilots.hardware.peaks import Peaks
 from twinpilots.kernels.native import ISA_NAMES
 from twinpilots.model.dummy import dummy_spec
 
@@ -50,9 +51,11 @@ def test_the_limit_is_the_longer_of_two_times_and_the_percentage_is_of_it() -> N
     case = linear("linear-out", 4)
     whole = whole_work(SPEC, case)
     half = Work(rows=(), num_bytes=whole[0] / 2, flops=whole[1] / 2)
-    row = kernels.kernel_row(SPEC, case, half, [0.02, 0.01, 0.03, 0.04, 0.05], meter())
+    quiet, disturbed = kernels.Round(seconds=[0.02, 0.01], peaks=Peaks(8e9, 80e9)), kernels.Round(seconds=[0.03, 0.04, 0.05], peaks=Peaks(4e9, 100e9))
+    row = kernels.kernel_row(SPEC, case, half, [quiet, disturbed], meter())
     assert row.seconds == pytest.approx(0.04), "the lower quartile of the runs, scaled to the whole"
     assert row.limit_frac == pytest.approx(whole[0] / 10e9 / 0.04)
+    assert row.then_frac == pytest.approx((whole[0] / 8e9 / 0.02 + whole[0] / 4e9 / 0.06) / 2), "each round against what the machine gave then"
     document = kernels.document_of(SPEC, "avx2", 2, meter(), [row]) | {"left_out": ["mlp-block q6_k"]}
     (shown,) = json.loads(json.dumps(document))["rows"]
     assert shown["bytes_per_s"] == pytest.approx(whole[0] / 0.04)
@@ -62,7 +65,7 @@ def test_the_limit_is_the_longer_of_two_times_and_the_percentage_is_of_it() -> N
     text = kernels.document_text(document)
     assert text.startswith("limits on 2 threads (avx2)")
     assert text.splitlines()[-1].endswith("mlp-block q6_k")
-    assert text.splitlines()[-3].split() == ["bf16", "M", "4", "40.000", f"{whole[0] / 0.04 / 1e9:.1f}", f"{whole[1] / 0.04 / 1e9:.0f}", "23", "read"]
+    assert text.splitlines()[-3].split() == ["bf16", "M", "4", "40.000", f"{whole[0] / 0.04 / 1e9:.1f}", f"{whole[1] / 0.04 / 1e9:.0f}", "23", "read", "47"]
 
 
 def arguments(**changes: Any) -> argparse.Namespace:

@@ -1,8 +1,8 @@
 """`twinpilots bench kernels`: each kernel's time beside the limit of the same run.
 
 Owns the grid of cases, the order of measurements, the percentages, the table and the JSON document. The limit of a kernel is the longer of two times: to read
-its bytes at the best DRAM rate, and to do its operations at the best multiply-add rate; both rates are sampled again before every measurement, and the
-best of all samples counts.
+its bytes at the best DRAM rate, and to do its operations at the best multiply-add rate; both rates are sampled around every measurement, and the best of
+all samples counts. Where other tenants share the memory that moment may lie minutes from a kernel's runs, so "then" holds each against the samples around it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from twinpilots.commands import options
@@ -19,7 +20,7 @@ from twinpilots.device.cpu import CpuPilot
 from twinpilots.errors import UserError
 from twinpilots.hardware.bench import typical_s
 from twinpilots.hardware.kernel_bench import FAST, KERNELS, KV_FORMATS, LINEARS, KernelBench, KernelCase, Work, fits, supported_formats, whole_work
-from twinpilots.hardware.peaks import PeakMeter
+from twinpilots.hardware.peaks import PeakMeter, Peaks
 from twinpilots.kernels import native
 from twinpilots.machine import instruction_set as isa_in_use
 from twinpilots.progress import Progress
@@ -37,8 +38,16 @@ FIRST_SAMPLES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
+class Round:
+    """One case's runs of one round, in seconds, and the best rates that the machine had right before and right after them."""
+
+    seconds: Sequence[float]
+    peaks: Peaks
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelRow:
-    """One case's result, scaled to the whole kernel. ``limit_s``: what the machine's best rates would take."""
+    """One case's result, scaled to the whole kernel. ``limit_s``: what the machine's best rates would take; ``then_frac``: of the rates around the runs."""
 
     case: KernelCase
     seconds: float
@@ -46,6 +55,7 @@ class KernelRow:
     flops: float
     limit_s: float
     bound: Literal["read", "flops"]
+    then_frac: float
 
     @property
     def limit_frac(self) -> float:
@@ -134,16 +144,17 @@ def measure_cases(pilot: CpuPilot, spec: ModelSpec, cases: Sequence[KernelCase],
     for _ in range(FIRST_SAMPLES):
         meter.sample()
     case_s = budget_s / ROUNDS / len(cases)
-    runs: dict[KernelCase, list[float]] = {case: [] for case in cases}
+    rounds: dict[KernelCase, list[Round]] = {case: [] for case in cases}
     most_bytes = max(whole_work(spec, case)[0] for case in cases)
     with KernelBench(pilot, spec, most_tokens=max(case.tokens * case.sequences for case in cases), most_bytes=most_bytes) as bench:
         works = {case: bench.work(case, case_s / MIN_RUNS / limit(whole_work(spec, case), meter)[0]) for case in cases}
         for number in range(ROUNDS):
             for case in cases if number % 2 == 0 else reversed(cases):
-                meter.sample()
-                runs[case] += timed_runs(bench, case, works[case], case_s)
+                before = meter.sample()
+                seconds = timed_runs(bench, case, works[case], case_s)
+                rounds[case].append(Round(seconds=seconds, peaks=Peaks(*map(max, before, meter.sample()))))
                 bar.update(note=f"round {number + 1} of {ROUNDS}, {case.kernel} {case.format}")
-    return [kernel_row(spec, case, works[case], runs[case], meter) for case in cases]
+    return [kernel_row(spec, case, works[case], rounds[case], meter) for case in cases]
 
 
 def timed_runs(bench: KernelBench, case: KernelCase, work: Work, budget_s: float) -> list[float]:
@@ -155,14 +166,17 @@ def timed_runs(bench: KernelBench, case: KernelCase, work: Work, budget_s: float
     return found
 
 
-def kernel_row(spec: ModelSpec, case: KernelCase, work: Work, runs: Sequence[float], meter: PeakMeter) -> KernelRow:
+def kernel_row(spec: ModelSpec, case: KernelCase, work: Work, rounds: Sequence[Round], meter: PeakMeter) -> KernelRow:
     """The whole kernel's share of what was run, against the limits."""
     whole = whole_work(spec, case)
+    scale = whole[0] / work.num_bytes
     limit_s, bound = limit(whole, meter)
-    return KernelRow(case=case, seconds=typical_s(runs) * whole[0] / work.num_bytes, num_bytes=whole[0], flops=whole[1], limit_s=limit_s, bound=bound)
+    seconds = scale * typical_s([run for one in rounds for run in one.seconds])
+    then_frac = median(limit(whole, one.peaks)[0] / (scale * typical_s(one.seconds)) for one in rounds)
+    return KernelRow(case=case, seconds=seconds, num_bytes=whole[0], flops=whole[1], limit_s=limit_s, bound=bound, then_frac=then_frac)
 
 
-def limit(work: tuple[float, float], meter: PeakMeter) -> tuple[float, Literal["read", "flops"]]:
+def limit(work: tuple[float, float], meter: PeakMeter | Peaks) -> tuple[float, Literal["read", "flops"]]:
     """The roofline: (seconds that (bytes, FLOPs) take at the machine's best rates, which of the two rates binds)."""
     read_s, compute_s = work[0] / meter.read_bytes_per_s, work[1] / meter.flops_per_s
     return (read_s, "read") if read_s >= compute_s else (compute_s, "flops")
@@ -187,7 +201,7 @@ def _row(row: KernelRow) -> dict[str, Any]:
     return {
         "kernel": case.kernel, "format": case.format, "tokens": case.tokens, "sequences": case.sequences, "context": case.context,
         "seconds": row.seconds, "bytes": row.num_bytes, "flops": row.flops, "bytes_per_s": row.num_bytes / row.seconds, "flops_per_s": row.flops / row.seconds,
-        "limit_s": row.limit_s, "bound": row.bound, "limit_frac": row.limit_frac,
+        "limit_s": row.limit_s, "bound": row.bound, "limit_frac": row.limit_frac, "then_frac": row.then_frac,
     }  # fmt: skip
 
 
@@ -198,12 +212,12 @@ def document_text(document: Mapping[str, Any]) -> str:
         f"limits on {document['threads']} thread{'s' * (document['threads'] > 1)} ({document['isa']}), the best of {limits['samples']} samples in between: "
         f"DRAM read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, multiply-add (fp32) {limits['flops_per_s'] / 1e9:.0f} GFLOP/s",
         f"{document['model']}: hidden {widths['hidden']}, intermediate {widths['intermediate']}, {widths['heads']} heads on {widths['kv_heads']} KV heads "
-        f"of {widths['head_dim']}; % of the limit that binds (read or flops)",
+        f"of {widths['head_dim']}; % of the limit that binds (read or flops); then %: of the samples right around the runs",
     ]
     for kernel in KERNELS:
         rows = [row for row in document["rows"] if row["kernel"] == kernel]
         if rows:
-            lines += ["", options.table([kernel, "shape", "ms", "GB/s", "GFLOP/s", "%", "of"], [_cells(row) for row in rows])]
+            lines += ["", options.table([kernel, "shape", "ms", "GB/s", "GFLOP/s", "%", "of", "then %"], [_cells(row) for row in rows])]
     if document["left_out"]:
         lines += ["", f"not measured, for the model's widths do not fit: {', '.join(document['left_out'])}"]
     return "\n".join(lines)
@@ -212,4 +226,4 @@ def document_text(document: Mapping[str, Any]) -> str:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     shape = f"M {row['tokens']}" if row["kernel"] in LINEARS else f"{row['sequences']} x {row['tokens']} at {row['context']}"
     rates = [f"{row['seconds'] * 1e3:.3f}", f"{row['bytes_per_s'] / 1e9:.1f}", f"{row['flops_per_s'] / 1e9:.0f}"]
-    return [row["format"], shape, *rates, f"{100 * row['limit_frac']:.0f}", row["bound"]]
+    return [row["format"], shape, *rates, f"{100 * row['limit_frac']:.0f}", row["bound"], f"{100 * row['then_frac']:.0f}"]
