@@ -59,8 +59,10 @@ lint: $(READY)
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 
+# Two cores run the suite in about half the time of one; each worker begins with files of its own, so models are made once or twice. A test that starts
+# processes of its own needs memory: no more than four workers.
 test: lint native
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -p no:cacheprovider
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -p no:cacheprovider -n logical --maxprocesses 4 --dist worksteal
 
 sanitize: $(READY)
 	@$(PY) -m twinpilots.kernels.build --sanitize
