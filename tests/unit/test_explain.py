@@ -116,6 +116,8 @@ def test_the_quick_answer_is_near_a_full_search_and_near_the_duals() -> None:
         full = solve(spec, altered.profile, work, altered.limits).prediction.tokens_per_s / tokens_per_s
         assert answer.ratio == pytest.approx(full, abs=0.02)
         assert answer.dual_ratio == pytest.approx(full, abs=0.1)
+    memory = next(answer for answer in found.what_if if "GPU memory" in answer.change)
+    assert memory.ratio > 1.005, "the CPU reads 1 GiB of 110 less in every step"
 
 
 def test_phases_say_who_is_busy_and_prices_add_up() -> None:

@@ -1,7 +1,7 @@
 """The last step behind policy ``auto``: a local search over whole plans, priced by the simulator, in steps of one unit, one sequence or one buffer.
 
 The linear program knows neither units nor order, and no named policy looks at its neighbours; on small models that costs some percent, on large ones next
-to nothing. Owns `polish` and its moves. The search ends when no move helps, or when its budget of simulated layers is spent: pure, no clock.
+to nothing. Owns `polish` with its moves and `refilled`. The search ends when no move helps, or when its budget of simulated layers is spent: pure, no clock.
 """
 
 from __future__ import annotations
@@ -140,6 +140,13 @@ def polish(problem: Problem, plans: Iterable[Plan], most_tasks: int | None = Non
         prices.spent = prices.tried = 0
         polished.append(_climbed(problem, point, prices))
     return polished
+
+
+def refilled(problem: Problem, plan: Plan) -> list[Plan]:
+    """``plan`` with the GPU memory of ``problem``, which may be more than it was made for, filled anew beside the same buffers. Limits are kept."""
+    point = point_of(problem, plan)
+    plans = [] if point is None else [each.plan(problem) for each in _refilled(problem, point)]
+    return [each for each in plans if problem.fits(each)]
 
 
 def _climbed(problem: Problem, start: Point, prices: _Prices) -> Plan:

@@ -2,7 +2,7 @@
 
 Owns `CHANGES` (one more GiB, one more core, twice the link: how each alters machine and limits), `WhatIf` and `what_ifs`. Solving again is quick and no
 full search: at the plan's own chunk and micro-batches the program is solved for the changed machine, rounded and simulated; where the plan itself does
-better there, it stays. Pure. Knows nothing of how answers are shown.
+better there, with more rows resident if there is room, it stays. Pure. Knows nothing of how answers are shown.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from twinpilots.plan.auto import GAIN, MICRO_BATCHES, Trial, grid, nudged, progr
 from twinpilots.plan.draft import Draft
 from twinpilots.plan.plan import Plan
 from twinpilots.plan.policies import build_policy
+from twinpilots.plan.polish import refilled
 from twinpilots.plan.pricing import price_plan
 from twinpilots.plan.problem import Problem
 from twinpilots.plan.program import solve_program
@@ -129,7 +130,7 @@ def _rate_again(altered: Problem, plan: Plan, least: float, promised: float) -> 
     rate = 0.0 if trial is None else _rate(altered, trial.plan(altered))
     if trial is not None and rate < promised > GAIN * least:
         rate = max(rate, _rate(altered, nudged(altered, trial).plan(altered)))
-    return max(least, rate) if rate > least else max(least, _rate(altered, plan))
+    return max(least, rate, *(_rate(altered, each) for each in (plan, *refilled(altered, plan))))
 
 
 def _rate(problem: Problem, plan: Plan) -> float:
