@@ -92,7 +92,7 @@ def driver_time(seconds: Mapping[int, Sequence[float]]) -> DriverTime | None:
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     seq_s = max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in points) / spread) if spread else 0.0
     seq_s = min(seq_s, mean_y / mean_x)
-    return DriverTime(step_s=mean_y - seq_s * mean_x, seq_s=seq_s)
+    return DriverTime(step_s=max(0.0, mean_y - seq_s * mean_x), seq_s=seq_s)  # rounding may leave a little less than nothing
 
 
 def alone_driver(passes: Iterable[PassDone]) -> AloneProfile | None:
