@@ -16,7 +16,7 @@ from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.expected import DOWN, UP, ExpectedTime, PassWork, WorkKind
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import BucketPlan, Plan
-from twinpilots.plan.rebalance import Option, Sequences, option_of, options
+from twinpilots.plan.rebalance import Option, Sequences, can_move, option_of, options
 from twinpilots.plan.tasks import Schedule
 from twinpilots.predictions import Predictions
 from twinpilots.runtime.stats import BusySeconds
@@ -102,7 +102,7 @@ class OnlinePlanner:
         jumps, self._num_jumps = self._num_jumps, self.tracker.num_jumps
         if jumps != self._num_jumps or (self.tracker.num_passes % (RENEW_LOOKS * every) == 0 and self.tracker.drift(self._renewed_at)[0] > RENEW_DRIFT):
             self._renew()
-        if not self.adapts:
+        if not self.adapts or not can_move(done.plan):
             return None
         return self.adaptation.after_pass(
             PassSeen(

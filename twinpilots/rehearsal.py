@@ -244,9 +244,9 @@ def _rehearsed(
 
 
 def _passes(session: Session, stages: Stages, seen: list[PassDone], clock: Callable[[], float]) -> list[PassDone]:
-    """Ever more sequences that decode: each stage begins with the new ones' prompts, and has its share of the time that is left. A first pass, which touches
-    all memory for the first time, does not count."""
-    until_s, found, running = clock() + stages.budget_s, list[PassDone](), 0
+    """Ever more sequences that decode: each stage begins with the new ones' prompts, and has its share of the time that is left. The passes of
+    a first request, in which all memory is touched and all code is run for the first time, do not count."""
+    found, running = list[PassDone](), 0
     counts = [count for count in stages.num_seqs if count <= session.plan.max_num_seqs]
     params = SamplingParams(temperature=0.0, max_tokens=session.plan.max_model_len - stages.prompt_len, ignore_eos=True)
 
@@ -256,8 +256,11 @@ def _passes(session: Session, stages: Stages, seen: list[PassDone], clock: Calla
 
     with session.driving():
         add("first", len(counts))
-        session.step(partial=False)
+        for _ in range(WARM_PASSES + 1):
+            session.step(partial=False)
+            session.account()
         session.engine.abort("first")
+        until_s = clock() + stages.budget_s
         for number, count in enumerate(counts):
             if number > 1 and clock() > until_s:
                 break
@@ -283,7 +286,7 @@ def _stage(session: Session, seen: list[PassDone], num_seqs: int, until_s: float
     while (passes := (session.num_tokens[1] - first) // num_seqs) < WARM_PASSES + LEAST_PASSES or (passes < WARM_PASSES + MOST_PASSES and clock() < until_s):
         session.step(partial=False)
     chainer, session.engine.chainer = session.engine.chainer, None
-    for _ in range(0 if session.plan.uses_gpu else LEAST_PASSES):  # that were chained until here
+    for _ in range(LEAST_PASSES if session.engine.last_passes > 1 else 0):  # passes that were chained until here, one by one
         session.step(partial=False)
     session.engine.chainer = chainer
     session.account()
