@@ -16,7 +16,7 @@ from twinpilots.online import PassDone
 from twinpilots.plan.load import PassLoad, decode_load, prefill_load
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.schedule import expand
-from twinpilots.rehearsal import PROMPT_LEN, STAGES, corrected, short_model, short_plan
+from twinpilots.rehearsal import FULL, corrected, short_model, short_plan
 
 PASSES = 6  # of a stage
 ON_GPU = 4  # of so many sequences, all keep their KV there; of more, so many
@@ -32,12 +32,12 @@ def profiled(machine: HiddenMachine, spec: ModelSpec, gpu_memory_bytes: int, see
 
 def _rehearsed(machine: HiddenMachine, spec: ModelSpec, plan: Plan, seed: int) -> Iterator[PassDone]:
     before = 0
-    for stage in (count for count in STAGES if count <= plan.max_num_seqs):
-        new = min(stage - before, max(1, plan.max_pass_tokens // PROMPT_LEN))
-        bucket = plan.bucket_for("prefill", new * PROMPT_LEN)
-        yield from _passes(machine, spec, plan, bucket, prefill_load(*_sides(new), PROMPT_LEN, 0, bucket), 1, seed)
+    for stage in (count for count in FULL.num_seqs if count <= plan.max_num_seqs):
+        new = min(stage - before, max(1, plan.max_pass_tokens // FULL.prompt_len))
+        bucket = plan.bucket_for("prefill", new * FULL.prompt_len)
+        yield from _passes(machine, spec, plan, bucket, prefill_load(*_sides(new), FULL.prompt_len, 0, bucket), 1, seed)
         bucket = plan.bucket_for("decode", stage)
-        yield from _passes(machine, spec, plan, bucket, decode_load(*_sides(stage), PROMPT_LEN + stage, bucket), PASSES, seed)
+        yield from _passes(machine, spec, plan, bucket, decode_load(*_sides(stage), FULL.prompt_len + stage, bucket), PASSES, seed)
         before = stage
 
 

@@ -16,7 +16,7 @@ from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.expected import DOWN, UP, ExpectedTime, PassWork, WorkKind
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import BucketPlan, Plan
-from twinpilots.plan.rebalance import Option, Sequences, option_of, options
+from twinpilots.plan.rebalance import Option, Sequences, can_move, option_of, options
 from twinpilots.plan.tasks import Schedule
 from twinpilots.predictions import Predictions
 from twinpilots.runtime.stats import BusySeconds
@@ -25,7 +25,7 @@ from twinpilots.stats.tracker import Snapshot, Tracker
 
 EAGER_PASSES = 16  # the first ones: all are looked at
 LOOK_PASSES = 2  # while nothing is unusual, every second pass tells enough: looking takes the driver's time
-LOOK_ALONE = 8  # the same where there is no GPU, so no work to move: only predictions gain by it
+LOOK_ALONE = 8  # the same where no GPU is used, so there is no work to move: only predictions gain by it
 RENEW_LOOKS = 8  # how often the rates that predictions go by are looked after, in passes looked at; a jump is followed at once
 RENEW_DRIFT = 0.04  # of a pass's time: less is left to what passes of the plan have taught, because simulating anew is not free
 DRIVER_DECAY = 0.2  # weight of the newest pass in the mean of the driver's time
@@ -58,6 +58,7 @@ class PassDone:
     seconds: float
     driver_s: float
     remaining: int  # passes of this kind that are still to come, about
+    chained: int = 1  # passes that ran in one call, this one among them
 
 
 class OnlinePlanner:
@@ -81,14 +82,14 @@ class OnlinePlanner:
     def predict(self, plan: Plan, bucket: BucketPlan, load: PassLoad) -> PassPrediction:
         """What the simulator says of this pass, and what passes of this plan have taught."""
         timing = self.predictions.timing(plan, bucket, load)
-        plain_s = timing.seconds + max(self._driver_s, -self.profile.step_s(load.num_seqs))
+        plain_s = timing.seconds + max(self._driver_s, -timing.driver_s)
         return PassPrediction(seconds=plain_s * self.adaptation.expected_factor(bucket), plain_s=plain_s, busy_s=BusySeconds(**timing.resource_s))
 
     def after_pass(self, done: PassDone, prediction: PassPrediction) -> Change | None:
         """Learn from a pass; the plan to go on with, or None to stay."""
         if self.witness is not None:
             self.witness(done)
-        every = LOOK_ALONE if self.profile.gpu is None else LOOK_PASSES
+        every = LOOK_PASSES if done.plan.uses_gpu else LOOK_ALONE
         is_disturbed = self.adaptation.is_disturbed(done.seconds, prediction.seconds)
         if is_disturbed:
             self.tracker.pass_over()
@@ -101,7 +102,7 @@ class OnlinePlanner:
         jumps, self._num_jumps = self._num_jumps, self.tracker.num_jumps
         if jumps != self._num_jumps or (self.tracker.num_passes % (RENEW_LOOKS * every) == 0 and self.tracker.drift(self._renewed_at)[0] > RENEW_DRIFT):
             self._renew()
-        if not self.adapts:
+        if not self.adapts or not can_move(done.plan):
             return None
         return self.adaptation.after_pass(
             PassSeen(
@@ -115,7 +116,7 @@ class OnlinePlanner:
         return self.predictions.timing(plan, bucket, Sequences.of(load).load(bucket)).seconds + self._driver_s
 
     def _follow_driver(self, done: PassDone) -> None:
-        usual_s = self.profile.step_s(done.load.num_seqs)
+        usual_s = self.predictions.timing(done.plan, done.bucket, done.load).driver_s
         beyond_s = min(done.driver_s, DRIVER_MOST * max(usual_s, DRIVER_LEAST_S)) - usual_s
         self._driver_s += DRIVER_DECAY * (beyond_s - self._driver_s)
 

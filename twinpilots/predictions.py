@@ -10,9 +10,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.driver import between_s
 from twinpilots.plan.estimate import LayerWork, PassEstimator
 from twinpilots.plan.load import PassLoad, decode_load, prefill_load
 from twinpilots.plan.plan import BucketPlan, Plan
@@ -28,27 +30,27 @@ QUEUES_OF = {"cpu": ("cpu",), "gpu": ("gpu",), "link": ("link_in", "link")}  # w
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Known:
-    """A pass that was simulated: its work alone (seconds by resource), the driver's part of its time, and its timing."""
+    """A pass that was simulated: its work alone (seconds by resource), and its timing."""
 
     work: Mapping[str, float]
-    driver_s: float
     timing: PassTiming
 
     def distance(self, work: Mapping[str, float]) -> float:
         """The largest factor between the two passes' work, as a logarithm."""
         return max(abs(math.log((seconds + 1e-9) / (self.work[name] + 1e-9))) for name, seconds in work.items())
 
-    def stand_in(self, work: Mapping[str, float], driver_s: float) -> PassTiming:
-        """The timing of a pass with that work."""
+    def stand_in(self, work: Mapping[str, float], driver_s: Callable[[float], float]) -> PassTiming:
+        """The timing of a pass with that work; ``driver_s``: of a pass whose work takes so long."""
         factors = {name: seconds / self.work[name] if self.work[name] else 1.0 for name, seconds in work.items()}
-        alone = replace(self.timing, seconds=self.timing.seconds - self.driver_s, fill_s=self.timing.fill_s - self.driver_s).scaled(factors)
+        alone = self.timing.scaled(factors)
         new = {name: seconds for name, seconds in work.items() if seconds and not self.work[name]}  # what this pass does not use cannot be scaled
         added = {queue: seconds for name, seconds in new.items() for queue in QUEUES_OF[name]}
         least_s = max(new.values(), default=0.0)
-        return replace(
-            alone, seconds=max(alone.seconds, least_s) + driver_s, fill_s=max(alone.fill_s, least_s) + driver_s, busy_s=alone.busy_s | added,
+        made = replace(
+            alone, seconds=max(alone.seconds, least_s), fill_s=max(alone.fill_s, least_s), busy_s=alone.busy_s | added,
             alone_s=alone.alone_s | {queue: seconds for queue, seconds in added.items() if queue in alone.alone_s},
         )  # fmt: skip
+        return made.with_driver(driver_s(made.seconds))
 
 
 class Predictions:
@@ -80,7 +82,7 @@ class Predictions:
             best = min(relatives, key=lambda each: each.distance(work), default=None)
         if best is None or (self.at_once and best.distance(work) > NEARBY):
             best = self._simulate(plan, bucket, load, work)
-        return best.stand_in(work, self.profile.step_s(load.num_seqs))
+        return best.stand_in(work, partial(between_s, self.profile, plan, load))
 
     def _simulate(self, plan: Plan, bucket: BucketPlan, load: PassLoad, work: Mapping[str, float]) -> _Known:
         self.num_simulated += 1
@@ -90,7 +92,7 @@ class Predictions:
             self._estimators[key] = PassEstimator(self.spec, plan, bucket, self.profile, load.shape)
         estimator = self._estimators[key]
         estimator.profile = self.profile
-        known.append(_Known(work=work, driver_s=self.profile.step_s(load.num_seqs), timing=estimator.timing(load)))
+        known.append(_Known(work=work, timing=estimator.timing(load)))
         return known[-1]
 
     def _of(self, bucket: BucketPlan) -> list[_Known]:

@@ -14,7 +14,7 @@ from statistics import median
 
 from twinpilots.config import EngineConfig
 from twinpilots.errors import LimitError
-from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
+from twinpilots.hardware.profile import AloneProfile, ComputeProfile, Curve, HardwareProfile
 from twinpilots.model.dummy import DummyCheckpoint
 from twinpilots.model.spec import ModelSpec
 from twinpilots.online import OnlinePlanner, PassDone
@@ -35,14 +35,29 @@ from twinpilots.stats.correction import corrected as corrected_by
 SHORT_BYTES, TABLE_BYTES = 80 << 20, 32 << 20  # of weights: more than caches hold, and quickly made; of them lm_head, which has as many rows as that allows
 CARD_BYTES = 1 << 30  # of a GPU's memory, at most
 RESIDENT = 0.4  # of the weights: some are streamed, some are the CPU's
-STAGES = (1, 4, 16, 64)  # sequences that decode at once
-PROMPT_LEN = 32
 WARM_PASSES = 3  # of a stage, that wake everything up
 LEAST_PASSES, MOST_PASSES = 6, 16  # of a stage, beside those
 RUN_PASSES = 16  # that one step may run, at most
 ON_GPU = 8  # one sequence in so many keeps its KV on the GPU
-QUICK_S, FULL_S = 1.0, 5.0  # of passes
 MIN_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """Which passes are rehearsed: ever more sequences that decode at once, with such prompts, for about so long."""
+
+    num_seqs: tuple[int, ...] = (1, 4, 16, 64)
+    prompt_len: int = 32
+    budget_s: float = 5.0
+
+    @property
+    def workload(self) -> Workload:
+        output_len = (WARM_PASSES + MOST_PASSES + RUN_PASSES + LEAST_PASSES) * len(self.num_seqs)
+        return Workload(num_requests=self.num_seqs[-1], input_len=self.prompt_len, output_len=output_len, max_num_seqs=self.num_seqs[-1])
+
+
+FULL, QUICK = Stages(), Stages(num_seqs=(1, 4, 16), budget_s=1.0)
+BESIDES = 4, 0.5  # tokens of a prompt and part of the time where passes of the CPU alone are rehearsed beside others: they show the driver, and decoding
 
 
 class _Nobody:
@@ -77,22 +92,56 @@ def driver_time(seconds: Mapping[int, Sequence[float]]) -> DriverTime | None:
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     seq_s = max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in points) / spread) if spread else 0.0
     seq_s = min(seq_s, mean_y / mean_x)
-    return DriverTime(step_s=mean_y - seq_s * mean_x, seq_s=seq_s)
+    return DriverTime(step_s=max(0.0, mean_y - seq_s * mean_x), seq_s=seq_s)  # rounding may leave a little less than nothing
+
+
+def alone_driver(passes: Iterable[PassDone]) -> AloneProfile | None:
+    """From passes of the CPU alone, some one by one and some chained; None without any of the first."""
+    single, chained = dict[int, list[float]](), dict[int, list[float]]()
+    decoding = [done for done in passes if done.bucket.phase == "decode"]
+    for done in decoding:
+        if done.chained == 1:
+            single.setdefault(done.load.num_seqs, []).append(done.driver_s)
+    whole = driver_time(single)
+    if whole is None:
+        return None
+    for done in decoding:
+        if done.chained > 1:  # all passes of a call share what is around it
+            whole_s = whole.step_s + done.load.num_seqs * whole.seq_s
+            chained.setdefault(done.load.num_seqs, []).append(max(0.0, (done.chained * done.driver_s - whole_s) / (done.chained - 1)))
+    inside = driver_time(chained) or whole
+    inside = DriverTime(step_s=min(inside.step_s, whole.step_s), seq_s=min(inside.seq_s, whole.seq_s))
+    return AloneProfile(call_s=whole.step_s - inside.step_s, call_seq_s=whole.seq_s - inside.seq_s, pass_s=inside.step_s, pass_seq_s=inside.seq_s)
 
 
 def corrected(spec: ModelSpec, profile: HardwareProfile, passes: Sequence[PassDone]) -> HardwareProfile:
     """``profile`` with every rate as these passes of ``spec`` saw it, and the driver's time."""
     decoding: dict[int, list[float]] = {}
     for done in passes:
-        if done.bucket.phase == "decode":
+        if done.bucket.phase == "decode" and done.plan.uses_gpu:
             decoding.setdefault(done.load.num_seqs, []).append(done.driver_s)
     driver = driver_time(decoding)
     if driver is not None:
         profile = replace(profile, step_overhead_s=driver.step_s, step_seq_s=driver.seq_s)
-    found = corrected_by(profile, Medians(record for record in _records(spec, profile, passes) if record.key != ATTENTION))
-    decoded = list(_records(spec, profile, (done for done in passes if done.bucket.phase == "decode")))
+    by_cpu = [done for done in passes if not done.plan.uses_gpu]
+    shown = [done for done in passes if done.plan.uses_gpu] or by_cpu
+    seen = Medians(record for record in _records(spec, profile, shown) if record.key != ATTENTION)
+    found, alone = corrected_by(profile, seen), alone_driver(by_cpu)
+    if alone is not None and shown is not by_cpu:
+        alone = replace(alone, linear=_ratios(profile.cpu, seen, Medians(_records(spec, profile, by_cpu))))
+    found = replace(found, alone=alone)
+    decoded = list(_records(spec, profile, (done for done in shown if done.bucket.phase == "decode")))
     gpu = None if found.gpu is None else _with_attention(spec, found.gpu, [each for each in decoded if (each.resource, each.key) == ("gpu", ATTENTION)])
     return replace(found, cpu=_with_attention(spec, found.cpu, [each for each in decoded if (each.resource, each.key) == ("cpu", ATTENTION)]), gpu=gpu)
+
+
+def _ratios(processor: ComputeProfile, beside: Medians, alone: Medians) -> dict[str, Curve]:
+    """What linears take alone in relation to beside a GPU."""
+    found = {key: alone.sizes("cpu", key) for key in processor.linear}
+    return {
+        key: Curve(x=tuple(sizes), y=tuple(alone.factor("cpu", key, size) / beside.factor("cpu", key, size) for size in sizes))
+        for key, sizes in found.items() if sizes
+    }  # fmt: skip
 
 
 def _with_attention(spec: ModelSpec, processor: ComputeProfile, records: Sequence[WorkTime]) -> ComputeProfile:
@@ -122,23 +171,27 @@ def short_model(spec: ModelSpec) -> ModelSpec:
     return replace(spec, name="rehearsal", layers=spec.layers[:count], vocab_size=rows)
 
 
-def short_plan(spec: ModelSpec, profile: HardwareProfile) -> Plan | None:
-    """A plan in which all devices do all that they can: weights resident, streamed and the CPU's, KV on both sides. None where memory is too small."""
-    output_len = (WARM_PASSES + MOST_PASSES + RUN_PASSES) * len(STAGES)
-    workload = Workload(num_requests=STAGES[-1], input_len=PROMPT_LEN, output_len=output_len, max_num_seqs=STAGES[-1])
-    if spec.max_model_len < workload.seq_len:
-        return None
+def short_plan(spec: ModelSpec, profile: HardwareProfile, stages: Stages = FULL) -> Plan | None:
+    """A plan in which all devices do all that they can: weights resident, streamed and the CPU's, KV on both sides. None without a GPU, or where memory is
+    too small."""
     limits = Limits(gpu_bytes=min(CARD_BYTES, profile.gpu_memory_bytes), host_bytes=profile.host_memory_bytes // 2)
-    problem = Problem.of(spec, profile, workload, limits, PlanOptions())
-    if profile.gpu is None:
-        try:
-            return build_policy("cpu", spec, profile, workload, limits)
-        except LimitError:
-            return None
+    if profile.gpu is None or spec.max_model_len < stages.workload.seq_len:
+        return None
+    problem = Problem.of(spec, profile, stages.workload, limits, PlanOptions())
     micro_batches: Mapping[Phase, int] = {"prefill": 1, "decode": 1}
     return best_fit(
         problem, Draft(policy="auto", num_seqs=1, gpu_seqs=1, pass_tokens=1, micro_batches=micro_batches, uses_cpu=True, share_of_rest=True), _place
     )
+
+
+def alone_plan(spec: ModelSpec, profile: HardwareProfile, stages: Stages = FULL) -> Plan | None:
+    """The CPU does everything. None where memory is too small."""
+    if spec.max_model_len < stages.workload.seq_len:
+        return None
+    try:
+        return build_policy("cpu", spec, profile, stages.workload, Limits(gpu_bytes=0, host_bytes=profile.host_memory_bytes // 2))
+    except LimitError:
+        return None
 
 
 def _place(problem: Problem, draft: Draft, count: int) -> Plan | None:
@@ -160,39 +213,60 @@ def rehearse(
     device: str, threads: int | None, spec: ModelSpec, profile: HardwareProfile, *, quick: bool, clock: Callable[[], float] = time.perf_counter
 ) -> HardwareProfile:
     """``profile`` corrected by passes of a short model on ``device``; as it is where memory is too small for one."""
-    short = short_model(spec)
-    plan = short_plan(short, profile)
-    if plan is None:
-        return profile
+    short, stages = short_model(spec), QUICK if quick else FULL
+    checkpoint = DummyCheckpoint(short)
+    passes: list[PassDone] = []
+    plan = short_plan(short, profile, stages)
+    if plan is not None:
+        passes += _rehearsed(device, threads, profile, plan, stages, checkpoint, clock)
+        stages = replace(stages, prompt_len=BESIDES[0], budget_s=stages.budget_s * BESIDES[1])
+    plan = alone_plan(short, profile, stages)
+    if plan is not None:
+        passes += _rehearsed("cpu", profile.cpu_cores, profile, plan, stages, checkpoint, clock)
+    return corrected(short, profile, passes) if passes else profile
+
+
+def _rehearsed(
+    device: str, threads: int | None, profile: HardwareProfile, plan: Plan, stages: Stages, checkpoint: DummyCheckpoint, clock: Callable[[], float]
+) -> list[PassDone]:  # fmt: skip
+    spec, seen = checkpoint.spec, list[PassDone]()
     config = EngineConfig.of(
         dtype="auto", quantization=None, device=device, gpu_memory=None, host_memory=None, max_model_len=None, max_num_seqs=None, kv_cache_dtype="auto",
         policy="auto", plan=plan, threads=threads, seed=0, deterministic=False, unit_rows=None, enable_prefix_caching=False,
     )  # fmt: skip
-    checkpoint = DummyCheckpoint(short)
-    planner = Planner(config, short, profile, checkpoint.fingerprint)
-    seen: list[PassDone] = []
-    planner.online = OnlinePlanner(short, profile, _Nobody(), adapts=True, at_once=False, witness=seen.append)
-    session = Session(config, short, profile, plan, checkpoint, None, planner)
+    planner = Planner(config, spec, profile, checkpoint.fingerprint)
+    planner.online = OnlinePlanner(spec, profile, _Nobody(), adapts=True, at_once=False, witness=seen.append)
+    session = Session(config, spec, profile, plan, checkpoint, None, planner, prepares=False)
     try:
-        passes = _passes(session, plan, seen, QUICK_S if quick else FULL_S, clock)
+        return _passes(session, stages, seen, clock)
     finally:
         session.close()
-    return corrected(short, profile, passes)
 
 
-def _passes(session: Session, plan: Plan, seen: list[PassDone], budget_s: float, clock: Callable[[], float]) -> list[PassDone]:
-    """Ever more sequences that decode: each stage begins with the new ones' prompts, and has its share of the time that is left."""
-    until_s, found, running = clock() + budget_s, list[PassDone](), 0
-    stages = [count for count in STAGES if count <= plan.max_num_seqs]
-    params = SamplingParams(temperature=0.0, max_tokens=plan.max_model_len - PROMPT_LEN, ignore_eos=True)
+def _passes(session: Session, stages: Stages, seen: list[PassDone], clock: Callable[[], float]) -> list[PassDone]:
+    """Ever more sequences that decode: each stage begins with the new ones' prompts, and has its share of the time that is left. The passes of
+    a first request, in which all memory is touched and all code is run for the first time, do not count."""
+    found, running = list[PassDone](), 0
+    counts = [count for count in stages.num_seqs if count <= session.plan.max_num_seqs]
+    params = SamplingParams(temperature=0.0, max_tokens=session.plan.max_model_len - stages.prompt_len, ignore_eos=True)
+
+    def add(name: str, seed: int) -> None:
+        prompt = [(7 * seed + 13 * place) % session.engine.vocab_size for place in range(stages.prompt_len)]
+        session.engine.add_request(name, prompt, params)
+
     with session.driving():
-        for number, count in enumerate(stages):
+        add("first", len(counts))
+        for _ in range(WARM_PASSES + 1):
+            session.step(partial=False)
+            session.account()
+        session.engine.abort("first")
+        until_s = clock() + stages.budget_s
+        for number, count in enumerate(counts):
             if number > 1 and clock() > until_s:
                 break
-            stage_until_s = clock() + (until_s - clock()) / (len(stages) - number)
+            stage_until_s = clock() + (until_s - clock()) / (len(counts) - number)
             for request in range(running, count):
-                prompt = [(7 * request + 13 * place) % session.engine.vocab_size for place in range(PROMPT_LEN)]
-                session.engine.add_request(str(request), prompt, params)
+                add(str(request), request)
             running = count
             found += _stage(session, seen, count, stage_until_s, clock)
         for request in range(running):
@@ -211,6 +285,10 @@ def _stage(session: Session, seen: list[PassDone], num_seqs: int, until_s: float
     first = session.num_tokens[1]
     while (passes := (session.num_tokens[1] - first) // num_seqs) < WARM_PASSES + LEAST_PASSES or (passes < WARM_PASSES + MOST_PASSES and clock() < until_s):
         session.step(partial=False)
+    chainer, session.engine.chainer = session.engine.chainer, None
+    for _ in range(LEAST_PASSES if session.engine.last_passes > 1 else 0):  # passes that were chained until here, one by one
+        session.step(partial=False)
+    session.engine.chainer = chainer
     session.account()
     prompts = [done for done in seen if done.bucket.phase == "prefill"]
     return [*prompts, *[done for done in seen if done.bucket.phase == "decode"][WARM_PASSES:]]

@@ -43,7 +43,7 @@ from twinpilots.trace import Recorder, TracedPass
 logger = logging.getLogger(__name__)
 STORE_PASSES = 5000  # between two times that what was learned is stored: a run that is killed has not learned in vain
 ACCOUNT_EVERY_NS = 50_000_000  # of passes: slower passes are accounted for one by one
-ACCOUNT_ALONE_NS = 250_000_000  # where there is no GPU, so no work to move: nobody is in a hurry to learn
+ACCOUNT_ALONE_NS = 250_000_000  # where no GPU is used, so there is no work to move: nobody is in a hurry to learn
 PREPARE_S = 0.6  # what loading may spend on compiling programs ahead,
 PRICE_S = 0.4  # and on simulating passes
 
@@ -81,11 +81,12 @@ class CheckpointWeights:
 
 
 class Session:
-    """Runs one plan. ``stats`` goes on from an earlier session of the same LLM; ``make_executor`` takes `Executor`'s arguments."""
+    """Runs one plan. ``stats`` goes on from an earlier session of the same LLM; ``make_executor`` takes `Executor`'s arguments; ``prepares``: takes time so
+    that the first passes need not."""
 
     def __init__(
         self, config: EngineConfig, spec: ModelSpec, profile: HardwareProfile, plan: Plan, checkpoint: Checkpoint, tokenizer: Tokenizer | None,
-        planner: Planner, *, stats: EngineStats | None = None, make_executor: Callable[..., Executor] = Executor,
+        planner: Planner, *, stats: EngineStats | None = None, make_executor: Callable[..., Executor] = Executor, prepares: bool = True,
     ) -> None:  # fmt: skip
         self.plan, self.profile, self._planner = plan, profile, planner
         began = time.perf_counter()
@@ -96,8 +97,8 @@ class Session:
                 self.executor = stack.enter_context(
                     make_executor(spec, plan, machine.pilot, machine.gpu, CheckpointWeights(checkpoint), limits=limits, progress=bar.update)
                 )
-            self.executor.prepare(PREPARE_S)
-            planner.online.prepare(plan, plan.buckets, PRICE_S)
+            self.executor.prepare(PREPARE_S if prepares else 0.0)
+            planner.online.prepare(plan, plan.buckets, PRICE_S if prepares else 0.0)
             self._stack = stack.pop_all()
         self.load_s = time.perf_counter() - began
         self._stats = stats or EngineStats(
@@ -116,7 +117,7 @@ class Session:
         self._records: list[PassRecord] = []  # of the step's passes
         self._unaccounted: list[_Step] = []
         self._unaccounted_ns = 0
-        self._account_every_ns = ACCOUNT_ALONE_NS if profile.gpu is None else ACCOUNT_EVERY_NS
+        self._account_every_ns = ACCOUNT_EVERY_NS if plan.uses_gpu else ACCOUNT_ALONE_NS
         self._owed_ns = self._charge_ns = 0  # what accounting took and no pass was charged with yet, and what each of the next ones is
         self._moving_ns = 0  # of steps in which nothing but KV moved: the next pass is charged with them
         self.last_pass: tuple[StepBatch, np.ndarray] | None = None  # its logits are a view, valid until the next pass
@@ -237,7 +238,7 @@ class Session:
         for record, (load, prediction), work, span_s in zip(step.records, expected, work_s, spans_s, strict=True):
             done = PassDone(
                 plan=plan, bucket=batch.bucket, load=load, schedule=record.placed.program.schedule, work_s=work, seconds=span_s + driver_s,
-                driver_s=driver_s, remaining=remaining,
+                driver_s=driver_s, remaining=remaining, chained=len(step.records),
             )  # fmt: skip
             change = None if batch.moves else online.after_pass(done, prediction)  # a copy beside it is no part of what the pass was predicted to take
             if online.tracker.num_passes % STORE_PASSES == 0:

@@ -15,8 +15,8 @@ from tests.hand_plans import random_plan
 from tests.harness import PROMPTS, Rig, SavedModel
 from twinpilots import LLM, SamplingParams
 from twinpilots.errors import NotFiniteError
+from twinpilots.plan import driver
 from twinpilots.plan.plan import Plan
-from twinpilots.runtime import chain
 from twinpilots.runtime.weights import OFFSET_MASK
 from twinpilots.trace import PREDICTED
 
@@ -157,7 +157,7 @@ def test_a_word_to_a_live_engine_ends_the_chain(model: SavedModel) -> None:
 
 
 def test_a_chain_is_as_long_as_fifty_milliseconds_allow() -> None:
-    assert [chain.most_passes(seconds) for seconds in (0.0001, 0.005, 0.02, 0.04, 3.0)] == [16, 10, 2, 1, 1]
+    assert [driver.most_passes(seconds) for seconds in (0.0001, 0.005, 0.02, 0.04, 3.0)] == [16, 10, 2, 1, 1]
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def traced(model: SavedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[
     for most in (1, MOST):
         path: Path = tmp_path_factory.mktemp("trace") / "trace.json"
         with pytest.MonkeyPatch.context() as patch, LLM(str(model.path), device="cpu", max_num_seqs=4) as llm:
-            patch.setattr(chain, "MOST_PASSES", most)
+            patch.setattr(driver, "MOST_PASSES", most)
             with llm.trace(path):
                 llm.generate(PROMPTS, greedy(30), use_tqdm=False)
             stats = llm.stats() | {"passes": llm._open_session.stats.passes, "most": llm._open_session.engine.last_passes}

@@ -14,15 +14,21 @@ from benchmarks.hidden_machine import random_machine
 from benchmarks.hidden_passes import run_passes
 from benchmarks.hidden_rehearsal import profiled
 from benchmarks.truth import CARD_BYTES, Never
+from tests.machines import without_gpu
 from tests.planning import llama, smollm2
 from twinpilots.hardware.presets import PRESETS
-from twinpilots.hardware.profile import Curve, HardwareProfile
+from twinpilots.hardware.profile import AloneProfile, Curve, HardwareProfile
 from twinpilots.model.dummy import dummy_spec
-from twinpilots.online import OnlinePlanner
-from twinpilots.plan.load import decode_load
+from twinpilots.online import OnlinePlanner, PassDone
+from twinpilots.plan.bounds import pass_bound
+from twinpilots.plan.driver import most_passes
+from twinpilots.plan.estimate import estimate_pass
+from twinpilots.plan.load import decode_load, prefill_load
+from twinpilots.plan.plan import Plan
 from twinpilots.plan.schedule import expand
-from twinpilots.plan.simulate import simulate
-from twinpilots.rehearsal import driver_time, rehearse, short_model, short_plan
+from twinpilots.plan.simulate import PassTiming, simulate
+from twinpilots.plan.workload import Limits
+from twinpilots.rehearsal import alone_driver, alone_plan, driver_time, rehearse, short_model, short_plan
 from twinpilots.runtime.accounts import span_seconds
 from twinpilots.stats.correction import Medians, WorkTime, corrected
 
@@ -70,10 +76,77 @@ def test_a_pass_is_charged_for_each_of_its_sequences() -> None:
     assert charged == pytest.approx(free + 2e-3 + 6e-3, rel=0.02)
 
 
-def test_profiles_without_the_new_field_still_load() -> None:
+ALONE = AloneProfile(call_s=0.8e-3, call_seq_s=10e-6, pass_s=0.1e-3, pass_seq_s=40e-6, linear={"fp16/out": Curve(x=(1.0, 8.0), y=(0.5, 1.0))})
+
+
+def test_profiles_with_and_without_optional_fields_load() -> None:
     data = json.loads(PRESETS["t4"].to_json())
-    del data["step_seq_s"]
+    del data["step_seq_s"], data["alone"]
     assert HardwareProfile.from_json(json.dumps(data)) == replace(PRESETS["t4"], step_seq_s=0.0)
+    profile = replace(PRESETS["t4"], alone=ALONE)
+    assert HardwareProfile.from_json(profile.to_json()) == profile
+
+
+def alone_pass(num_seqs: int, chained: int, driver_s: float) -> PassDone:
+    plan = alone_plan(llama(), without_gpu(PRESETS["t4"]))
+    assert plan is not None
+    bucket = plan.bucket_for("decode", num_seqs)
+    load = decode_load(0, num_seqs, 40, bucket)
+    return PassDone(
+        plan=plan, bucket=bucket, load=load, schedule=expand(llama(), plan, bucket, load.shape), work_s={}, seconds=1.0, driver_s=driver_s, remaining=1,
+        chained=chained,
+    )  # fmt: skip
+
+
+def test_what_chained_passes_share_is_told_apart_from_what_each_takes() -> None:
+    true = replace(ALONE, linear={})
+    found = alone_driver([alone_pass(num_seqs, chained, true.step_s(num_seqs, chained)) for num_seqs in (1, 4, 16) for chained in (1, 5, 16)])
+    assert found is not None
+    assert (found.call_s, found.call_seq_s, found.pass_s, found.pass_seq_s) == pytest.approx((0.8e-3, 10e-6, 0.1e-3, 40e-6))
+    assert alone_driver([alone_pass(1, 8, 1e-3)]) is None
+
+
+def test_where_no_pass_is_chained_chains_promise_nothing() -> None:
+    found = alone_driver([alone_pass(num_seqs, 1, 1e-3) for num_seqs in (1, 4)])
+    assert found is not None
+    assert found.step_s(1, 16) == pytest.approx(1e-3)
+
+
+def test_plans_of_the_cpu_alone_have_its_driver_and_its_rates() -> None:
+    """A pass of some ms is one of a chain; a plan that uses the GPU takes what it took before, and a prompt's pass is never chained."""
+    spec, plain = llama(hidden=512, intermediate=1024), PRESETS["demo"]
+    by_both, by_cpu = short_plan(spec, plain), alone_plan(spec, plain)
+    assert by_both is not None and by_cpu is not None
+    profile = replace(plain, alone=ALONE)
+
+    def timing(plan: Plan, each: HardwareProfile, prompt: int = 0) -> PassTiming:
+        bucket = plan.bucket_for("prefill" if prompt else "decode", prompt or 4)
+        load = prefill_load(0, 1, prompt, 0, bucket) if prompt else decode_load(0, 4, 30, bucket)
+        return estimate_pass(spec, plan, bucket, each, load)
+
+    assert timing(by_both, profile) == timing(by_both, plain)
+    before, found = timing(by_cpu, plain), timing(by_cpu, profile)
+    assert found.work_seconds < 0.95 * before.work_seconds
+    assert found.driver_s == pytest.approx(ALONE.step_s(4, most_passes(found.work_seconds)))
+    assert most_passes(found.work_seconds) > 1
+    assert timing(by_cpu, profile, prompt=16).driver_s == pytest.approx(ALONE.step_s(1, 1))
+    limits, bucket = Limits(gpu_bytes=plain.gpu_memory_bytes, host_bytes=plain.host_memory_bytes), by_cpu.bucket_for("decode", 4)
+    bound = pass_bound(spec, profile, limits, decode_load(0, 4, 30, bucket), "plan", kv_dtype="fp32")
+    assert bound.seconds <= found.seconds, "no plan beats the bound"
+
+
+def test_a_deep_models_estimate_is_chained_by_the_whole_passes_length() -> None:
+    """Samples of a few layers are short enough for long chains, the whole model is not."""
+    spec = llama(hidden=2048, intermediate=4096)
+    spec = replace(spec, layers=spec.layers[:1] * 40)
+    profile = replace(PRESETS["demo"], alone=ALONE)
+    plan = alone_plan(spec, profile)
+    assert plan is not None
+    bucket = plan.bucket_for("decode", 1)
+    load = decode_load(0, 1, 30, bucket)
+    whole, about = simulate(expand(spec, plan, bucket, load.shape), spec, plan, profile, load), estimate_pass(spec, plan, bucket, profile, load)
+    assert about.driver_s == pytest.approx(whole.driver_s)
+    assert about.seconds == pytest.approx(whole.seconds, rel=0.01)
 
 
 def test_what_was_seen_at_some_sizes_is_taken_over_between_them_and_beyond() -> None:
@@ -104,7 +177,10 @@ def test_the_engine_itself_is_timed() -> None:
     spec = llama(hidden=128, intermediate=320, vocab=256)
     profile = replace(PRESETS["demo"], gpu=None, link=None, gpu_memory_bytes=0, step_overhead_s=0.0, step_seq_s=0.0)
     found = rehearse("cpu", 1, spec, profile, quick=True)
-    assert 20e-6 < found.step_overhead_s < 50e-3
+    assert found.alone is not None
+    assert 20e-6 < found.alone.step_s(1, 1) < 50e-3
+    assert found.alone.step_s(1, 16) < 0.8 * found.alone.step_s(1, 1), "chained passes share what is around them"
+    assert not found.alone.linear, "there is nothing to compare with"
     assert found.cpu.linear["fp16/in"] != profile.cpu.linear["fp16/in"], "work took its time, too"
     assert found.gpu is None
 

@@ -10,12 +10,13 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from math import inf
 from typing import Any
 
 from twinpilots.errors import ProfileMissingError
 
-PROFILE_SCHEMA = 1
+PROFILE_SCHEMA = 2
 TOKEN_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -38,6 +39,11 @@ class Curve:
         if x > self.x[-1]:
             return self.y[-1] + max(slope, 0.0) * (x - self.x[-1])
         return self.y[i - 1] + slope * (x - self.x[i - 1])
+
+    def times(self, factors: Curve) -> Curve:
+        """Multiplied at the points of both; the factors beyond theirs are those at their ends."""
+        points = sorted({*self.x, *factors.x})
+        return Curve(x=tuple(points), y=tuple(self(x) * factors(min(x, factors.x[-1])) for x in points))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +148,26 @@ class LinkProfile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AloneProfile:
+    """What is different where the CPU computes alone. The driver takes ``call_s`` around every call that runs passes (scheduling, metadata, accounting),
+    ``pass_s`` for every pass in it (the next tokens), and something for each sequence. ``linear`` maps tokens to a factor on the CPU's seconds of one kind of
+    linear: it has whole ops, and what they need in its caches, where a GPU beside it would leave it slices and keep it waiting."""
+
+    call_s: float
+    call_seq_s: float
+    pass_s: float
+    pass_seq_s: float
+    linear: Mapping[str, Curve] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "call_s call_seq_s pass_s pass_seq_s", least=0)
+
+    def step_s(self, num_seqs: float, passes: int) -> float:
+        """For one of so many passes in a call."""
+        return self.pass_s + num_seqs * self.pass_seq_s + (self.call_s + num_seqs * self.call_seq_s) / passes
+
+
+@dataclass(frozen=True, kw_only=True)
 class HardwareProfile:
     """Everything that the planner knows about a machine. ``gpu`` and ``link`` are None on a machine without one."""
 
@@ -159,6 +185,7 @@ class HardwareProfile:
     emulated: bool = False
     step_overhead_s: float = 0.0  # from a pass's last work to the next one's first: scheduling, metadata, sampling, accounting, waking the queues up
     step_seq_s: float = 0.0  # and what each sequence of a pass adds to it
+    alone: AloneProfile | None = None  # None: not known to differ
     notes: Mapping[str, str] = field(default_factory=dict)
     schema: int = PROFILE_SCHEMA
 
@@ -171,6 +198,15 @@ class HardwareProfile:
     def step_s(self, num_seqs: float) -> float:
         """What the driver takes between two passes of so many sequences."""
         return self.step_overhead_s + num_seqs * self.step_seq_s
+
+    @cached_property
+    def cpu_alone(self) -> HardwareProfile:
+        """This machine without its GPU, at the rates that the CPU then has."""
+        cpu, alone = self.cpu, self.alone
+        if alone is not None and alone.linear:
+            cpu = replace(cpu, linear={key: curve.times(alone.linear[key]) if key in alone.linear else curve for key, curve in cpu.linear.items()})
+            alone = replace(alone, linear={})
+        return replace(self, cpu=cpu, alone=alone, gpu=None, link=None)
 
     def with_curves_of(self, earlier: HardwareProfile) -> HardwareProfile:
         """This profile, with the earlier one's curves of kinds of linears that it lacks."""
@@ -199,6 +235,9 @@ class HardwareProfile:
                     curves = {key: Curve(x=tuple(c["x"]), y=tuple(c["y"])) for key, c in data[processor]["linear"].items()}
                     rates = {key: AttentionRates(**each) for key, each in data[processor].get("kv_attention", {}).items()}
                     data[processor] = ComputeProfile(**{**data[processor], "linear": curves, "kv_attention": rates})
+            if data.get("alone") is not None:
+                factors = {key: Curve(x=tuple(c["x"]), y=tuple(c["y"])) for key, c in data["alone"]["linear"].items()}
+                data["alone"] = AloneProfile(**{**data["alone"], "linear": factors})
             if data["link"] is not None:
                 data["link"] = LinkProfile(**data["link"])
             return HardwareProfile(**data)

@@ -16,6 +16,7 @@ from twinpilots.errors import LimitError
 from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
 from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.cost import attention_kv_bytes, linear_s
+from twinpilots.plan.driver import least_between_s
 from twinpilots.plan.load import PassLoad, SeqClass
 from twinpilots.plan.workload import Limits
 
@@ -38,6 +39,17 @@ def pass_bound(spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: 
 
     Raises LimitError when weights and this load's KV do not fit both memories together.
     """
+    bounds = []
+    for machine in (profile, profile.cpu_alone) if profile.gpu is not None and profile.alone is not None else (profile,):
+        try:
+            bounds.append(_bound(spec, machine, limits, load, kind, kv_dtype))
+        except LimitError:
+            if machine is profile:
+                raise
+    return min(bounds, key=lambda bound: bound.seconds)
+
+
+def _bound(spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: PassLoad, kind: BoundKind, kv_dtype: KvDtype) -> PassBound:
     from scipy.optimize import linprog
 
     program = _Program(spec, profile, limits, load, kind, kv_dtype)
@@ -46,7 +58,8 @@ def pass_bound(spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: 
         need, given = program.bytes_needed, limits.gpu_bytes * (profile.gpu is not None) + limits.host_bytes
         raise LimitError(f"weights and KV of this pass need {need} bytes, GPU and host memory offer {given}; raise a memory limit or run fewer sequences")
     prices = {name: abs(float(answer.ineqlin.marginals[i])) for i, name in enumerate(program.lines)}
-    return PassBound(float(answer.x[0]) + (profile.step_s(load.num_seqs) if kind == "plan" else 0.0), max(program.lines, key=lambda name: prices[name]))
+    driver_s = least_between_s(profile, load.num_seqs) if kind == "plan" else 0.0
+    return PassBound(float(answer.x[0]) + driver_s, max(program.lines, key=lambda name: prices[name]))
 
 
 class _Program:

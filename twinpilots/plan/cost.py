@@ -12,6 +12,7 @@ from typing import Literal
 from twinpilots.config import KvDtype
 from twinpilots.hardware.profile import ComputeProfile, HardwareProfile, LinkProfile
 from twinpilots.model.spec import ModelSpec, OpSpec
+from twinpilots.plan.driver import as_used
 from twinpilots.plan.load import GroupLoad, PassLoad, SeqClass
 from twinpilots.plan.plan import Plan
 from twinpilots.plan.tasks import Kind, Task
@@ -35,7 +36,7 @@ class CostModel:
     """Prices tasks of one (model, plan, profile, load); equal tasks of different layers are priced once."""
 
     def __init__(self, spec: ModelSpec, plan: Plan, profile: HardwareProfile, load: PassLoad) -> None:
-        self.spec, self.plan, self.profile, self.load = spec, plan, profile, load
+        self.spec, self.plan, self.profile, self.load = spec, plan, as_used(profile, plan), load
         self.ops: dict[tuple[int, str], OpSpec] = {(op.layer, op.name): op for op in spec.ops(plan.unit_rows)}
         self.kv_dtype = plan.kv_dtype
         self._known: dict[tuple[object, ...], TaskCost] = {}

@@ -13,6 +13,7 @@ from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.clock import CPU, GPU, LINK_IN
 from twinpilots.plan.cost import attention_s, linear_s, staged_kv_bytes
+from twinpilots.plan.driver import as_used, between_s
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.memory import layer_templates
 from twinpilots.plan.plan import BucketPlan, Plan
@@ -44,12 +45,16 @@ class PassEstimator:
 
     def timing(self, load: PassLoad) -> PassTiming:
         """The pass's timing, without a timeline."""
-        deep = len(self.samples) > 1
-        timings = [
-            simulate(schedule, short, short_plan, self.profile, load, keep_timeline=deep)
+        if len(self.samples) == 1:
+            return simulate(self.schedules[0], self.spec, self.plan, self.profile, load)
+        # The driver waits for all queues, so where there is one queue its time is added at the end, when it is known how long the whole pass takes.
+        driver_s = self.profile.step_s(load.num_seqs) if self.plan.uses_gpu else 0.0
+        longer, shorter = (
+            simulate(schedule, short, short_plan, self.profile, load, keep_timeline=True, driver_s=driver_s)
             for schedule, (short, short_plan, _) in zip(self.schedules, self.models, strict=True)
-        ]  # fmt: skip
-        return self._extrapolate(timings[0], timings[1], load) if deep else timings[0]
+        )
+        found = self._extrapolate(longer, shorter, load)
+        return found if self.plan.uses_gpu else found.with_driver(between_s(self.profile, self.plan, load, found.seconds))
 
     def _extrapolate(self, longer: PassTiming, shorter: PassTiming, load: PassLoad) -> PassTiming:
         """Times and bytes grow along the layers' work, queue by queue; a pass lasts as long as its busiest queue at least."""
@@ -68,7 +73,7 @@ class PassEstimator:
         layers_s = lines[-1].at(self._layers_s(longer, 0), self._layers_s(shorter, 1), by_count)
         layers_s -= max(busy_s[name] - alone_s[name] for name in COMPUTE) * max(0.0, 1.0 - busy_s["link"] / layers_s)
         head_s, head_loads_s = self._head_s(longer), self._head_loads_s()
-        queued_s = self._least_s(work, self.profile.step_s(load.num_seqs), head_s, head_loads_s)
+        queued_s = self._least_s(work, longer.driver_s, head_s, head_loads_s)
         least_s = max(*busy_s.values(), layers_s + max(head_s, head_loads_s - self._ring_s), queued_s)
         return PassTiming(
             seconds=max(least_s, lines[-1].at(longer.seconds, shorter.seconds, by_count)),
@@ -76,6 +81,7 @@ class PassEstimator:
             busy_s=busy_s,
             bytes=num_bytes,
             alone_s=alone_s,
+            driver_s=longer.driver_s,
         )
 
     def _layers_s(self, timing: PassTiming, sample: int) -> float:
@@ -126,11 +132,11 @@ class PassEstimator:
                     ends[layer] = max(ends[layer], entry.end_s)
         seen: dict[Hashable, list[list[float]]] = {}
         for i, layer in enumerate(layers):
-            seen.setdefault(self.kinds[layer], []).append([*busy[i], ends[i] - (ends[i - 1] if i else self.profile.step_s(load.num_seqs))])
+            seen.setdefault(self.kinds[layer], []).append([*busy[i], ends[i] - (ends[i - 1] if i else timing.driver_s)])
         work = {kind: [sum(values) / len(found) for values in zip(*found, strict=True)] for kind, found in seen.items()}
         for layer, kind in enumerate(self.kinds):
             if kind not in work:
-                static = _layer_work(self.spec, self.plan, self.bucket, self.profile, load, layer)
+                static = _layer_work(self.spec, self.plan, self.bucket, as_used(self.profile, self.plan), load, layer)
                 work[kind] = [*static, max(static)]
         return work
 
@@ -209,6 +215,7 @@ class LayerWork:
 
     def seconds(self, profile: HardwareProfile, load: PassLoad) -> dict[str, float]:
         spec, plan, found = self._spec, self._plan, [0.0] * len(QUEUES)
+        profile = as_used(profile, plan)
         for layer, count in self._layers:
             for queue, seconds in enumerate(_layer_work(spec, plan, self._bucket, profile, load, layer)):
                 found[queue] += count * seconds

@@ -93,11 +93,16 @@ def options(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: Bucke
     """
     search = _Search(spec, profile, plan, bucket, Sequences.of(load))
     now = search.priced(bucket)
-    if not (plan.uses_gpu and plan.uses_cpu) or plan.ring_bytes == 0 or plan.host_kv_layers or profile.gpu is None or profile.link is None:
+    if not can_move(plan) or profile.gpu is None or profile.link is None:
         return (now,)
     found = [option for option in (*search.single(), search.shared()) if option is not None and option.bucket != bucket]
     in_sight = HOPELESS * max(1.0, surprise) * min([now.seconds, *(option.seconds for option in found)])
     return (now, *(search.priced(option.bucket) for option in found if option.seconds <= in_sight))
+
+
+def can_move(plan: Plan) -> bool:
+    """Whether there are two pilots, and a ring to stream through."""
+    return plan.uses_gpu and plan.uses_cpu and plan.ring_bytes > 0 and not plan.host_kv_layers
 
 
 def option_of(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, load: PassLoad) -> Option:

@@ -13,6 +13,7 @@ from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.clock import Clock
 from twinpilots.plan.cost import CostModel, TaskCost
+from twinpilots.plan.driver import as_used, between_s
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import Plan
 from twinpilots.plan.tasks import QUEUES, Queue, Schedule
@@ -37,7 +38,7 @@ class PassTiming:
     ``busy_s``: seconds that each queue works per pass, and ``link``: that any copy between memories of the two link queues is under way; of the compute
     queues' seconds, ``copies`` are activation copies and ``embed`` is the gather of embeddings. ``alone_s``: what the queues' tasks would take
     without each other's traffic.
-    ``bytes``: link_weights, link_kv, link_activations.
+    ``bytes``: link_weights, link_kv, link_activations. ``driver_s``: the driver's part of ``seconds``.
     """
 
     seconds: float
@@ -45,14 +46,26 @@ class PassTiming:
     busy_s: dict[str, float]
     bytes: dict[str, float]
     alone_s: dict[str, float] = field(default_factory=dict)
+    driver_s: float = 0.0
     timeline: tuple[TimelineEntry, ...] = ()
 
+    @property
+    def work_seconds(self) -> float:
+        """Without the driver's part."""
+        return self.seconds - self.driver_s
+
+    def with_driver(self, driver_s: float) -> PassTiming:
+        """The same pass with another time between two passes."""
+        more_s = driver_s - self.driver_s
+        return replace(self, seconds=self.seconds + more_s, fill_s=self.fill_s + more_s, driver_s=driver_s)
+
     def scaled(self, factors: Mapping[str, float]) -> PassTiming:
-        """The timing of a pass with so much more work for "cpu", "gpu" and "link": it lasts longer as the busiest of them then and before."""
+        """The timing of a pass with so much more work for "cpu", "gpu" and "link", the driver's part left out: it lasts longer as the busiest of them then
+        and before."""
         each = {name: factors.get(name, factors["link"]) for name in self.busy_s}
         longest = max(self.busy_s[queue] * each[queue] for queue in QUEUES) / max(self.busy_s[queue] for queue in QUEUES)
         return replace(
-            self, seconds=self.seconds * longest, fill_s=self.fill_s * longest,
+            self, seconds=self.work_seconds * longest, fill_s=(self.fill_s - self.driver_s) * longest, driver_s=0.0,
             busy_s={name: seconds * each[name] for name, seconds in self.busy_s.items()},
             alone_s={name: seconds * each[name] for name, seconds in self.alone_s.items()},
         )  # fmt: skip
@@ -66,14 +79,17 @@ class PassTiming:
 
 
 def simulate(
-    schedule: Schedule, spec: ModelSpec, plan: Plan, profile: HardwareProfile, load: PassLoad, *, keep_timeline: bool = False
+    schedule: Schedule, spec: ModelSpec, plan: Plan, profile: HardwareProfile, load: PassLoad, *, keep_timeline: bool = False, driver_s: float | None = None
 ) -> PassTiming:  # fmt: skip
-    """Run ``schedule`` a few passes back to back on the virtual clock and report one in steady state."""
+    """Run ``schedule`` a few passes back to back on the virtual clock and report one in steady state. ``driver_s``: between two
+    passes, if not the profile's."""
     if load.shape != schedule.shape:
         raise ValueError(f"load has shape {load.shape}, the schedule was made for {schedule.shape}")
+    profile = as_used(profile, plan)
     model = CostModel(spec, plan, profile, load)
     costs = [model.cost(task) for task in schedule.tasks]
-    driver_s = profile.step_s(load.num_seqs)
+    if driver_s is None:
+        driver_s = between_s(profile, plan, load, sum(cost.seconds for cost in costs))  # exact where it matters: the CPU alone does one task after another
     clock = Clock(schedule.tasks, [cost.seconds for cost in costs], [cost.memory_frac for cost in costs], profile, driver_s, _settled_pass(schedule, plan))
     clock.run()
     begin_s, end_s = clock.pass_end[clock.reported - 1 : clock.reported + 1]
@@ -93,7 +109,7 @@ def simulate(
         for task in (schedule.tasks if keep_timeline else ())
     )
     fill_s = clock.pass_end[0] + driver_s
-    return PassTiming(seconds=end_s - begin_s, fill_s=fill_s, busy_s=busy_s, bytes=_link_bytes(costs), alone_s=alone_s, timeline=timeline)
+    return PassTiming(seconds=end_s - begin_s, fill_s=fill_s, busy_s=busy_s, bytes=_link_bytes(costs), alone_s=alone_s, driver_s=driver_s, timeline=timeline)
 
 
 def _settled_pass(schedule: Schedule, plan: Plan) -> int:

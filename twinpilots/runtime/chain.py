@@ -1,6 +1,6 @@
 """Chained passes: decoding passes that follow each other in one native call, the next tokens chosen in between (docs/execution.md, "Chained passes").
 
-Owns which sequences may be chained, how long a chain may be, and the record of one. Knows nothing of queues, pages or programs.
+Owns which sequences may be chained, and the record of a chain. Knows nothing of queues, pages or programs.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinpilots.kernels.abi import CHAIN
+from twinpilots.plan.driver import BUDGET_S
 from twinpilots.request import SamplingParams
 from twinpilots.runtime.batch import StepBatch
 from twinpilots.runtime.choice import choice_of
 
-MOST_PASSES = 16
-BUDGET_S = 0.05  # of a chain: what waits for it, a reader or Ctrl-C, does not notice
 Int32 = NDArray[np.int32]
 
 
@@ -34,11 +33,6 @@ def rule_of(params: SamplingParams, eos_token_ids: frozenset[int]) -> Rule | Non
     if params.changes_logits or params.logprobs is not None or params.prompt_logprobs is not None or params.stop_strings:
         return None
     return Rule(choice_of(params), np.array(sorted({*(params.stop_token_ids or ()), *(() if params.ignore_eos else eos_token_ids)}), np.int32))
-
-
-def most_passes(pass_s: float) -> int:
-    """How many passes like one that took ``pass_s`` a chain may have."""
-    return max(1, min(MOST_PASSES, int(BUDGET_S / pass_s))) if pass_s > 0 else 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from twinpilots.device.memory import GpuArena, HostArena, Ledger, Tier
 from twinpilots.errors import DeviceLostError
 from twinpilots.kernels.abi import ENTRY, EVENT_START, Meta, Op, Space, address
 from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.driver import most_passes
 from twinpilots.plan.expected import WorkKind, kinds_on, rate_keys_of
 from twinpilots.plan.memory import gpu_layout_bytes, host_layout_bytes, kv_move_bytes
 from twinpilots.plan.plan import BucketPlan, Plan
@@ -26,7 +27,7 @@ from twinpilots.plan.schedule import expand
 from twinpilots.plan.tasks import PassShape, Queue
 from twinpilots.runtime.accounts import QueueAccount, busy_seconds, bytes_moved, instruction_bytes, instruction_rows, work_seconds
 from twinpilots.runtime.batch import MetadataWriter, StepBatch, metadata_words
-from twinpilots.runtime.chain import Chain, Int32, Rule, most_passes
+from twinpilots.runtime.chain import Chain, Int32, Rule
 from twinpilots.runtime.compile import Compiler, Program
 from twinpilots.runtime.interrupts import Interrupts
 from twinpilots.runtime.kv_moves import KvMoves
