@@ -159,6 +159,6 @@ def random_blocks(fmt: WeightFormat, rows: int, blocks: int, seed: int = 0) -> n
     if fmt.name == "q6_k":
         result[:, :, 208:] = halves[:, :, :2]
     else:
-        count = 2 if fmt.name in ("q8_0", "q4_0") else 4
+        count = 2 if fmt.name in ("q8_0", "q4_0", "q5_0") else 4
         result[:, :, :count] = halves[:, :, :count]
     return result

@@ -200,7 +200,11 @@ def _gpu() -> Finding:
 
 
 def _gguf() -> Finding:
-    return _package("gguf files", "gguf", ".gguf weights other than Q8_0, Q4_0, Q4_1, Q4_K, Q6_K and floats cannot be read: pip install 'twinpilots[gguf]'")
+    return _package(
+        "gguf files",
+        "gguf",
+        ".gguf weights other than floats and Q8_0, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K and Q6_K cannot be read: pip install 'twinpilots[gguf]'",
+    )
 
 
 def _tokenizers() -> Finding:

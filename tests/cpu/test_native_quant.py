@@ -164,7 +164,7 @@ def test_an_accumulating_call_continues_the_chain_of_the_call_before(isa, fmt, m
 @MODE
 def test_extreme_codes_and_activations_do_not_overflow(isa, fmt, mode):
     blocks = random_blocks(fmt, 40, 3)
-    scale_bytes = {"q8_0": slice(0, 2), "q4_0": slice(0, 2), "q6_k": slice(208, 210)}.get(fmt.name, slice(0, 4))
+    scale_bytes = {"q8_0": slice(0, 2), "q4_0": slice(0, 2), "q5_0": slice(0, 2), "q6_k": slice(208, 210)}.get(fmt.name, slice(0, 4))
     kept = blocks[:, :, scale_bytes].copy()
     for byte in (0xFF, 0x00, 0x80, 0x7F):
         blocks[:] = byte

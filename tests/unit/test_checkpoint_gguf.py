@@ -63,12 +63,15 @@ def test_quantised_gguf_is_kept_converted_and_opens_without_gguf_the_second_time
 
 
 KINDS = {
-    "llama-64": {"attn_q": "Q4_0", "attn_k": "Q8_0", "attn_v": "Q4_1", "ffn_gate": "Q4_0", "ffn_up": "Q4_1", "ffn_down": "Q5_0", "output": "Q8_0"},
-    "llama-256": {"attn_q": "Q4_K", "attn_k": "Q4_K", "attn_v": "Q6_K", "ffn_gate": "Q4_K", "ffn_up": "Q4_K", "token_embd": "Q4_K", "output": "Q6_K"},
+    "llama-64": {
+        "attn_q": "Q4_0", "attn_k": "Q8_0", "attn_v": "Q4_1", "attn_output": "IQ4_NL", "ffn_gate": "Q4_0", "ffn_up": "Q4_1", "ffn_down": "Q5_0",
+        "output": "Q5_1",
+    },
+    "llama-256": {"attn_q": "Q4_K", "attn_k": "Q5_K", "attn_v": "Q6_K", "ffn_gate": "Q4_K", "ffn_up": "Q4_K", "token_embd": "Q4_K", "output": "Q6_K"},
 }  # fmt: skip
-PACKED = {
-    "llama-64": {"0.q_proj": "q4_0", "0.k_proj": "q8_0", "0.v_proj": "q4_1", "lm_head": "q8_0"},  # ffn_gate and ffn_up differ; q5_0 is not ours
-    "llama-256": {"0.q_proj": "q4_k", "1.k_proj": "q4_k", "2.v_proj": "q6_k", "0.gate_proj": "q4_k", "1.up_proj": "q4_k", "embed": "q4_k", "lm_head": "q6_k"},
+PACKED = {  # gate and up differ in llama-64, and IQ4_NL is not ours
+    "llama-64": {"0.q_proj": "q4_0", "0.k_proj": "q8_0", "0.v_proj": "q4_1", "1.down_proj": "q5_0", "lm_head": "q5_1"},
+    "llama-256": {"0.q_proj": "q4_k", "1.k_proj": "q5_k", "2.v_proj": "q6_k", "0.gate_proj": "q4_k", "1.up_proj": "q4_k", "embed": "q4_k", "lm_head": "q6_k"},
 }  # fmt: skip
 
 
@@ -79,7 +82,8 @@ def test_packed_types_stay_packed_and_mean_what_gguf_says(family: str, tmp_path:
     checkpoint = open_checkpoint(path)
     found = {name: quantized.tensor_format(checkpoint.spec, name) for name in PACKED[family]}
     assert {name: chosen.name for name, chosen in found.items() if chosen} == PACKED[family]
-    assert checkpoint.spec.format_of(0, "down_proj").name == checkpoint.spec.format_of(0, "o_proj").name == checkpoint.spec.weight_dtype
+    converted = checkpoint.spec.format_of(0, "gate_up_proj" if family == "llama-64" else "down_proj")
+    assert converted.name == checkpoint.spec.format_of(0, "o_proj").name == checkpoint.spec.weight_dtype
     reader = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors}
     for tensor_id in PACKED[family]:
         source = tensor_plan(checkpoint.spec, gguf_spelling(checkpoint.spec), "gguf")[tensor_id]
@@ -224,21 +228,23 @@ def write_gguf(directory: Path, path: Path, arch: str, original: Checkpoint, kin
         chosen = kind_of(name) if data.ndim == 2 else None
         if chosen is not None:
             kind = gguf.GGMLQuantizationType[chosen]
-            writer.add_tensor(name, random_blocks(data, kind) if chosen.endswith("_K") else gguf.quants.quantize(data, kind), raw_dtype=kind)
+            writer.add_tensor(name, random_blocks(data, kind) if chosen in SCALES else gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, data)
     close(writer)
     return path
 
 
+SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,)}  # where a block's f16 scales lie
+
+
 def random_blocks(data: np.ndarray, kind: Any) -> np.ndarray:
-    """Blocks of k-quants, which the gguf package can read but not make: random codes, and scales that make weights of a sane size."""
+    """Blocks of types which the gguf package can read but not make: random codes, and scales that make weights of a sane size."""
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng(data.size)
     blocks = rng.integers(0, 256, (data.shape[0], data.shape[1] // block, block_bytes), dtype=np.uint8)
     scale = np.float16(0.1 / (32 * 64 * data.shape[1] ** 0.5) * 16)
-    places = {"Q4_K": (0, 2), "Q6_K": (208,), "Q5_K": (0, 2)}[kind.name]
-    for place in places:
+    for place in SCALES[kind.name]:
         blocks[:, :, place : place + 2] = (scale * rng.uniform(0.5, 1.5, blocks.shape[:2]).astype(np.float16))[..., None].view(np.uint8)
     return blocks.reshape(data.shape[0], -1)
 

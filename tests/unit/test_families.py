@@ -13,8 +13,10 @@ import pytest
 from twinpilots.errors import CheckpointError, UnsupportedModelError, UserError
 from twinpilots.model.dummy import CONFIGS, DummyCheckpoint, dummy_spec
 from twinpilots.model.families import FAMILIES, round_to, spec_from_config
+from twinpilots.model.quantization import with_formats
 from twinpilots.model.spec import ModelSpec
 from twinpilots.model.tensor_names import gguf_spelling, hf_spelling, tensor_plan, tensor_shapes
+from twinpilots.model.weight_format import FORMATS
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 131, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -62,6 +64,17 @@ def test_dummy_weights_are_deterministic_true_to_shape_and_of_sane_size() -> Non
     assert not np.array_equal(weights.data, other.tensor("1.down_proj").data)
     assert not np.array_equal(weights.data, one.tensor("0.down_proj").data)
     np.testing.assert_array_equal(one.tensor("lm_head").data, one.tensor("embed").data)
+
+
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.is_quantized])
+def test_dummy_weights_of_every_quantised_format_are_of_sane_size(name: str) -> None:
+    """Also of those that only files have: any model's widths are rehearsed with them."""
+    plain = spec_from_config({**LLAMA, "hidden_size": 1280, "intermediate_size": 768}, name="tiny", dtype="bf16")
+    checkpoint = DummyCheckpoint(with_formats(plain, {"0.q_proj": name, "1.down_proj": name}, fast=False))
+    for tensor_id, fan_in in (("0.q_proj", 1280), ("1.down_proj", 768)):
+        weights = checkpoint.tensor(tensor_id).float32() * fan_in**0.5
+        assert weights.shape[1] == fan_in and abs(weights.std() - 1) < 0.05 and abs(weights.mean()) < 0.15
+    assert not np.array_equal(checkpoint.tensor("0.q_proj").data[:, :256], checkpoint.tensor("0.q_proj").data[:, 256:512])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from twinpilots.kernels import native, quant_format
 from twinpilots.model.weight_format import FORMATS
 
 QUANTIZED = [fmt for fmt in FORMATS.values() if fmt.is_quantized]
-GGML = {name: gguf.GGMLQuantizationType[name.upper()] for name in ("q8_0", "q4_0", "q4_1", "q4_k", "q6_k")}
+GGML = {name: gguf.GGMLQuantizationType[name.upper()] for name in ("q8_0", "q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k")}
 any_format = st.sampled_from(QUANTIZED)
 
 

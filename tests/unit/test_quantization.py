@@ -147,7 +147,10 @@ def test_profiles_of_several_formats_live_together(tmp_path: Path, monkeypatch: 
 
 def test_the_formats_sizes() -> None:
     bits = {name: 8 * weights.bytes_per_weight for name, weights in FORMATS.items() if weights.is_quantized}
-    assert bits == {"q8_0": 8.5, "q4_0": 4.5, "q4_1": 5.0, "q4_z32": 5.0, "q4_z64": 4.5, "q4_z128": 4.25, "q4_k": 4.5, "q6_k": 6.5625}
+    assert bits == {
+        "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5.0, "q4_z32": 5.0, "q4_z64": 4.5, "q4_z128": 4.25, "q4_k": 4.5, "q5_0": 5.5, "q5_1": 6.0, "q5_k": 5.5,
+        "q6_k": 6.5625,
+    }  # fmt: skip
 
 
 def test_a_frozen_plan_belongs_to_the_formats_of_every_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

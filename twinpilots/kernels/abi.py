@@ -11,7 +11,7 @@ from enum import IntEnum
 
 import numpy as np
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 MAX_WAITS = 6
 NUM_ARGS = 20
 NUM_FLOATS = 4
@@ -54,8 +54,11 @@ class Dtype(IntEnum):
     Q4_Z64 = 7
     Q4_Z128 = 8
     Q4_K = 9
-    Q6_K = 10
-    INT8 = 11  # KV only: codes, and an fp32 scale per token, head and k or v
+    Q5_0 = 10
+    Q5_1 = 11
+    Q5_K = 12
+    Q6_K = 13
+    INT8 = 14  # KV only: codes, and an fp32 scale per token, head and k or v
 
 
 class Activations(IntEnum):

@@ -1,8 +1,8 @@
 """Quantised weights (docs/execution.md, "Quantised formats"): made, read, packed into panels and unpacked again.
 
 Owns three forms of a weight ``[R outputs, K inputs]`` and the ways between them:
-- **row blocks**, uint8 ``[R, K / block, block_bytes]``: the interchange form between readers, quantisers and packers. q8_0, q4_0, q4_1, q4_k and q6_k are
-  ggml's blocks as they lie in a GGUF file. q4_zG is ours: f16 s, f16 z, G / 2 bytes with the first G / 2 codes in the low nibbles, the others in the high ones.
+- **row blocks**, uint8 ``[R, K / block, block_bytes]``: the interchange form between readers, quantisers and packers. Those of q4_zG are ours:
+  f16 s, f16 z, G / 2 bytes with the first G / 2 codes in the low nibbles, the others in the high ones; all others are ggml's, as they lie in a GGUF file.
 - **lane rows**, the same shape: each block with its bytes in the order in which one column of a panel holds them (a panel of one column is a lane row).
 - **panels**, flat uint8: what the kernels read; 32-bit lanes of neighbouring columns lie beside each other.
 In numpy; quantising and packing in the native library where there is one, byte for byte the same. Knows nothing of models, files or arenas.
@@ -156,7 +156,8 @@ _QUANTIZERS: dict[str, Callable[[Floats], Bytes]] = {"q8_0": _quantize_q8_0, "q4
 _PIECES: dict[str, tuple[tuple[int, int], ...]] = {
     "q8_0": ((1, 2), (8, 4)), "q4_0": ((1, 2), (4, 4)), "q4_1": ((1, 2), (1, 2), (4, 4)),
     "q4_z32": ((1, 2), (1, 2), (4, 4)), "q4_z64": ((1, 2), (1, 2), (8, 4)), "q4_z128": ((1, 2), (1, 2), (16, 4)),
-    "q4_k": ((1, 2), (1, 2), (12, 1), (32, 4)), "q6_k": ((1, 2), (16, 1), (32, 4), (16, 4)),
+    "q4_k": ((1, 2), (1, 2), (12, 1), (32, 4)), "q5_0": ((1, 2), (5, 4)), "q5_1": ((1, 2), (1, 2), (5, 4)), "q5_k": ((1, 2), (1, 2), (12, 1), (40, 4)),
+    "q6_k": ((1, 2), (16, 1), (32, 4), (16, 4)),
 }  # fmt: skip
 
 
@@ -272,7 +273,9 @@ def _read_panel(panel: Bytes, fmt: WeightFormat, columns: int) -> Floats:
 # ---- lane rows
 
 # Bytes of scales before the codes in a lane row's block; in a row block, too, but for q6_k, which keeps its scales behind the codes.
-_HEADER_BYTES = {"q8_0": 2, "q4_0": 2, "q4_1": 4, "q4_z32": 4, "q4_z64": 4, "q4_z128": 4, "q4_k": 16, "q6_k": 18}
+_HEADER_BYTES = {
+    "q8_0": 2, "q4_0": 2, "q4_1": 4, "q4_z32": 4, "q4_z64": 4, "q4_z128": 4, "q4_k": 16, "q5_0": 2, "q5_1": 4, "q5_k": 16, "q6_k": 18
+}  # fmt: skip
 
 
 def _lane_bytes(row_blocks: Bytes, fmt: WeightFormat) -> Bytes:
@@ -282,6 +285,9 @@ def _lane_bytes(row_blocks: Bytes, fmt: WeightFormat) -> Bytes:
     codes = _row_codes(row_blocks, fmt)
     nibbles = (codes & 15).reshape(*codes.shape[:2], -1, 2, 4)
     low = (nibbles[..., 0, :] | nibbles[..., 1, :] << 4).reshape(*codes.shape[:2], -1)
+    if fmt.bits == 5:
+        upper = (codes >> 4).reshape(*codes.shape[:2], -1, 8, 4) << np.arange(8, dtype=np.uint8)[:, None]
+        return np.concatenate([row_blocks[:, :, : _HEADER_BYTES[fmt.name]], low, np.bitwise_or.reduce(upper, 3).reshape(*codes.shape[:2], -1)], 2)
     if fmt.name != "q6_k":
         return np.concatenate([row_blocks[:, :, : _HEADER_BYTES[fmt.name]], low], 2)
     upper = (codes >> 4).reshape(*codes.shape[:2], 16, 4, 4)
@@ -293,11 +299,27 @@ def _row_codes(row_blocks: Bytes, fmt: WeightFormat) -> NDArray[Any]:
     """The codes of row blocks in ascending k, ``[R, B, block]``: signed for q8_0."""
     if fmt.name == "q6_k":
         return _row_codes_q6_k(row_blocks)
+    if fmt.bits == 5:
+        return _row_codes_five_bits(row_blocks, fmt)
     stored = row_blocks[:, :, _HEADER_BYTES[fmt.name] :]
     if fmt.name == "q8_0":
         return stored.view(np.int8)
-    chunks = stored.reshape(*stored.shape[:2], -1, 32 if fmt.name == "q4_k" else fmt.block // 2)
+    return _halved_nibbles(stored, fmt)
+
+
+def _halved_nibbles(stored: Bytes, fmt: WeightFormat) -> Bytes:
+    """Codes [R, B, block] of bytes that hold the first half of a block (of 64 codes in blocks of 256) in their low nibbles, the second in the high ones."""
+    chunks = stored.reshape(*stored.shape[:2], -1, 32 if fmt.block == 256 else fmt.block // 2)
     return np.stack([chunks & 15, chunks >> 4], 3).reshape(*stored.shape[:2], fmt.block)
+
+
+def _row_codes_five_bits(row_blocks: Bytes, fmt: WeightFormat) -> Bytes:
+    """Between scales and nibbles lie the upper bits: bit k of 32 belongs to code k; of q5_k, bit g of byte k belongs to code 32 g + k."""
+    shape, first = row_blocks.shape[:2], _HEADER_BYTES[fmt.name]
+    last = first + fmt.block // 8
+    bits = np.unpackbits(row_blocks[:, :, first:last], axis=2, bitorder="little")
+    upper = bits.reshape(*shape, 32, 8).swapaxes(2, 3) if fmt.block == 256 else bits
+    return _halved_nibbles(row_blocks[:, :, last:], fmt) | upper.reshape(*shape, fmt.block) << np.uint8(4)
 
 
 def _row_codes_q6_k(row_blocks: Bytes) -> Bytes:
@@ -317,6 +339,9 @@ def _lane_codes(lanes: Bytes, fmt: WeightFormat) -> NDArray[Any]:
         return lanes[:, :, header:].view(np.int8)
     stored = lanes[:, :, header : header + fmt.block // 2].reshape(*shape, -1, 4)
     codes = np.stack([stored & 15, stored >> 4], 3).reshape(*shape, fmt.block)
+    if fmt.bits == 5:
+        upper = lanes[:, :, header + fmt.block // 2 :].reshape(*shape, -1, 4)
+        codes |= np.stack([(upper >> t & 1) << 4 for t in range(8)], 3).reshape(*shape, fmt.block)
     if fmt.name == "q6_k":
         upper = lanes[:, :, header + 128 :].reshape(*shape, 16, 4)
         codes |= np.stack([(upper >> 2 * t & 3) << 4 for t in range(4)], 3).reshape(*shape, fmt.block)
@@ -325,20 +350,20 @@ def _lane_codes(lanes: Bytes, fmt: WeightFormat) -> NDArray[Any]:
 
 def _scales(lanes: Bytes, fmt: WeightFormat) -> tuple[Floats, Floats]:
     """Scale and offset of every group of lane rows, each ``[w, B, groups]``: a weight is scale * code + offset."""
-    if fmt.name == "q4_k":
-        return _scales_q4_k(lanes)
+    if fmt.name in ("q4_k", "q5_k"):
+        return _scales_k(lanes)
     d = _halves(lanes, 0)
     if fmt.name == "q8_0":
         return d, np.zeros_like(d)
     if fmt.name == "q6_k":
         scales = d * lanes[:, :, 2:18].view(np.int8).astype(np.float32)
         return scales, np.float32(-32) * scales
-    if fmt.name == "q4_0":
-        return d, np.float32(-8) * d
-    return d, _halves(lanes, 2) if fmt.name == "q4_1" else -(d * _halves(lanes, 2))
+    if fmt.name in ("q4_0", "q5_0"):
+        return d, np.float32(-8 if fmt.bits == 4 else -16) * d
+    return d, _halves(lanes, 2) if fmt.name in ("q4_1", "q5_1") else -(d * _halves(lanes, 2))
 
 
-def _scales_q4_k(lanes: Bytes) -> tuple[Floats, Floats]:
+def _scales_k(lanes: Bytes) -> tuple[Floats, Floats]:
     """ggml's twelve bytes: the lower 6 bits of bytes 0-3 and 4-7 are scales and mins 0-3; 4-7 have nibbles in bytes 8-11 and their upper bits in 0-7."""
     packed = lanes[:, :, 4:16]
     first, second, third = packed[:, :, :4], packed[:, :, 4:8], packed[:, :, 8:]

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 
 from twinpilots.errors import UserError
-from twinpilots.kernels.quant_format import dequantize, quantize
+from twinpilots.kernels.quant_format import dequantize
 from twinpilots.model.families import spec_from_config
 from twinpilots.model.quantized import tensor_format
 from twinpilots.model.spec import ModelSpec
 from twinpilots.model.tensor_names import is_small, tensor_shapes
 from twinpilots.model.tensors import Array, RawTensor, convert
-from twinpilots.model.weight_format import FormatName
+from twinpilots.model.weight_format import FormatName, WeightFormat
 
 QUANTIZED_BLOCKS = 8_191  # of them kept quantised; prime, too
 BLOCK = 1_048_573  # random values kept; prime, so that the rows of a tiled tensor differ
+_ALL_32 = np.array([160] * 8 + [0] * 4, np.uint8)  # ggml's twelve bytes of eight 6-bit scales and mins that all are 32
 
 
 def _sizes(hidden: int, layers: int, heads: int, mlp: int, kv_heads: int | None = None) -> dict[str, Any]:
@@ -95,7 +96,7 @@ class DummyCheckpoint:
     """Random weights of a spec's true shapes, made when asked for: a `Checkpoint` without a file.
 
     Linears are about N(0, 1 / fan in), so that activations keep their size; norms are the identity, biases zero. Deterministic in (spec, seed). What the
-    spec keeps quantised repeats the blocks of a few quantised values: making it takes no longer than copying it.
+    spec keeps quantised repeats a few blocks of random codes: making it takes no longer than copying it.
     """
 
     def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
@@ -128,8 +129,7 @@ class DummyCheckpoint:
         assert chosen is not None, f"{tensor_id} is not quantised"
         key = chosen.name, width
         if key not in self._quantized:
-            values = self._block[: QUANTIZED_BLOCKS * chosen.block].reshape(-1, chosen.block) * np.float32(width**-0.5)
-            self._quantized[key] = quantize(values, chosen)[:, 0]
+            self._quantized[key] = _random_blocks(chosen, width, self.seed)
         return np.resize(np.roll(self._quantized[key], self._shift(tensor_id) % QUANTIZED_BLOCKS, 0), (rows, width // chosen.block, chosen.block_bytes))
 
     def _shift(self, tensor_id: str) -> int:
@@ -138,3 +138,23 @@ class DummyCheckpoint:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _random_blocks(chosen: WeightFormat, width: int, seed: int) -> Array:
+    """``[QUANTIZED_BLOCKS, block_bytes]`` of row blocks: random codes, and scales that spread them evenly about zero with a variance of 1 / width. Works for
+    every format, also those that weights are never quantised to."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (QUANTIZED_BLOCKS, chosen.block_bytes), dtype=np.uint8)
+    levels = 1 << chosen.bits
+    step, middle = (12 / (width * (levels**2 - 1))) ** 0.5, (levels - 1) / 2
+    if chosen.name == "q6_k":
+        blocks[:, 192:208], step = 32, step / 32
+    elif chosen.block == 256:
+        blocks[:, 4:16], step = _ALL_32, step / 32
+    first = 208 if chosen.name == "q6_k" else 0
+    blocks[:, first : first + 2] = np.array([step], np.float16).view(np.uint8)
+    second = {"q4_1": -middle * step, "q5_1": -middle * step, "q4_k": middle * step, "q5_k": middle * step}.get(chosen.name)
+    if chosen.name.startswith("q4_z"):
+        second = middle
+    if second is not None:
+        blocks[:, 2:4] = np.array([second], np.float16).view(np.uint8)
+    return blocks

@@ -26,7 +26,10 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 _PLAIN: dict[int, WeightDtype] = {0: "fp32", 1: "fp16", 30: "bf16"}
 _PLAIN_NAMES = {0: "F32", 1: "F16", 30: "BF16"}
-_PACKED: dict[int, WeightFormat] = {2: FORMATS["q4_0"], 3: FORMATS["q4_1"], 8: FORMATS["q8_0"], 12: FORMATS["q4_k"], 14: FORMATS["q6_k"]}
+_PACKED: dict[int, WeightFormat] = {
+    2: FORMATS["q4_0"], 3: FORMATS["q4_1"], 6: FORMATS["q5_0"], 7: FORMATS["q5_1"], 8: FORMATS["q8_0"], 12: FORMATS["q4_k"], 13: FORMATS["q5_k"],
+    14: FORMATS["q6_k"],
+}  # fmt: skip
 
 
 class GgufFile:

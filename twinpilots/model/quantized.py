@@ -120,7 +120,7 @@ def stored_ops(spec: ModelSpec, stored: Mapping[str, WeightFormat]) -> Stored:
 
 def check_scales(blocks: Array, chosen: WeightFormat, where: str) -> None:
     """CheckpointError for a block whose scales are infinite or undefined: the file is damaged."""
-    columns = {"q6_k": (208,), "q8_0": (0,), "q4_0": (0,)}.get(chosen.name, (0, 2))
+    columns = {"q6_k": (208,), "q8_0": (0,), "q4_0": (0,), "q5_0": (0,)}.get(chosen.name, (0, 2))
     for first in columns:
         halves = blocks[:, :, first + 1]  # the upper byte of a little-endian half holds its exponent
         if ((halves & 0x7C) == 0x7C).any():

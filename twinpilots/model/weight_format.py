@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FormatName = Literal["fp32", "bf16", "fp16", "q8_0", "q4_0", "q4_1", "q4_z32", "q4_z64", "q4_z128", "q4_k", "q6_k"]
+FormatName = Literal["fp32", "bf16", "fp16", "q8_0", "q4_0", "q4_1", "q4_z32", "q4_z64", "q4_z128", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,9 @@ FORMATS: dict[str, WeightFormat] = {
         WeightFormat(name="q4_z64", bits=4, group=64, block=64, block_bytes=36),
         WeightFormat(name="q4_z128", bits=4, group=128, block=128, block_bytes=68),
         WeightFormat(name="q4_k", bits=4, group=32, block=256, block_bytes=144),
+        WeightFormat(name="q5_0", bits=5, group=32, block=32, block_bytes=22),
+        WeightFormat(name="q5_1", bits=5, group=32, block=32, block_bytes=24),
+        WeightFormat(name="q5_k", bits=5, group=32, block=256, block_bytes=176),
         WeightFormat(name="q6_k", bits=6, group=16, block=256, block_bytes=210),
     )
 }

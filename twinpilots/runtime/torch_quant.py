@@ -50,9 +50,12 @@ def _codes(blocks: Tensor, fmt: WeightFormat, columns: int) -> Tensor:
     """The codes in ascending k: [P, w, B, block]."""
     if fmt.name == "q8_0":
         return _piece(blocks, columns, 2, 8, 4).view(torch.int8).permute(0, 3, 1, 2, 4).flatten(3)
-    header = {"q4_0": 2, "q4_k": 16, "q6_k": 18}.get(fmt.name, 4)
+    header = {"q4_0": 2, "q5_0": 2, "q4_k": 16, "q5_k": 16, "q6_k": 18}.get(fmt.name, 4)
     packed = _piece(blocks, columns, header, fmt.block // 8, 4)
     codes = torch.stack([packed & 15, packed >> 4], 3).permute(0, 4, 1, 2, 3, 5).flatten(3)
+    if fmt.bits == 5:
+        upper = _piece(blocks, columns, header + fmt.block // 2, fmt.block // 32, 4)
+        codes = codes | torch.stack([(upper >> t & 1) << 4 for t in range(8)], 3).permute(0, 4, 1, 2, 3, 5).flatten(3)
     if fmt.name == "q6_k":
         upper = _piece(blocks, columns, header + 128, 16, 4)
         codes = codes | torch.stack([(upper >> 2 * t & 3) << 4 for t in range(4)], 3).permute(0, 4, 1, 2, 3, 5).flatten(3)
@@ -64,15 +67,15 @@ def _scales(blocks: Tensor, fmt: WeightFormat, columns: int) -> tuple[Tensor, Te
     d = _halves(blocks, columns, 0)
     if fmt.name == "q8_0":
         return d, torch.zeros_like(d)
-    if fmt.name == "q4_0":
-        return d, -8.0 * d
+    if fmt.name in ("q4_0", "q5_0"):
+        return d, (-8.0 if fmt.bits == 4 else -16.0) * d
     if fmt.name == "q6_k":
         scales = d * _piece(blocks, columns, 2, 16, 1).view(torch.int8).permute(0, 3, 1, 2, 4).flatten(3).float()
         return scales, -32.0 * scales
     second = _halves(blocks, columns, 2)
-    if fmt.name == "q4_1":
+    if fmt.name in ("q4_1", "q5_1"):
         return d, second
-    if fmt.name != "q4_k":
+    if fmt.name not in ("q4_k", "q5_k"):
         return d, -(d * second)
     first, middle, last = _piece(blocks, columns, 4, 12, 1).permute(0, 3, 1, 2, 4).flatten(3).split(4, -1)
     scales = torch.cat([first & 63, last & 15 | first >> 6 << 4], -1)

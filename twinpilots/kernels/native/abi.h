@@ -5,7 +5,7 @@
 
 namespace tp {
 
-constexpr int ABI_VERSION = 4;
+constexpr int ABI_VERSION = 5;
 constexpr int MAX_WAITS = 6;
 constexpr int NUM_ARGS = 20;
 constexpr int64_t NULL_ADDRESS = -1;
@@ -30,7 +30,9 @@ enum Op : int32_t {
   POISON = 12,
 };
 enum Space : int32_t { HOST = 0, GPU = 1 };
-enum Dtype : int32_t { FP32 = 0, BF16 = 1, FP16 = 2, Q8_0 = 3, Q4_0 = 4, Q4_1 = 5, Q4_Z32 = 6, Q4_Z64 = 7, Q4_Z128 = 8, Q4_K = 9, Q6_K = 10, INT8 = 11 };
+enum Dtype : int32_t {
+  FP32 = 0, BF16 = 1, FP16 = 2, Q8_0 = 3, Q4_0 = 4, Q4_1 = 5, Q4_Z32 = 6, Q4_Z64 = 7, Q4_Z128 = 8, Q4_K = 9, Q5_0 = 10, Q5_1 = 11, Q5_K = 12, Q6_K = 13, INT8 = 14
+};
 enum Activations : int32_t { EXACT = 0, FAST = 1 };
 enum Epilogue : int32_t { NONE = 0, ACT = 1, ACT_MUL = 2, SOFTCAP = 3 };
 enum Act : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };

@@ -257,7 +257,7 @@ static bool known_activations(int64_t activations) { return activations == NULL_
 // no rows for weights that are not quantised. Only nibbles are multiplied by bytes.
 Rounded Queue::round(const float* src, int64_t src_ld, Rows r, int64_t width, int dtype, int64_t activations) {
   if (!is_quantized(dtype) || r.first >= r.last) return {nullptr, 0, 0, 0};
-  const int bits = activations == FAST ? 8 : 16, code_bytes = bits == 8 && dtype != Q8_0 && dtype != Q6_K ? 1 : 2;
+  const int bits = activations == FAST ? 8 : 16, code_bytes = bits == 8 && !has_bytes_or_upper_bits(dtype) ? 1 : 2;
   const RoundedOf of = {src, src_ld, r.first, r.last, width, bits, code_bytes};
   if (of == rounded_of_) return rounded_;
   rounded_of_ = of;

@@ -153,10 +153,14 @@ inline QuantFormat quant_format(int dtype) {
     case Q4_Z64: return {64, 36, 64, 4};
     case Q4_Z128: return {128, 68, 128, 4};
     case Q4_K: return {256, 144, 32, 16};
+    case Q5_0: return {32, 22, 32, 2};
+    case Q5_1: return {32, 24, 32, 4};
+    case Q5_K: return {256, 176, 32, 16};
     case Q6_K: return {256, 210, 16, 18};
     default: return {32, 20, 32, 4};  // Q4_1, Q4_Z32
   }
 }
+inline bool has_bytes_or_upper_bits(int64_t dtype) { return dtype == Q8_0 || (dtype >= Q5_0 && dtype <= Q6_K); }  // more than nibbles
 inline int64_t weight_bytes(int dtype, int64_t elements) {
   return is_quantized(dtype) ? elements / quant_format(dtype).block * quant_format(dtype).block_bytes : elements * dtype_bytes(dtype);
 }

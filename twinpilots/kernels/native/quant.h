@@ -174,7 +174,7 @@ struct ScalePair {
 };
 
 // Group g's 6-bit scale and min of ggml's twelve bytes.
-TP_INLINE ScalePair scales_q4_k(const char* packed, int64_t w, int64_t g, int64_t left, vf d, vf dmin) {
+TP_INLINE ScalePair scales_k(const char* packed, int64_t w, int64_t g, int64_t left, vf d, vf dmin) {
   const vi third = load_small(packed + (g + 4) * w, left);
   if (g < 4) return {d * to_float(load_small(packed + g * w, left) & 63), -(dmin * to_float(third & 63))};
   const vi scale = (third & 15) | (load_small(packed + (g - 4) * w, left) >> 6 << 4), min = third >> 4 | (load_small(packed + g * w, left) >> 6 << 4);
@@ -183,7 +183,10 @@ TP_INLINE ScalePair scales_q4_k(const char* packed, int64_t w, int64_t g, int64_
 
 // ---- codes
 
-enum QuantKind { BYTES, NIBBLES, NIBBLES_FAST, K_NIBBLES, K_NIBBLES_FAST, SIX_BITS };  // how codes and scales lie, and what they are multiplied by: 16 bits, or 8
+// How codes and scales lie, and what they are multiplied by: 16 bits, or 8
+enum QuantKind { BYTES, NIBBLES, NIBBLES_FAST, K_NIBBLES, K_NIBBLES_FAST, FIVE_BITS, K_FIVE_BITS, SIX_BITS };
+constexpr bool has_five_bits(int kind) { return kind == FIVE_BITS || kind == K_FIVE_BITS; }
+constexpr bool has_k_scales(int kind) { return kind == K_NIBBLES || kind == K_NIBBLES_FAST || kind == K_FIVE_BITS; }
 
 template <int KIND>
 struct Codes {
@@ -194,12 +197,13 @@ struct Codes {
   static constexpr int record = sizeof(RoundedHead) + 32 * (fast ? 1 : 2);
   static constexpr int row = ROUNDED_TILE / 32 * record;                        // bytes of a row's tile
 
-  // Step s of a lane: 16-bit pairs in the activations' order, or (fast) bytes. `upper`: the upper bits of six-bit codes, low nibbles' first.
+  // Step s of a lane: 16-bit pairs in the activations' order, or (fast) bytes. `upper`: the upper bits of five- and six-bit codes, low nibbles' first.
   TP_INLINE vi of(vi v, vi upper, int s) {
     if (KIND == BYTES) return (vi)(s == 0 ? (vi16)v << 8 >> 8 : (vi16)v >> 8);
     if (fast) return (s == 0 ? v : v >> 4) & 0x0f0f0f0f;
-    if (KIND != SIX_BITS && s == 3) return (vi)((vu16)v >> 12);
+    if (KIND != SIX_BITS && !has_five_bits(KIND) && s == 3) return (vi)((vu16)v >> 12);
     const vi four = (s == 0 ? v : s == 1 ? v >> 8 : s == 2 ? v >> 4 : v >> 12) & 0x000f000f;
+    if (has_five_bits(KIND)) return four | ((s == 0 ? upper << 4 : s == 1 ? upper >> 4 : s == 2 ? upper << 3 : upper >> 5) & 0x00100010);
     if (KIND != SIX_BITS) return four;
     return four | ((s == 0 ? upper << 4 : s == 1 ? upper >> 4 : s == 2 ? upper << 2 : upper >> 6) & 0x00300030);
   }
@@ -230,10 +234,10 @@ TP_INLINE ScalePair scales_of(int dtype, const char* block, int64_t w, int64_t a
     const vf scale = d * to_float(load_small(block + (2 + g) * w + at, left) << 24 >> 24);
     return {scale, splat(-32.0f) * scale};
   }
-  if (KIND != K_NIBBLES && KIND != K_NIBBLES_FAST && dtype == Q4_0) return {d, splat(-8.0f) * d};
+  if (!has_k_scales(KIND) && (dtype == Q4_0 || dtype == Q5_0)) return {d, splat(dtype == Q4_0 ? -8.0f : -16.0f) * d};
   const vf second = load_halves(block + 2 * (w + at), left);
-  if (KIND == K_NIBBLES || KIND == K_NIBBLES_FAST) return scales_q4_k(block + 4 * w + at, w, g, left, d, second);
-  return {d, dtype == Q4_1 ? second : -(d * second)};
+  if (has_k_scales(KIND)) return scales_k(block + 4 * w + at, w, g, left, d, second);
+  return {d, dtype == Q4_1 || dtype == Q5_1 ? second : -(d * second)};
 }
 
 // A panel of w columns in a quantised format, and the columns [column, column + columns) of it that are asked for.
@@ -248,9 +252,9 @@ struct QuantPanel {
 
 template <int KIND>
 TP_INLINE vi load_upper(const char* upper, int64_t word, int64_t g, int i, int n, bool tail, int64_t left) {
-  if (KIND != SIX_BITS) return vi{};
-  const char* p = upper + (2 * g + i / 2) * word + n * W * 4;
-  return (tail ? load_words_n(p, left) : load_words(p)) >> 4 * (i & 1);
+  if (KIND != SIX_BITS && !has_five_bits(KIND)) return vi{};
+  const char* p = upper + (KIND == SIX_BITS ? 2 * g + i / 2 : g) * word + n * W * 4;
+  return (tail ? load_words_n(p, left) : load_words(p)) >> (KIND == SIX_BITS ? 4 * (i & 1) : 2 * i);
 }
 
 // ---- codes unpacked where they are used, scales too
@@ -260,7 +264,7 @@ constexpr int UNROLL = TP_ISA == 1 ? 4 : 1;  // rows of words
 // The scales of `columns` columns from `at` on, of a block that is needed soon.
 template <int KIND>
 TP_INLINE void prefetch_header(const char* block, int64_t w, int64_t at, int64_t columns, int64_t header) {
-  constexpr bool halves = KIND == BYTES || KIND == NIBBLES || KIND == NIBBLES_FAST;
+  constexpr bool halves = KIND == BYTES || KIND == NIBBLES || KIND == NIBBLES_FAST || KIND == FIVE_BITS;
   const int64_t floats = KIND == SIX_BITS ? 1 : halves ? header / 2 : 2;
   for (int64_t i = 0; i < floats; i++)
     for (int64_t byte = 0; byte < 2 * columns; byte += 64) __builtin_prefetch(block + 2 * (i * w + at) + byte, 0, 2);
@@ -302,7 +306,7 @@ static __attribute__((noinline)) void quant_direct(const QuantPanel& p, const ch
   for (int64_t k0 = 0; k0 < k; k0 += p.format.block, block += stride, soon_block += soon_stride, x += groups * C::record) {
     for (int64_t c = 0; c < columns; c += NV * W) {
       const int64_t at = p.column + c, soon_at = soon.column + c;
-      const char *codes = block + header * w + 4 * at, *upper = codes + 128 * w, *in = x, *soon_codes = soon_block + header * soon_w + 4 * soon_at;
+      const char *codes = block + header * w + 4 * at, *upper = codes + p.format.block / 2 * w, *in = x, *soon_codes = soon_block + header * soon_w + 4 * soon_at;
       if (c % 32 == 0) prefetch_header<KIND>(soon_block, soon_w, soon_at, NV * W, header);
       for (int64_t g = 0; g < groups; g++, in += C::record) {
 #pragma GCC unroll 2
@@ -350,7 +354,7 @@ static void expand_tile(const QuantPanel& p, const char* block, int64_t groups, 
   for (int64_t g = 0; g < groups; g++) {
     const int64_t in_block = g % per_block;
     if (g && in_block == 0) block += p.stride();
-    const char *from = block + p.format.header * p.w + 4 * p.column, *upper = from + 128 * p.w;
+    const char *from = block + p.format.header * p.w + 4 * p.column, *upper = from + p.format.block / 2 * p.w;
     for (int i = 0; i < C::words; i++, codes += C::steps * SCALE_LD * 4) {
       const char* source = from + (in_block * C::words + i) * word;
       for (int64_t c = 0; c < SCALE_LD; c += W) {

@@ -101,7 +101,7 @@ static void quant_expanded_rows(const QuantPanel& p, const Rounded& x, int64_t r
 template <int KIND>
 static void quant_gemm(const QuantPanel& p, const Rounded& x, int64_t row, int64_t rows, int64_t k, float* y, int64_t ldy) {
   // With 16 registers sums leave no room for codes that are loaded once for all rows: unpacking them again costs no more, unless that is dear.
-  constexpr bool dear = KIND == K_NIBBLES || KIND == K_NIBBLES_FAST || KIND == SIX_BITS, pieces = TP_ISA < 2 && !dear;
+  constexpr bool dear = has_k_scales(KIND) || KIND == FIVE_BITS || KIND == SIX_BITS, pieces = TP_ISA < 2 && !dear;
   if (rows <= QUANT_DIRECT_ROWS) return quant_few_rows<KIND>(p, x, row, rows, k, y, ldy);
   if constexpr (pieces)
     if (KIND != BYTES || p.w <= WIDE_PANEL) return quant_pieces<KIND>(p, x, row, rows, k, y, ldy);
@@ -111,6 +111,8 @@ static void quant_gemm(const QuantPanel& p, const Rounded& x, int64_t row, int64
 static void quant_gemm_any(const QuantPanel& p, const Rounded& x, int64_t row, int64_t rows, int64_t k, float* y, int64_t ldy) {
   if (p.dtype == Q8_0) return quant_gemm<BYTES>(p, x, row, rows, k, y, ldy);
   if (p.dtype == Q6_K) return quant_gemm<SIX_BITS>(p, x, row, rows, k, y, ldy);
+  if (p.dtype == Q5_0 || p.dtype == Q5_1) return quant_gemm<FIVE_BITS>(p, x, row, rows, k, y, ldy);
+  if (p.dtype == Q5_K) return quant_gemm<K_FIVE_BITS>(p, x, row, rows, k, y, ldy);
   if (p.dtype == Q4_K) return x.code_bytes == 1 ? quant_gemm<K_NIBBLES_FAST>(p, x, row, rows, k, y, ldy) : quant_gemm<K_NIBBLES>(p, x, row, rows, k, y, ldy);
   if (x.code_bytes == 1) return quant_gemm<NIBBLES_FAST>(p, x, row, rows, k, y, ldy);
   quant_gemm<NIBBLES>(p, x, row, rows, k, y, ldy);
@@ -144,13 +146,14 @@ static void quant_in_block(const LinearInArgs& a, const Rounded& x, int64_t colu
 static int code_at(int dtype, const char* codes, const char* upper, int64_t word, int64_t i) {
   if (dtype == Q8_0) return (int8_t)codes[i / 4 * word + i % 4];
   const int low = (uint8_t)codes[i / 8 * word + i % 4] >> (i / 4 % 2 * 4) & 15;
+  if (dtype >= Q5_0 && dtype <= Q5_K) return low | ((uint8_t)upper[i / 32 * word + i % 4] >> (i / 4 % 8) & 1) << 4;
   return dtype == Q6_K ? low | ((uint8_t)upper[i / 16 * word + i % 4] >> (i / 4 % 4 * 2) & 3) << 4 : low;
 }
 
 static ScalePair column_scales(int dtype, const char* block, int64_t w, int64_t column, int64_t g) {
   if (dtype == Q8_0) return scales_of<BYTES>(dtype, block, w, column, g, 1);
   if (dtype == Q6_K) return scales_of<SIX_BITS>(dtype, block, w, column, g, 1);
-  if (dtype == Q4_K) return scales_of<K_NIBBLES>(dtype, block, w, column, g, 1);
+  if (dtype == Q4_K || dtype == Q5_K) return scales_of<K_NIBBLES>(dtype, block, w, column, g, 1);
   return scales_of<NIBBLES>(dtype, block, w, column, g, 1);
 }
 
@@ -159,7 +162,7 @@ static void quant_column(int dtype, const char* panel, int64_t w, int64_t column
   const QuantFormat format = quant_format(dtype);
   const int64_t group = dtype == Q6_K ? 16 : 32;
   for (int64_t b = 0; b < k / format.block; b++, panel += format.block_bytes * w) {
-    const char *codes = panel + format.header * w + 4 * column, *upper = codes + 128 * w;
+    const char *codes = panel + format.header * w + 4 * column, *upper = codes + format.block / 2 * w;
     for (int64_t i = 0; i < format.block; i++) {
       const ScalePair pair = column_scales(dtype, panel, w, column, i / group);
       const float value = (float)code_at(dtype, codes, upper, 4 * w, i) * pair.scale[0];

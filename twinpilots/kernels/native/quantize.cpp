@@ -39,8 +39,24 @@ void lane_block_q6_k(const uint8_t* in, char* out) {
   }
 }
 
+// Nibbles lie behind the upper bits: bit k of 32 is code k's; of Q5_K, bit g of byte k is code 32 g + k's.
+void lane_block_five_bits(int dtype, const QuantFormat& format, const uint8_t* in, char* out) {
+  constexpr uint32_t ONES = 0x01010101, SPREAD = 0x00204081;  // times SPREAD: bit j of four becomes bit 0 of byte j
+  const uint8_t *upper = in + format.header, *nibbles = upper + format.block / 8;
+  std::memcpy(out, in, (size_t)format.header);
+  out += format.header;
+  const int64_t chunk = dtype == Q5_K ? 32 : 16;
+  for (int64_t i = 0; i < format.block / 2; i += chunk) pair_nibbles(nibbles + i, chunk, out + i);
+  for (int64_t g = 0; g < format.block / 32; g++) {
+    uint32_t word = 0;
+    for (int t = 0; t < 8; t++) word |= (dtype == Q5_K ? load32(upper + 4 * t) >> g & ONES : (load32(upper) >> 4 * t & 15) * SPREAD & ONES) << t;
+    store32(out + format.block / 2 + 4 * g, word);
+  }
+}
+
 void lane_block(int dtype, const QuantFormat& format, const uint8_t* in, char* out) {
   if (dtype == Q6_K) return lane_block_q6_k(in, out);
+  if (dtype >= Q5_0 && dtype <= Q5_K) return lane_block_five_bits(dtype, format, in, out);
   if (dtype == Q8_0) {
     std::memcpy(out, in, 34);
     return;
@@ -57,8 +73,8 @@ char* scatter(const char*& from, int64_t count, char* to, int64_t w, int64_t col
 }
 
 void pack_block(int dtype, const QuantFormat& format, const char* lane, char* panel, int64_t w, int64_t column) {
-  panel = scatter<2>(lane, dtype == Q8_0 || dtype == Q4_0 || dtype == Q6_K ? 1 : 2, panel, w, column);
-  panel = scatter<1>(lane, dtype == Q4_K ? 12 : dtype == Q6_K ? 16 : 0, panel, w, column);
+  panel = scatter<2>(lane, dtype == Q8_0 || dtype == Q4_0 || dtype == Q5_0 || dtype == Q6_K ? 1 : 2, panel, w, column);
+  panel = scatter<1>(lane, dtype == Q4_K || dtype == Q5_K ? 12 : dtype == Q6_K ? 16 : 0, panel, w, column);
   scatter<4>(lane, (format.block_bytes - format.header) / 4, panel, w, column);
 }
 

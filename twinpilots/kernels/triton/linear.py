@@ -69,13 +69,15 @@ def _scales(w, at, width, col, lane, mask, FORMAT: tl.constexpr):
         scale, offset = d, tl.zeros_like(d)
     elif FORMAT == "q4_0":
         scale, offset = d, -8.0 * d
+    elif FORMAT == "q5_0":
+        scale, offset = d, -16.0 * d
     elif FORMAT == "q6_k":
         code = _bytes(w, at + 2 * width + lane // 2 * width + col, mask)
         scale = d * (code << 24 >> 24).to(tl.float32)
         offset = -32.0 * scale
-    elif FORMAT == "q4_1":
+    elif FORMAT == "q4_1" or FORMAT == "q5_1":
         scale, offset = d, _halves(w, at + 2 * width + 2 * col, mask)
-    elif FORMAT == "q4_k":
+    elif FORMAT == "q4_k" or FORMAT == "q5_k":
         group, table = lane // 4, at + 4 * width + col
         high, four = group >= 4, 4 * width
         own, later = _bytes(w, table + group * width, mask), _bytes(w, table + group * width + four, mask)  # later: only meant where it exists
@@ -138,6 +140,7 @@ def _packed_step(
     HEADER: tl.constexpr, LANE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One tile of quantised weights: LANE products, the t-th of every lane's t-th input. So lanes are used as they are loaded, coalesced along the columns."""
+    FIVE_BITS: tl.constexpr = FORMAT == "q5_0" or FORMAT == "q5_1" or FORMAT == "q5_k"
     inputs = k + tl.arange(0, BK)
     scale = _range_scale(tl.load(x[:, None] + inputs[None, :], mask=row_ok[:, None] & (inputs < last)[None, :], other=0.0), "fp16")
     start = k + LANE * tl.arange(0, BK // LANE)  # the first input of each lane
@@ -149,6 +152,8 @@ def _packed_step(
     lanes = _lanes(w, at + HEADER * width, lane * width + column, mask, ALIGNED)
     if FORMAT == "q6_k":
         upper = _lanes(w, at + (HEADER + 128) * width, lane // 2 * width + column, mask, ALIGNED) >> lane % 2 * 4
+    elif FIVE_BITS:
+        upper = _lanes(w, at + (HEADER + BLOCK // 2) * width, lane // 4 * width + column, mask, ALIGNED) >> lane % 4 * 2
     factor, offset = _scales(w, at, width, column, lane, mask, FORMAT)
     part = tl.zeros_like(acc)
     for t in tl.static_range(LANE):
@@ -158,6 +163,8 @@ def _packed_step(
             code = lanes >> (t % 4 * 8 + t // 4 * 4) & 15
             if FORMAT == "q6_k":
                 code = code | (upper >> (t % 4 * 8 + t // 4 * 2) & 3) << 4
+            elif FIVE_BITS:
+                code = code | (upper >> (t % 4 * 8 + t // 4) & 1) << 4
         weights = code.to(tl.float32) * factor + offset
         xs = tl.load(x[:, None] + (start + t)[None, :], mask=row_ok[:, None] & ok[None, :], other=0.0)
         part = tl.dot(_operand(xs / scale[:, None], "fp16"), _operand(weights, "fp16"), part)
@@ -291,7 +298,8 @@ def _finish(
 
 # ---- launches
 
-_HEADERS = {"q8_0": 2, "q4_0": 2, "q4_1": 4, "q4_z32": 4, "q4_z64": 4, "q4_z128": 4, "q4_k": 16, "q6_k": 18}  # bytes of scales per column of a block
+# Bytes of scales per column of a block
+_HEADERS = {"q8_0": 2, "q4_0": 2, "q4_1": 4, "q4_z32": 4, "q4_z64": 4, "q4_z128": 4, "q4_k": 16, "q5_0": 2, "q5_1": 4, "q5_k": 16, "q6_k": 18}
 
 
 @dataclass(frozen=True, kw_only=True)
