@@ -200,11 +200,8 @@ def _gpu() -> Finding:
 
 
 def _gguf() -> Finding:
-    return _package(
-        "gguf files",
-        "gguf",
-        ".gguf weights other than floats and Q8_0, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K and Q6_K cannot be read: pip install 'twinpilots[gguf]'",
-    )
+    types = "floats, Q8_0, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K and Q6_K"
+    return _package("gguf files", "gguf", f".gguf weights other than {types} cannot be read: pip install 'twinpilots[gguf]'")
 
 
 def _tokenizers() -> Finding:

