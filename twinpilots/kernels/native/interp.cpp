@@ -95,6 +95,19 @@ void Queue::dawdle() {
   sleep_until_ns(now_ns() + (int64_t)(z >> 8) % limit);
 }
 
+// What instructions that ran together took is each one's by its outputs. The end.
+int64_t Queue::share_time(const Insn* insns, int count, int64_t (*trace)[3]) {
+  const int64_t end = now_ns();
+  int64_t outputs = 0, done = 0;
+  for (int i = 0; i < count; i++) outputs += insns[i].a[6];
+  for (int i = 0; i < count; i++) {
+    if (i) trace[i][0] = trace[i][1] = trace[i - 1][2];
+    done += insns[i].a[6];
+    trace[i][2] = i == count - 1 ? end : trace[0][1] + (int64_t)((double)(end - trace[0][1]) * (double)done / (double)outputs);
+  }
+  return end;
+}
+
 int Queue::run(const Entry& entry, int64_t (*trace)[3]) {
   const Insn* insns = ptr<const Insn>(entry.insns);
   meta_ = ptr<const int32_t>(entry.meta);
@@ -109,11 +122,13 @@ int Queue::run(const Entry& entry, int64_t (*trace)[3]) {
     if (const int error = wait_for(insn, entry)) return error;
     if (link_.seed()) dawdle();
     if (trace) trace[i][1] = insn.num_waits || link_.seed() ? now_ns() : trace[i][0];
-    if (const int error = execute(insn)) return error;
-    forget_rounded(insn);
-    if (trace) trace[i][2] = clock = now_ns();
-    if (insn.record < 0) continue;
-    publish(host_, event_slot(host_, insn.record), (uint32_t)entry.pass_id);
+    const int together = linears_together(&insn, entry.count - i);
+    if (const int error = execute(&insn, together)) return error;
+    for (int j = 0; j < together; j++) forget_rounded(insns[i + j]);
+    if (trace) clock = share_time(&insn, together, trace + i);
+    i += together - 1;
+    if (insns[i].record < 0) continue;
+    publish(host_, event_slot(host_, insns[i].record), (uint32_t)entry.pass_id);
     clock = 0;
   }
   return OK;
@@ -157,11 +172,13 @@ Sequence Queue::sequence(int64_t index, Meta pages) const {
   return {words(OFF_SEQ_ROW)[index], words(OFF_SEQ_LEN)[index], words(OFF_SEQ_KV)[index], words(OFF_PAGE) + words(pages)[index]};
 }
 
+constexpr int64_t ROW_WORK = 4096;  // elements below which handing rows to another thread costs more than it saves
+
 // Rows one by one, on all threads when there is enough to do.
 template <class F>
 void Queue::each_row(const Insn& insn, int64_t elements_per_row, F&& fn) {
   const Rows r = rows(insn);
-  const int64_t step = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements_per_row));
+  const int64_t step = std::max<int64_t>(1, ROW_WORK / std::max<int64_t>(1, elements_per_row));
   parallel(pool_, (r.last - r.first + step - 1) / step, [&](int64_t chunk) {
     const int64_t begin = r.first + chunk * step, end = std::min(begin + step, r.last);
     for (int64_t row = begin; row < end; row++) fn(row);
@@ -183,12 +200,13 @@ void Queue::forget_rounded(const Insn& insn) {
   rounded_of_ = {};
 }
 
-int Queue::execute(const Insn& insn) {
+int Queue::execute(const Insn* insns, int together) {
+  const Insn& insn = insns[0];
   if (insn.mb < 0 || insn.mb >= MAX_MICRO_BATCHES || insn.glo < 0 || insn.ghi < insn.glo || insn.ghi > 3 || insn.row_kind < 0 || insn.row_kind > 1) return BAD_INSTRUCTION;
   switch (insn.op) {
     case EMBED: return embed(insn);
     case NORM: return norm(insn);
-    case LINEAR: return linear(insn);
+    case LINEAR: return linear(insns, together);
     case LINEAR_IN: return linear_in(insn);
     case ROPE_APPEND: return rope_append(insn);
     case ATTEND: return attend(insn);
@@ -249,6 +267,7 @@ int Queue::rope_append(const Insn& insn) {
 constexpr int64_t BLOCK_ROWS = 192;         // a multiple of a tile's 16: token rows whose sums stay in cache while a panel's weights pass by
 constexpr int64_t CHUNK_COLUMNS = 256;      // outputs of a chunk: rows are packed once for all of them
 constexpr int64_t CHUNKS = 4;               // per thread, at least
+constexpr int64_t FEW_CHUNKS = 3;           // of few rows: more panels in a chunk are more streams from memory
 constexpr int64_t CHUNK_WORK = 128 * 1024;  // multiply-adds below which handing a chunk to another thread costs more than it saves
 
 static bool known_activations(int64_t activations) { return activations == NULL_ADDRESS || activations == EXACT || activations == FAST; }
@@ -263,7 +282,7 @@ Rounded Queue::round(const float* src, int64_t src_ld, Rows r, int64_t width, in
   rounded_of_ = of;
   Rounded& x = rounded_ = {nullptr, r.first, r.last - r.first, code_bytes};
   x.data = queue_scratch((size_t)x.bytes(width));
-  const int64_t step = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
+  const int64_t step = std::max<int64_t>(1, ROW_WORK / std::max<int64_t>(1, width));
   parallel(pool_, (x.rows + step - 1) / step, [&](int64_t chunk) {
     const int64_t first = r.first + chunk * step, last = std::min(first + step, r.last);
     for (int64_t row = first; row < last; row++) kernels().round_row(src + row * src_ld, width, bits, x, row);
@@ -280,7 +299,7 @@ const uint16_t* Queue::split(const float* src, int64_t src_ld, Rows r, int64_t w
   if (!(of == rounded_of_)) {
     rounded_of_ = of;
     rounded_ = {queue_scratch((size_t)split_bytes(r.last - r.first, width)), r.first, r.last - r.first, 2};
-    const int64_t step = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)), rows = r.last - r.first;
+    const int64_t step = std::max<int64_t>(1, ROW_WORK / std::max<int64_t>(1, width)), rows = r.last - r.first;
     parallel(pool_, (rows + step - 1) / step, [&](int64_t chunk) {
       for (int64_t row = chunk * step; row < std::min((chunk + 1) * step, rows); row++) split_row(src + (r.first + row) * src_ld, width, (uint16_t*)rounded_.data, row);
     });
@@ -288,24 +307,55 @@ const uint16_t* Queue::split(const float* src, int64_t src_ld, Rows r, int64_t w
   return (const uint16_t*)rounded_.data;
 }
 
-int Queue::linear(const Insn& insn) {
-  const int64_t* a = insn.a;
-  LinearArgs args = {ptr<float>(a[0]), a[1], ptr<float>(a[2]), a[3], at(a[4]), (int)a[5], a[6], a[7], a[8], (int)a[9], (int)a[10], ptr<float>(a[11]), ptr<float>(a[12]),
-                     (float)insn.f[0], nullptr, 0};
-  if (!known_weights(a[5], args.width) || !known_activations(a[13]) || a[8] <= 0 || a[9] < NONE || a[9] > SOFTCAP || a[10] < SILU || a[10] > RELU) return BAD_INSTRUCTION;
-  const Rows r = rows(insn);
-  const Rounded x = round(args.src, args.src_ld, r, args.width, args.dtype, a[13]);
-  args.split = split(args.src, args.src_ld, r, args.width, args.dtype);
-  args.split_row0 = r.first;
-  const int64_t rows = r.last - r.first, panels = (args.rows + args.unit_rows - 1) / args.unit_rows, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-  const int64_t columns = args.unit_rows * (args.epilogue == ACT_MUL ? 2 : 1), threads = pool_ ? pool_->threads() : 1;
-  const int64_t least = CHUNK_WORK / std::max<int64_t>(1, columns * args.width * std::min(BLOCK_ROWS, rows));
-  const int64_t together = x.data || rows <= FEW_ROWS ? 1 : CHUNK_COLUMNS / columns;  // one stream from memory is the fastest while there is little to compute
-  const int64_t group = std::max({int64_t(1), least, std::min(together, panels * blocks / (CHUNKS * threads))}), groups = (panels + group - 1) / group;
-  parallel(pool_, groups * blocks, [&](int64_t chunk) {
-    const int64_t row = r.first + chunk / groups * BLOCK_ROWS, first = chunk % groups * group, last = std::min(first + group, panels), last_row = std::min(row + BLOCK_ROWS, r.last);
-    if (!x.data) return kernels().linear_panels(args, first, last, row, last_row);
-    for (int64_t panel = first; panel < last; panel++) kernels().quant_panel(args, x, panel, row, last_row);
+// Linears that follow each other over the same rows of the same input, in one format: q, k and v. Nobody waits in between or for one of them alone.
+int Queue::linears_together(const Insn* insns, int32_t left) const {
+  int count = 1;
+  const Insn& first = insns[0];
+  const auto alike = [&](const Insn& insn) {
+    constexpr int SAME[] = {2, 3, 5, 7, 13};  // source, its stride, format, inputs, rounding
+    return insn.op == LINEAR && !insn.num_waits && insn.mb == first.mb && insn.glo == first.glo && insn.ghi == first.ghi && insn.row_kind == first.row_kind &&
+           std::all_of(std::begin(SAME), std::end(SAME), [&](int i) { return insn.a[i] == first.a[i]; });
+  };
+  while (first.op == LINEAR && count < std::min<int32_t>(left, MOST_TOGETHER) && insns[count - 1].record < 0 && alike(insns[count])) count++;
+  return count;
+}
+
+int Queue::linear(const Insn* insns, int count) {
+  LinearArgs all[MOST_TOGETHER];
+  int64_t panels[MOST_TOGETHER], all_panels = 0;
+  for (int i = 0; i < count; i++) {
+    const int64_t* a = insns[i].a;
+    all[i] = {ptr<float>(a[0]), a[1], ptr<float>(a[2]), a[3], at(a[4]), (int)a[5], a[6], a[7], a[8], (int)a[9], (int)a[10], ptr<float>(a[11]), ptr<float>(a[12]),
+              (float)insns[i].f[0], nullptr, 0};
+    if (!known_weights(a[5], a[7]) || !known_activations(a[13]) || a[8] <= 0 || a[9] < NONE || a[9] > SOFTCAP || a[10] < SILU || a[10] > RELU) return BAD_INSTRUCTION;
+    all_panels += panels[i] = (a[6] + a[8] - 1) / a[8];
+  }
+  const LinearArgs& first = all[0];
+  const Rows r = rows(insns[0]);
+  const Rounded x = round(first.src, first.src_ld, r, first.width, first.dtype, insns[0].a[13]);
+  const uint16_t* terms = split(first.src, first.src_ld, r, first.width, first.dtype);
+  const int64_t rows = r.last - r.first, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, threads = pool_ ? pool_->threads() : 1;
+  const bool few = rows <= FEW_ROWS;
+  int64_t group[MOST_TOGETHER], groups[MOST_TOGETHER], end[MOST_TOGETHER], chunks = 0;
+  for (int i = 0; i < count; i++) {
+    LinearArgs& args = all[i];
+    args.split = terms;
+    args.split_row0 = r.first;
+    const int64_t columns = args.unit_rows * (args.epilogue == ACT_MUL ? 2 : 1);
+    const int64_t least = CHUNK_WORK / std::max<int64_t>(1, columns * args.width * std::min(BLOCK_ROWS, rows));
+    const int64_t together = x.data ? 1 : CHUNK_COLUMNS / columns;
+    group[i] = std::max({int64_t(1), std::min(least, all_panels / threads), std::min(together, all_panels * blocks / ((few ? FEW_CHUNKS : CHUNKS) * threads))});
+    groups[i] = (panels[i] + group[i] - 1) / group[i];
+    end[i] = chunks += groups[i] * blocks;
+  }
+  parallel(pool_, chunks, [&](int64_t chunk) {
+    int i = 0;
+    while (chunk >= end[i]) i++;
+    if (i) chunk -= end[i - 1];
+    const int64_t row = r.first + chunk / groups[i] * BLOCK_ROWS, panel0 = chunk % groups[i] * group[i], panel1 = std::min(panel0 + group[i], panels[i]);
+    const int64_t last_row = std::min(row + BLOCK_ROWS, r.last);
+    if (!x.data) return kernels().linear_panels(all[i], panel0, panel1, row, last_row);
+    for (int64_t panel = panel0; panel < panel1; panel++) kernels().quant_panel(all[i], x, panel, row, last_row);
   });
   return OK;
 }
@@ -322,7 +372,8 @@ int Queue::linear_in(const Insn& insn) {
   // wide blocks read long pieces of each weight row; many rows' sums stay in the caches
   const bool packed = x.data && rows > FEW_ROWS, many = packed && rows > 32;
   const int64_t widest = packed ? (many ? 256 : 1024) : rows <= 12 ? 2048 : 512;
-  const int64_t least = many || args.width < 1024 * threads ? CHUNKS : packed ? 2 : 1, shares = threads == 1 ? 1 : threads * std::max(least, args.width / (threads * widest));
+  const int64_t narrow = x.data && !packed ? args.width / 64 : CHUNKS;  // a few rows of codes: 64 columns are the least that is fast
+  const int64_t least = args.width < 1024 * threads ? narrow : many ? CHUNKS : packed ? 2 : 1, shares = threads == 1 ? 1 : threads * std::max(least, args.width / (threads * widest));
   const int64_t even = !x.data && rows <= FEW_ROWS ? 32 : 64;  // narrow outputs: a finer grain makes chunks of equal size
   const int64_t columns = std::clamp<int64_t>(round_up((args.width + shares - 1) / shares, even), even, widest), count = (args.width + columns - 1) / columns;
   parallel(pool_, count * blocks, [&](int64_t chunk) {

@@ -25,6 +25,8 @@ int32_t choose(const Kernels& kernels, const float* row, int64_t n, const Choice
 void quantize(int dtype, const float* weights, int64_t blocks, char* out, Pool* pool);
 void pack_columns(int dtype, const char* row_blocks, int64_t row_stride, int64_t rows, int64_t blocks, char* panel, int64_t w, int64_t column, Pool* pool);
 
+constexpr int MOST_TOGETHER = 3;  // linears over one input that are dealt to the threads at once
+
 class Queue {
  public:
   Queue(void* host, void* gpu, int64_t mailbox_offset, Pool* pool, const LinkParams* link);
@@ -50,7 +52,9 @@ class Queue {
   bool choose_all(const Chain& chain, int64_t sequences, int32_t* tokens);
   int wait_for(const Insn& insn, const Entry& entry);
   int wait_event(int event, int32_t value, int32_t pass_id);
-  int execute(const Insn& insn);
+  int execute(const Insn* insns, int together);
+  int linears_together(const Insn* insns, int32_t left) const;
+  static int64_t share_time(const Insn* insns, int count, int64_t (*trace)[3]);
   bool cancelled(int32_t pass_id) const;
   int64_t spin_ns() const;
   void dawdle();  // adversarial mode
@@ -67,7 +71,7 @@ class Queue {
 
   int embed(const Insn& insn);
   int norm(const Insn& insn);
-  int linear(const Insn& insn);
+  int linear(const Insn* insns, int count);
   int linear_in(const Insn& insn);
   void forget_rounded(const Insn& insn);
   Rounded round(const float* src, int64_t src_ld, Rows r, int64_t width, int dtype, int64_t activations);

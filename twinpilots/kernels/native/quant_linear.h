@@ -1,11 +1,12 @@
 // LINEAR and LINEAR_IN with quantised weights, one panel or column block at a time, and EMBED's column of a panel. Included inside each instruction set's namespace.
 
-constexpr int QUANT_DIRECT_ROWS = 4, QUANT_MR = TP_ISA == 2 ? 8 : 6, QUANT_NV = 2, PIECE_MR = 6;  // QUANT_NV * W divides SCALE_LD
+constexpr int QUANT_DIRECT_ROWS = 4, QUANT_MR = TP_ISA == 2 ? 8 : 6, QUANT_NV = 2, PIECE_MR = QUANT_MR;  // QUANT_NV * W divides SCALE_LD
 constexpr int64_t QUANT_AHEAD_BYTES = 8192;  // hide the latency of memory
+constexpr int64_t PIECE_ROWS = TP_ISA == 2 ? 32 : INT64_MAX;  // up to here unpacking codes again for every few rows costs less than storing them unpacked
 constexpr int64_t WIDE_PANEL = 512;           // columns beyond which a piece's rows lie so far apart that they share few sets of the caches
 
 // Vectors of columns that MR rows take at a time: as many sums as there are registers for.
-constexpr int direct_vectors(int mr) { return TP_ISA == 2 ? 4 : mr == 1 ? 8 : mr == 2 ? 4 : 2; }
+constexpr int direct_vectors(int mr) { return TP_ISA == 2 ? (mr <= 4 ? 4 : 2) : mr == 1 ? 8 : mr == 2 ? 4 : 2; }
 
 template <int KIND, int MR, int NV, bool TAIL>
 static void quant_direct_columns(const QuantPanel& p, int64_t first, int64_t columns, const char* block, const char* x, int64_t k, float* y, int64_t ldy, const Soon& soon) {
@@ -29,12 +30,16 @@ template <int KIND>
 static const DirectFn few_table[QUANT_DIRECT_ROWS] = {quant_direct_rows<KIND, 1>, quant_direct_rows<KIND, 2>, quant_direct_rows<KIND, 3>, quant_direct_rows<KIND, 4>};
 template <int KIND>
 static const DirectFn piece_table[PIECE_MR] = {quant_direct_rows<KIND, 1>, quant_direct_rows<KIND, 2>, quant_direct_rows<KIND, 3>,
-                                               quant_direct_rows<KIND, 4>, quant_direct_rows<KIND, 5>, quant_direct_rows<KIND, 6>};
+                                               quant_direct_rows<KIND, 4>, quant_direct_rows<KIND, 5>, quant_direct_rows<KIND, 6>,
+#if TP_ISA == 2
+                                               quant_direct_rows<KIND, 7>, quant_direct_rows<KIND, 8>,
+#endif
+};
 
 // Up to QUANT_DIRECT_ROWS rows take all columns in the order in which they lie: reading them is all the work.
 template <int KIND>
 static void quant_few_rows(const QuantPanel& p, const Rounded& x, int64_t row, int64_t rows, int64_t k, float* y, int64_t ldy) {
-  const int64_t ahead = round_up(QUANT_AHEAD_BYTES, p.stride());
+  const int64_t bytes = p.format.block_bytes * p.columns, ahead = (QUANT_AHEAD_BYTES + bytes - 1) / bytes * p.stride();  // of a block: those of its columns that are read
   for (int64_t k0 = 0; k0 < k; k0 += ROUNDED_TILE) {
     const char* block = p.data + k0 / p.format.block * p.stride();
     few_table<KIND>[rows - 1](p, block, x.at(row, k0), k - k0 < ROUNDED_TILE ? k - k0 : ROUNDED_TILE, y, ldy, Soon{block + ahead, p.w, p.column, p.stride()});
@@ -100,11 +105,12 @@ static void quant_expanded_rows(const QuantPanel& p, const Rounded& x, int64_t r
 // y[rows, columns] += x[row .. row + rows) @ the panel's columns; y has room for round_up(columns, QUANT_NV * W).
 template <int KIND>
 static void quant_gemm(const QuantPanel& p, const Rounded& x, int64_t row, int64_t rows, int64_t k, float* y, int64_t ldy) {
-  // With 16 registers sums leave no room for codes that are loaded once for all rows: unpacking them again costs no more, unless that is dear.
-  constexpr bool dear = has_k_scales(KIND) || KIND == FIVE_BITS || KIND == SIX_BITS, pieces = TP_ISA < 2 && !dear;
+  // With 16 registers sums leave no room for codes that are loaded once for all rows: unpacking them again costs no more, unless that is dear. With 32
+  // registers storing unpacked codes pays from some rows on.
+  constexpr bool dear = has_k_scales(KIND) || KIND == FIVE_BITS || KIND == SIX_BITS;
   if (rows <= QUANT_DIRECT_ROWS) return quant_few_rows<KIND>(p, x, row, rows, k, y, ldy);
-  if constexpr (pieces)
-    if (KIND != BYTES || p.w <= WIDE_PANEL) return quant_pieces<KIND>(p, x, row, rows, k, y, ldy);
+  if constexpr (!dear)
+    if (rows <= PIECE_ROWS && (KIND != BYTES || p.w <= WIDE_PANEL)) return quant_pieces<KIND>(p, x, row, rows, k, y, ldy);
   quant_expanded_rows<KIND>(p, x, row, rows, k, y, ldy);
 }
 
