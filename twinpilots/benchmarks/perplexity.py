@@ -161,9 +161,9 @@ def windows(tokens: Sequence[int], prefix: Sequence[int] = (), *, context: int, 
 
 def evaluate(llm: LLM, parts: Sequence[Window], reference: LLM | None, bar: Progress) -> Evaluation:
     """Run the windows through the engine, and through the reference's beside it."""
-    prompts = [part.tokens for part in parts]
+    prompts, starts = [part.tokens for part in parts], [part.scored_from - 1 for part in parts]
     found = _Found()
-    for number, first, rows, others in paired(llm.prompt_logits(prompts), None if reference is None else reference.prompt_logits(prompts)):
+    for number, first, rows, others in paired(llm.prompt_logits(prompts, starts), None if reference is None else reference.prompt_logits(prompts, starts)):
         part = parts[number]
         begin = max(0, part.scored_from - 1 - first)  # the row after token t - 1 predicts token t
         end = min(len(rows), len(part.tokens) - 1 - first)
