@@ -25,6 +25,7 @@ from twinpilots.commands.options import positive_int, table
 from twinpilots.device.cpu import choose_cores
 from twinpilots.errors import UserError
 from twinpilots.hardware.peaks import PeakMeter, Peaks, timed_s
+from twinpilots.model.packaged import GEMMA3
 from twinpilots.request import SamplingParams
 
 DECODE, PREFILL = (next(metric for metric in METRICS if metric.name == name) for name in ("decode-1", "prefill-512"))
@@ -34,14 +35,15 @@ PREFILL_TARGETS = {"native": 0.7, "int4-fast": 1.2}  # of the multiply-add peak
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model with its weights in one precision. ``decode_target``: wanted share of the limit. ``native`` is 16 bit, whatever the file holds."""
+    """A model with its weights in one precision. ``decode_target``: wanted share of the limit, where one is set. ``native`` is 16 bit, whatever the file
+    holds; ``packed`` is as the file has them."""
 
     model: str
     weights: str
-    decode_target: float
+    decode_target: float | None = None
 
     def options(self) -> dict[str, Any]:
-        return {"dtype": "bfloat16"} if self.weights == "native" else {"quantization": self.weights}
+        return {"native": {"dtype": "bfloat16"}, "packed": {}}.get(self.weights, {"quantization": self.weights})
 
     def target(self, metric: Metric) -> float | None:
         return self.decode_target if metric is DECODE else PREFILL_TARGETS.get(self.weights)
@@ -52,6 +54,8 @@ SUBJECTS = tuple(
     for model, targets in {"dummy:llama-3.2-1b": (0.8, 0.8, 0.65), "smollm2-135m": (0.75, 0.6, 0.45)}.items()
     for weights, target in zip(("native", "int8", "int4-fast"), targets, strict=True)
 )
+
+ON_REQUEST = tuple(Subject(model=GEMMA3, weights=weights) for weights in ("native", "packed"))  # run when named: its package may not be there
 
 
 @dataclass
@@ -129,16 +133,25 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def chosen(args: argparse.Namespace) -> list[Subject]:
     """UserError for a model or weights that no subject has."""
-    for flag, asked, known in (("--model", args.model, {s.model for s in SUBJECTS}), ("--weights", args.weights, {s.weights for s in SUBJECTS})):
+    for flag, asked, known in (("--model", args.model, _known("model")), ("--weights", args.weights, _known("weights"))):
         if asked is not None and asked not in known:
-            raise UserError(f"{flag}: unknown {asked!r}; known: {', '.join(sorted(known))}")
-    return [s for s in SUBJECTS if args.model in (None, s.model) and args.weights in (None, s.weights)]
+            raise UserError(f"{flag}: unknown {asked!r}; known: {', '.join(known)}")
+    subjects = SUBJECTS if args.model is None else (*SUBJECTS, *ON_REQUEST)
+    found = [s for s in subjects if args.model in (None, s.model) and args.weights in (None, s.weights)]
+    if not found:
+        raise UserError(f"--weights {args.weights}: {args.model or 'no model that runs without being named'} has none; name another --model or other --weights")
+    return found
+
+
+def _known(name: str) -> list[str]:
+    """The models or the weights that there are."""
+    return sorted({getattr(subject, name) for subject in (*SUBJECTS, *ON_REQUEST)})
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0], allow_abbrev=False)
-    result.add_argument("--model", help=f"only this of {', '.join(sorted({s.model for s in SUBJECTS}))}")
-    result.add_argument("--weights", help=f"only these of {', '.join(sorted({s.weights for s in SUBJECTS}))}")
+    result.add_argument("--model", help=f"only this of {', '.join(_known('model'))}; {GEMMA3} is not run without being named")
+    result.add_argument("--weights", help=f"only these of {', '.join(_known('weights'))}")
     cores = len(choose_cores(gpu=False, emulated=False).pilot)
     result.add_argument("--threads", type=positive_int, default=cores, metavar="N", help=f"default: {cores}, this machine's cores")
     result.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="rounds, after one to warm up (default: 5)")

@@ -206,16 +206,17 @@ class LLM:
             if not finished:
                 engine.abort(request_id)
 
-    def prompt_logits(self, prompts: Sequence[Sequence[int]]) -> Iterator[PromptLogits]:
-        """The raw logits after every token of every prompt, in the order of prompts and tokens, as many rows at a time as a pass gives."""
-        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=0)
+    def prompt_logits(self, prompts: Sequence[Sequence[int]], first: Sequence[int] | None = None) -> Iterator[PromptLogits]:
+        """The raw logits after every token of every prompt, or after those from number ``first[prompt]`` on, in the order of prompts and tokens, as many rows
+        at a time as a pass gives."""
+        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
         slots = max(len(prompts), self.config.max_num_seqs or DEFAULT_NUM_SEQS)  # a pass gives no more rows than its plan has sequences
         self._fit([prompts[i % len(prompts)] for i in range(slots)], [params] * slots)
         numbers: dict[str, int] = {}
         engine = self._open_session.engine
         try:
             for number, prompt in enumerate(prompts):
-                numbers[self._add((list(prompt), None), params)] = number
+                numbers[self._add((list(prompt), None), params, logits_from=0 if first is None else first[number])] = number
             while engine.has_unfinished():
                 self._open_session.step()
                 yield from self._last_logits(numbers)
@@ -229,9 +230,10 @@ class LLM:
         batch, logits = self._open_session.last_pass
         found, row = [], 0
         for item in batch.items:
-            rows = logits[row : row + item.num_logits]
-            found.append(PromptLogits(prompt=numbers[item.sequence.request_id], first=item.end - item.num_logits, rows=rows))
-            row += item.num_logits
+            if item.num_logits:
+                rows = logits[row : row + item.num_logits]
+                found.append(PromptLogits(prompt=numbers[item.sequence.request_id], first=item.end - item.num_logits, rows=rows))
+                row += item.num_logits
         return sorted(found, key=lambda part: part.prompt)
 
     @contextmanager
@@ -275,10 +277,10 @@ class LLM:
             raise ValueError(f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or as many as prompts")
         return list(params)
 
-    def _add(self, prompt: tuple[list[int], str | None], params: SamplingParams) -> str:
+    def _add(self, prompt: tuple[list[int], str | None], params: SamplingParams, logits_from: int | None = None) -> str:
         request_id = str(self._num_requests)
         self._num_requests += 1
-        self._open_session.engine.add_request(request_id, prompt[0], params, prompt[1])
+        self._open_session.engine.add_request(request_id, prompt[0], params, prompt[1], logits_from=logits_from)
         return request_id
 
     def _as_ids(self, prompt: Prompt) -> tuple[list[int], str | None]:

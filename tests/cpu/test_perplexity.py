@@ -80,6 +80,20 @@ def test_the_distance_from_other_weights_is_the_true_one(zoo_model: Any) -> None
     assert found.same_best.mean() == pytest.approx((p.argmax(1) == q.argmax(1)).mean(), abs=0.02)
 
 
+def test_rows_before_the_first_that_is_asked_for_are_not_computed(zoo_model: Any) -> None:
+    prompts, first = [TOKENS[:40], TOKENS[7:16], TOKENS[:20]], [27, 0, 19]
+
+    def rows(llm: LLM, *more: Any) -> dict[tuple[int, int], np.ndarray]:
+        return {(part.prompt, part.first + i): row.copy() for part in llm.prompt_logits(prompts, *more) for i, row in enumerate(part.rows)}
+
+    with opened(zoo_model("llama")) as llm:
+        whole, found = rows(llm), rows(llm, first)
+    assert sorted(whole) == [(number, at) for number, prompt in enumerate(prompts) for at in range(len(prompt))]
+    assert sorted(found) == [(number, at) for number, prompt in enumerate(prompts) for at in range(first[number], len(prompt))]
+    for place, row in found.items():
+        np.testing.assert_allclose(row, whole[place], rtol=1e-4, atol=1e-4)
+
+
 def test_an_abandoned_evaluation_leaves_nothing_behind(zoo_model: Any) -> None:
     with opened(zoo_model("llama")) as llm:
         rows = llm.prompt_logits([[3, 4, 5], TOKENS[:20]])

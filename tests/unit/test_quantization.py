@@ -67,6 +67,20 @@ def test_what_a_file_has_packed_is_kept_where_the_rule_says_so() -> None:
     assert keeps_stored(eight, "int8") == {"q8_0"} and keeps_stored(eight, "int4") == frozenset()  # type: ignore[arg-type]
 
 
+def test_int4_makes_no_weight_anew_that_would_get_no_smaller() -> None:
+    """A mix of mostly five bits, as llama.cpp writes for widths that are no multiple of 256."""
+    five = dict.fromkeys(("0.q_proj", "0.k_proj", "0.gate_up_proj", "lm_head"), "q5_0")
+    stored = {**five, "0.v_proj": "q8_0", "0.o_proj": "q4_0", "0.down_proj": "q6_k"}
+    for quantization in ("int4", "int4-fast"):
+        made = quantized_spec(llama(), stored, quantization)  # type: ignore[arg-type]
+        assert dict(made.layers[0].formats) == {
+            "q_proj": "q4_1", "k_proj": "q4_1", "v_proj": "q4_1", "o_proj": "q4_0", "gate_up_proj": "q4_1", "down_proj": "q4_1",
+        }  # fmt: skip
+        assert made.head_format == "q5_0" and dict(made.layers[1].formats)["o_proj"] == "q4_1"
+    eight = quantized_spec(llama(), stored, "int8")  # type: ignore[arg-type]
+    assert {chosen for layer in eight.layers for _, chosen in layer.formats} == {"q8_0"} and eight.head_format == "q8_0"
+
+
 def test_units_are_whole_heads_and_whole_blocks_on_one_grid() -> None:
     for unit_rows in (1, 8, 48, 64, 300):
         ops = {op.name: op for op in k_quants().ops(unit_rows) if op.layer == 0}

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import roofline
 from benchmarks.roofline import DECODE, PREFILL, SUBJECTS, Runs, Subject
+from twinpilots.errors import UserError
 from twinpilots.hardware.peaks import Peaks
 from twinpilots.model.dummy import dummy_spec
 
@@ -62,6 +63,18 @@ def test_the_table_names_what_was_missed() -> None:
     decode, prefill = text.splitlines()[-2:]
     assert decode.split()[:3] == ["dummy:llama-3.2-1b", "native", "decode-1"]
     assert (decode.split()[-1], prefill.split()[-1]) == ("MISSED", "met")
+
+
+def test_a_model_that_may_not_be_installed_is_run_only_when_named() -> None:
+    def names(*arguments: str) -> set[tuple[str, str]]:
+        return {(subject.model, subject.weights) for subject in roofline.chosen(roofline.parser().parse_args(arguments))}
+
+    assert {model for model, _ in names()} == {"dummy:llama-3.2-1b", "smollm2-135m"}
+    assert names("--model", "gemma-3-270m") == {("gemma-3-270m", "native"), ("gemma-3-270m", "packed")}
+    assert names("--model", "gemma-3-270m", "--weights", "packed") == {("gemma-3-270m", "packed")}
+    with pytest.raises(UserError, match="--weights packed: no model"):
+        names("--weights", "packed")
+    assert {Subject(model="m", weights="packed").options().get(name) for name in ("dtype", "quantization")} == {None}, "as the file has them"
 
 
 @pytest.mark.parametrize(("arguments", "named"), [(["--model", "gpt-9"], "'gpt-9'"), (["--weights", "int3"], "'int3'")])

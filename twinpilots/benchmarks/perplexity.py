@@ -29,6 +29,7 @@ from twinpilots.progress import Progress
 if TYPE_CHECKING:
     from twinpilots.api import LLM, PromptLogits
 
+SCORED_BYTES = 2 << 20  # of logits that are worked on at a time: their copies stay in the caches, which a pass's rows of a large vocabulary do not
 DEFAULT_SEQS = 32  # logit rows of a pass: enough for the CPU to compute at its peak, few enough for their KV pages
 NATIVE = "native"
 # What a reference shares with the model that is measured: where and how it runs, and nothing of how its weights and KV are kept.
@@ -161,15 +162,18 @@ def windows(tokens: Sequence[int], prefix: Sequence[int] = (), *, context: int, 
 
 def evaluate(llm: LLM, parts: Sequence[Window], reference: LLM | None, bar: Progress) -> Evaluation:
     """Run the windows through the engine, and through the reference's beside it."""
-    prompts = [part.tokens for part in parts]
+    prompts, starts = [part.tokens for part in parts], [part.scored_from - 1 for part in parts]
     found = _Found()
-    for number, first, rows, others in paired(llm.prompt_logits(prompts), None if reference is None else reference.prompt_logits(prompts)):
+    for number, first, rows, others in paired(llm.prompt_logits(prompts, starts), None if reference is None else reference.prompt_logits(prompts, starts)):
         part = parts[number]
         begin = max(0, part.scored_from - 1 - first)  # the row after token t - 1 predicts token t
         end = min(len(rows), len(part.tokens) - 1 - first)
         if begin < end:
-            targets = np.array(part.tokens[first + begin + 1 : first + end + 1])
-            _score(found, rows[begin:end], targets, None if others is None else others[begin:end])
+            step = max(1, SCORED_BYTES // (4 * rows.shape[1]))
+            for at in range(begin, end, step):
+                some = slice(at, min(at + step, end))
+                targets = np.array(part.tokens[first + some.start + 1 : first + some.stop + 1])
+                _score(found, rows[some], targets, None if others is None else others[some])
             bar.update(end - begin)
     joined = {name: np.concatenate(values) for name, values in vars(found).items() if values}
     return Evaluation(**joined)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from twinpilots.errors import CheckpointError, UnsupportedModelError
 from twinpilots.model.config_reader import ConfigReader
 
@@ -122,17 +124,22 @@ def _sentencepiece(reader: ConfigReader, tokens: list[str]) -> Any:
 
 
 def merges_from_scores(vocab: Mapping[str, int], scores: list[float], skip: set[int]) -> list[tuple[str, str]]:
-    """SentencePiece's merges: every way to join two known pieces into a known piece, best score first (as transformers rebuilds them)."""
-    found = []
-    for piece, index in vocab.items():
-        if index in skip:
-            continue
-        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        local = [(left, right) for left, right in halves if left in vocab and right in vocab]
-        local.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        found += [(scores[index], len(left), len(right), left, right) for left, right in local]
-    found.sort(key=lambda item: item[:3], reverse=True)
-    return [(left, right) for _, _, _, left, right in found]
+    """SentencePiece's merges: every way to join two known pieces into a known piece, best score first, then longer left and right halves first, then in the
+    vocabulary's order (as transformers rebuilds them)."""
+    pieces, cuts = list[str](), list[int]()
+    prefixes = list[str]()  # known pieces that the one before begins with: in sorted order, all of the next one's are among them
+    for piece in sorted(filter(None, vocab)):
+        while prefixes and not piece.startswith(prefixes[-1]):
+            prefixes.pop()
+        if vocab[piece] not in skip:
+            found = [len(left) for left in prefixes if piece[len(left) :] in vocab]
+            pieces += [piece] * len(found)
+            cuts += found
+        prefixes.append(piece)
+    ids = np.array([vocab[piece] for piece in pieces], np.int64)
+    lengths = np.array([len(piece) for piece in pieces], np.int64)
+    order = np.lexsort((ids, -lengths, -np.array(cuts, np.int64), -np.array(scores)[ids]))
+    return [(pieces[i][: cuts[i]], pieces[i][cuts[i] :]) for i in order.tolist()]
 
 
 def _special_ids(reader: ConfigReader, tokens: list[str]) -> set[int]:

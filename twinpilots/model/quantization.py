@@ -46,7 +46,8 @@ def quantized_spec(spec: ModelSpec, stored: Stored, quantization: Quantization |
     kept = keeps_stored(stored, quantization)
     formats = {}
     for name in weight_names(spec):
-        chosen = stored[name] if stored.get(name) in kept else _wanted(name, quantization)
+        held, wanted = stored.get(name), _wanted(name, quantization)
+        chosen = held if held in kept or _is_no_larger(held, wanted, quantization) else wanted
         if chosen is not None and fits(spec, name, chosen):
             formats[name] = chosen
     if quantization is not None and not formats:
@@ -63,6 +64,13 @@ def keeps_stored(stored: Stored, quantization: Quantization | None) -> frozenset
         return present & {"q8_0"}
     four_bits = sum(FORMATS[chosen].bits == 4 for chosen in stored.values())
     return present if 2 * four_bits > len(stored) else frozenset()
+
+
+def _is_no_larger(held: FormatName | None, wanted: FormatName | None, quantization: Quantization | None) -> bool:
+    """Whether a stored weight stays under int4 also where its file has few of 4 bits: made anew it would be no smaller, and twice rounded."""
+    if held is None or wanted is None or quantization == "int8":
+        return False
+    return FORMATS[held].bytes_per_weight <= FORMATS[wanted].bytes_per_weight
 
 
 def weight_names(spec: ModelSpec) -> tuple[str, ...]:

@@ -100,10 +100,12 @@ class Engine:
     # -- requests in -------------------------------------------------------------------------------------------------------------------------
 
     def add_request(
-        self, request_id: str, prompt_token_ids: SequenceABC[int], params: SamplingParams, prompt: str | None = None, *, client: str = "", priority: int = 0
-    ) -> None:
-        """Queue a request. Clients share fairly; among one client's requests, a lower priority goes first. Raises ValueError for bad input and
-        LimitError for one that can never run, both before any work."""
+        self, request_id: str, prompt_token_ids: SequenceABC[int], params: SamplingParams, prompt: str | None = None, *, client: str = "", priority: int = 0,
+        logits_from: int | None = None,
+    ) -> None:  # fmt: skip
+        """Queue a request. Clients share fairly; among one client's requests, a lower priority goes first. ``logits_from``: passes have a row of logits for
+        each of the prompt's tokens from there on, for a caller that reads them. Raises ValueError for bad input and LimitError for a request that can never
+        run, both before any work."""
         tokens = [int(token) for token in prompt_token_ids]
         self._check(request_id, tokens, params)
         self.scheduler.length_limit(len(tokens), params.max_tokens)
@@ -113,8 +115,8 @@ class Engine:
                 request_id=request_id, index=index, params=params, tokens=list(tokens), arrival=self._num_arrived, client=client, priority=priority
             )
             self._num_arrived += 1
-            if params.prompt_logprobs is not None and index == 0:
-                sequence.logits_from = 0
+            if index == 0:
+                sequence.logits_from = logits_from if params.prompt_logprobs is None else 0
             text = OutputText(self.tokenizer, params, tokens) if self.tokenizer is not None else None
             outputs.append(_Output(sequence, text, None if params.logprobs is None else [], rule_of(params, self.eos_token_ids)))
         request = _Request(request_id, prompt, tuple(tokens), outputs, None if params.prompt_logprobs is None else [None])
@@ -222,9 +224,11 @@ class Engine:
         row = 0
         for item in batch.items:
             sequence = item.sequence
-            if sequence.logits_from is not None:
-                collected = self._owner[sequence][0].prompt_logprobs
-                assert collected is not None and sequence.params.prompt_logprobs is not None
+            collected = self._owner[sequence][0].prompt_logprobs
+            if sequence.logits_from is not None and collected is None:
+                sequence.logits_from = max(sequence.logits_from, item.end)  # after a preemption, what was read is not wanted again
+            elif sequence.logits_from is not None and collected is not None:
+                assert sequence.params.prompt_logprobs is not None
                 for offset in range(item.num_logits):
                     following = item.end - item.num_logits + offset + 1
                     if following < sequence.num_prompt_tokens:
