@@ -36,6 +36,7 @@ FAR_GAIN = 0.05  # and the gain that a change between them must bring
 JUDGED_PASSES = 8  # after which a change's outcome is written down
 CLEAR_PASSES, CLEAR_LOSS = 4, 1.1  # or sooner, when it is so clear a loss
 SOLVING_FRAC = 0.01  # of the run's time that may go to solving anew, beside the devices but on the same machine
+GLANCE_S = 0.05  # taken for what a glance takes, before there was one
 MOST_CREDIT_S = 1.0  # what may be saved up, and, where rates have changed much, be owed
 DISTURBED = 1.6  # times as long a pass may take because of a search beside it
 ALARM, ALARM_PASSES, ALARM_GAIN = 0.6, 3, 0.8  # log of measured / predicted that is one, in so many passes, where another plan takes at most this part of them
@@ -59,7 +60,7 @@ class PassSeen:
 @dataclass(frozen=True, kw_only=True)
 class Ask:
     """What a re-solve needs: pure data, good for another process. ``kept``: buckets that were in force before and are to be priced, too.
-    ``surprise``: measured / predicted of the bucket in force."""
+    ``surprise``: measured / predicted of the bucket in force. ``thorough``: a search; else a glance, for which ``kept`` does not matter."""
 
     profile: HardwareProfile
     plan: Plan
@@ -69,6 +70,7 @@ class Ask:
     driver_s: float
     reason: str
     surprise: float = 1.0
+    thorough: bool = True
 
 
 Price = Callable[[Plan, BucketPlan, PassLoad], float]  # seconds of a pass, about, at once
@@ -133,16 +135,19 @@ class Change:
 
 
 class Adaptation:
-    """Fed with every pass; answers with a change when there is one. ``runner`` takes a solve and gives its answer, at once or some passes later."""
+    """Fed with every pass; answers with a change when there is one. ``runner`` takes a solve and gives its answer, at once or some passes later. ``glances``:
+    the solver can answer at a glance, which is asked for first, and followed by a search when the run has paid for that."""
 
-    def __init__(self, tracker: Tracker, solve: Solver, runner: Runner, *, price: Price | None = None, switch_s: float = 0.0) -> None:
-        self.tracker, self._solve, self._runner, self._price = tracker, solve, runner, price
+    def __init__(self, tracker: Tracker, solve: Solver, runner: Runner, *, price: Price | None = None, switch_s: float = 0.0, glances: bool = False) -> None:
+        self.tracker, self._solve, self._runner, self._price, self._glances = tracker, solve, runner, price, glances
         self.switch_s = switch_s  # what a change costs once
         self.history: deque[ChangeRecord] = deque(maxlen=HISTORY_LENGTH)
         self.outcomes = Outcomes()
         self.num_passes = self.num_asks = self._num_jumps = self._unsettled = 0
         self._optimism = 0.0  # log of measured / predicted of the last changes
         self._credit_s = 0.0  # what the run has paid for solving so far, less what that took
+        self._glance_s = min(GLANCE_S, runner.last_s)  # what the last one took
+        self._search_s: float | None = None
         self._buckets: dict[int, BucketState] = {}
         self._asked: Ask | None = None
         self._judging: tuple[ChangeRecord, BucketState] | None = None
@@ -163,13 +168,21 @@ class Adaptation:
             return at_once
         if self._asked is None:
             reason = self._why_ask(state, seen)
-            if reason is None:
+            if reason is not None:
+                self._ask(state, seen, reason, thorough=not self._glances)
+            elif self._owes_search(state, seen):
+                self._ask(state, seen, state.asked_why, thorough=True)
+            else:
                 return None
-            self._ask(state, seen, reason)
         answer = self._runner.collect()
         if answer is None:
             return None
         self._credit_s -= self._runner.last_s
+        assert self._asked is not None
+        if self._asked.thorough:
+            self._search_s = self._runner.last_s
+        else:
+            self._glance_s = self._runner.last_s
         return self._decide(answer, seen)
 
     def is_disturbed(self, measured_s: float, expected_s: float) -> bool:
@@ -219,7 +232,7 @@ class Adaptation:
             return None
         if waited < SETTLE_PASSES or seen.remaining < SETTLE_PASSES or 0 < self._unsettled < MOST_UNSETTLED:
             return None
-        paid = self._credit_s >= min(self._runner.last_s, MOST_CREDIT_S)
+        paid = self._credit_s >= min(self._glance_s if self._glances else self._cost_s, MOST_CREDIT_S)
         if state.made_for is None:
             return "first use" if paid else None
         drift, words = self.tracker.drift(state.made_at)
@@ -237,12 +250,25 @@ class Adaptation:
             return f"passes take {math.exp(state.log_outcome):.2f} of what was predicted"
         return None
 
-    def _ask(self, state: BucketState, seen: PassSeen, reason: str) -> None:
+    def _owes_search(self, state: BucketState, seen: PassSeen) -> bool:
+        """A glance is followed by a search as soon as the run has paid for it."""
+        waited = state.passes - state.asked_at
+        if not state.asked_why or waited < SETTLE_PASSES or seen.remaining < SETTLE_PASSES or 0 < self._unsettled < MOST_UNSETTLED:
+            return False
+        return self._credit_s >= min(self._cost_s, MOST_CREDIT_S)
+
+    @property
+    def _cost_s(self) -> float:
+        """Of a search."""
+        return self._runner.last_s if self._search_s is None else self._search_s
+
+    def _ask(self, state: BucketState, seen: PassSeen, reason: str, *, thorough: bool) -> None:
         ask = Ask(
             profile=self.tracker.profile(), plan=seen.plan, bucket=seen.bucket, load=seen.load, kept=tuple(state.left), driver_s=seen.driver_s, reason=reason,
-            surprise=math.exp(state.log_outcome),
+            surprise=math.exp(state.log_outcome), thorough=thorough,
         )  # fmt: skip
         self._asked = ask
+        state.asked_why = "" if thorough else reason
         self.num_asks += 1
         state.asked_at, state.made_for, state.made_at, state.made_outcome = state.passes, seen.load, self.tracker.snapshot(), state.log_outcome
         self._runner.submit(partial(self._solve, ask))
@@ -271,7 +297,8 @@ class Adaptation:
             least_gain = max(FAR_GAIN, 3 * state.noise_log, -math.expm1(-self._optimism))
         gain_s = now_s - best_s
         if best is None or gain_s < least_gain * now_s or gain_s * seen.remaining < self.switch_s:
-            state.patience = min(MOST_PATIENCE, 2 * state.patience)
+            if ask.thorough:
+                state.patience = min(MOST_PATIENCE, 2 * state.patience)
             return None
         return self._change(ask, state, seen, best, now_s, best_s)
 
@@ -293,7 +320,7 @@ class Adaptation:
         fresh = BucketState(
             bucket=option.bucket, made_for=ask.load, since=seen.load, made_at=state.made_at, asked_at=0, left=left,
             # What the search knew of, not what has come out since: passes that turn out slower than that are a reason to search again.
-            made_outcome=self._log_outcome(option, state, state.made_outcome),
+            made_outcome=self._log_outcome(option, state, state.made_outcome), asked_why=state.asked_why,
             patience=min(MOST_PATIENCE, 2 * state.patience) if option.bucket in state.left else SETTLE_PASSES,
         )  # fmt: skip
         del self._buckets[id(ask.bucket)]

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 
 from twinpilots.adaptation import Adaptation, Ask, Change, PassSeen, Runner
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.expected import DOWN, UP, ExpectedTime, PassWork, WorkKind
+from twinpilots.plan.glance import glance
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import BucketPlan, Plan
+from twinpilots.plan.priced import Layout
 from twinpilots.plan.rebalance import Option, Sequences, can_move, option_of, options
 from twinpilots.plan.tasks import Schedule
 from twinpilots.predictions import Predictions
@@ -71,7 +73,7 @@ class OnlinePlanner:
     ) -> None:  # fmt: skip
         self.spec, self.profile, self.adapts = spec, profile, adapts  # the profile as history corrects it
         self.tracker, self.witness = Tracker(profile), witness
-        self.adaptation = Adaptation(self.tracker, partial(resolve, spec), runner, price=self._price)
+        self.adaptation = Adaptation(self.tracker, Resolver(spec), runner, price=self._price, glances=True)
         self._renewed_at: Snapshot = {}
         self._num_jumps = 0
         self.predictions = Predictions(spec, profile, at_once=at_once)
@@ -165,8 +167,30 @@ class OnlinePlanner:
         return self._expected[key]
 
 
-def resolve(spec: ModelSpec, ask: Ask) -> tuple[Option, ...]:
-    """The bucket's options at the ask's rates: runs beside the passes, in another process."""
-    found = list(options(spec, ask.profile, ask.plan, ask.bucket, ask.load, surprise=ask.surprise))
-    found += [option_of(spec, ask.profile, ask.plan, bucket, ask.load) for bucket in ask.kept]
-    return tuple(Option(bucket=each.bucket, seconds=each.seconds + ask.driver_s, pilots=each.pilots) for each in found)
+class Resolver:
+    """Answers asks of one model, beside the passes, in this process or another: a copy of it that another process gets is one and the same from ask to ask, so
+    that it remembers there what the last search has left behind."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._layout: Layout | None = None
+
+    def __call__(self, ask: Ask) -> tuple[Option, ...]:
+        """The bucket's options at the ask's rates."""
+        if self._layout is None or not self._layout.serves(ask.plan):
+            self._layout = Layout(self.spec, ask.plan)
+        if ask.thorough:
+            found = list(options(self.spec, ask.profile, ask.plan, ask.bucket, ask.load, surprise=ask.surprise, layout=self._layout))
+            found += [option_of(self.spec, ask.profile, ask.plan, bucket, ask.load) for bucket in ask.kept]
+        else:
+            found = list(glance(self.spec, ask.profile, ask.plan, ask.bucket, ask.load, self._layout))
+        return tuple(Option(bucket=each.bucket, seconds=each.seconds + ask.driver_s, pilots=each.pilots) for each in found)
+
+    def __reduce__(self) -> tuple[Callable[..., Resolver], tuple[ModelSpec, int]]:
+        return _there, (self.spec, id(self))
+
+
+@lru_cache(maxsize=1)
+def _there(spec: ModelSpec, _name: int) -> Resolver:
+    """Of another process's `Resolver` the copy that is here."""
+    return Resolver(spec)

@@ -40,6 +40,7 @@ class BucketState:
     made_at: Snapshot = field(default_factory=dict)  # the tracker's rates that it was solved with
     made_outcome: float = 0.0  # the log outcome it was solved with
     asked_at: int = 0  # by its own passes
+    asked_why: str = ""  # by a glance that no search has followed yet
     patience: int = SETTLE_PASSES
     has_alarmed: bool = False
     carried: tuple[tuple[BucketPlan, BucketPlan], ...] = ()  # other buckets that were changed with it: (before, after)

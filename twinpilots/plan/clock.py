@@ -31,7 +31,9 @@ class Clock:
         reads = (profile.cpu.read_bytes_per_s, profile.gpu.read_bytes_per_s if profile.gpu else 0.0)
         self.peer_slowdown = (profile.cpu.peer_slowdown, profile.gpu.peer_slowdown if profile.gpu else 1.0)
         self.link_slowdown = profile.link.peer_slowdown if profile.link else 1.0
-        self.memory_frac = memory_frac
+        self.fracs = sorted(set(memory_frac))
+        numbered = {frac: number for number, frac in enumerate(self.fracs)}
+        self.frac_of = [numbered[frac] for frac in memory_frac]  # tasks alike share what is computed for them
         self.memory_share = (reads[CPU] / sum(reads), reads[GPU] / sum(reads))  # of the traffic when both read all the time
         self.order: list[list[int]] = [[], [], [], []]
         self.fenced = [task.kind != "load" for task in tasks]
@@ -56,7 +58,7 @@ class Clock:
 
     def run(self) -> None:
         """Until the reported pass is over. Every pass ends with its last task outside the weight loads, all of which are consumed by then."""
-        order, end, start, count = self.order, self.end, self.start, self.count
+        order, end, start, count, frac_of = self.order, self.end, self.start, self.count, self.frac_of
         lengths = [len(queue) for queue in order]
         place, passed = [0, 0, 0, 0], [self.num_passes if not length else 0 for length in lengths]  # of each queue's current task, and of its pass
         current = [queue[0] if queue else -1 for queue in order]
@@ -91,31 +93,32 @@ class Clock:
                 slow += q >= LINK_IN
                 event[q] = now + self.seconds[task]
                 factors[q] = 1.0
+            on_cpu, on_gpu = frac_of[current[CPU]] if running[CPU] else -1, frac_of[current[GPU]] if running[GPU] else -1
             for side in self.slowed:
                 if running[side]:
-                    factor = self._factor(side, current[CPU] if running[CPU] else -1, current[GPU] if running[GPU] else -1, slow > 0)
+                    factor = self._factor(side, on_cpu, on_gpu, slow > 0)
                     if factor != factors[side]:
                         event[side] = now + (event[side] - now) * factor / factors[side]
                         factors[side] = factor
 
     def _factor(self, side: int, on_cpu: int, on_gpu: int, link_at_work: bool) -> float:
-        """How much slower than alone what runs on a queue is beside the compute queues' present tasks (-1: none) and the link."""
+        """How much slower than alone what runs on a queue is beside the compute queues' present tasks (by what part of them reads; -1: none) and the link."""
         key = side, on_cpu, on_gpu, link_at_work
         found = self.factors.get(key)
         if found is None:
             found = self.factors[key] = self._computed_factor(side, (on_cpu, on_gpu), link_at_work)
         return found
 
-    def _computed_factor(self, side: int, tasks: Sequence[int], link_at_work: bool) -> float:
+    def _computed_factor(self, side: int, numbers: Sequence[int], link_at_work: bool) -> float:
         """The processors' slow-down was measured with both reading all the time; with less traffic it is less, and it stretches only the part of a task's
         time that goes to reading.
         """
-        fracs = [self.memory_frac[task] if task >= 0 else 0.0 for task in tasks]
+        fracs = [self.fracs[number] if number >= 0 else 0.0 for number in numbers]
         if side >= LINK_IN:
             return 1.0 + (self.link_slowdown - 1.0) * fracs[CPU]
         reading, computing = self.copy_slowdown[side] if link_at_work else (1.0, 1.0)
         factor = reading if reading == computing else max(computing, fracs[side] * reading)
-        if tasks[GPU - side] < 0:
+        if numbers[GPU - side] < 0:
             return factor
         traffic = self.memory_share[CPU] * fracs[CPU] + self.memory_share[GPU] * fracs[GPU]
         return factor * max(1.0, fracs[side] * self.peer_slowdown[side] * traffic)

@@ -16,13 +16,13 @@ from typing import Literal
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.draft import Attention, PlanOptions, split_of
-from twinpilots.plan.estimate import PassEstimator
 from twinpilots.plan.load import PassLoad, SeqClass, pass_load
 from twinpilots.plan.memory import tasks_allowance
 from twinpilots.plan.plan import BucketPlan, Plan, Split
-from twinpilots.plan.pricing import QUICK_SAMPLES, SAMPLES, coarse_packet_bytes
+from twinpilots.plan.priced import Layout
+from twinpilots.plan.pricing import QUICK_SAMPLES, SAMPLES
 from twinpilots.plan.problem import Problem
-from twinpilots.plan.program import BLOCKS, Machine, Program, solve_program
+from twinpilots.plan.program import BLOCKS, Machine, PhaseShares, Program, solve_program
 from twinpilots.plan.tasks import GPU_KV, NUM_GROUPS
 from twinpilots.plan.terms import MeanPass, planned_terms
 from twinpilots.plan.workload import Limits, Workload
@@ -84,14 +84,16 @@ class Sequences:
         return pass_load(bucket, self.gpu, self.host, prompt=bucket.phase == "prefill", logit_rows=self.logit_rows)
 
 
-def options(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, load: PassLoad, *, surprise: float = 1.0) -> tuple[Option, ...]:
+def options(
+    spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, load: PassLoad, *, surprise: float = 1.0, layout: Layout | None = None
+) -> tuple[Option, ...]:  # fmt: skip
     """Ways to run passes like ``load`` over the memory that ``plan`` has laid out: the bucket as it is first, then others of promise in no order.
 
     ``surprise``: measured / predicted of the bucket as it is. What two pilots lose by waiting for each other is in no rate, so the more they have lost, the
     slower a plan for one may look and still be of promise.
-    Only the bucket as it is where nothing can move: without two pilots, or without a ring to stream through.
+    Only the bucket as it is where nothing can move: without two pilots, or without a ring to stream through. ``layout`` keeps what is priced for `quick_look`.
     """
-    search = _Search(spec, profile, plan, bucket, Sequences.of(load))
+    search = Search(spec, profile, plan, bucket, Sequences.of(load), layout)
     now = search.priced(bucket)
     if not can_move(plan) or profile.gpu is None or profile.link is None:
         return (now,)
@@ -107,7 +109,7 @@ def can_move(plan: Plan) -> bool:
 
 def option_of(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, load: PassLoad) -> Option:
     """A given bucket, priced."""
-    return _Search(spec, profile, plan, bucket, Sequences.of(load)).priced(bucket)
+    return Search(spec, profile, plan, bucket, Sequences.of(load)).priced(bucket)
 
 
 def pilots_of(bucket: BucketPlan) -> Pilots:
@@ -133,21 +135,23 @@ class _Trial:
     side: Attention
 
 
-class _Search:
-    """Prices buckets under one load and tries others."""
+class Search:
+    """Prices buckets under one load and tries others. ``layout``: remembers what was priced, and by what the program's answers were bettered."""
 
-    def __init__(self, spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, sequences: Sequences) -> None:
+    def __init__(
+        self, spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, sequences: Sequences, layout: Layout | None = None
+    ) -> None:  # fmt: skip
         self.spec, self.profile, self.plan, self.bucket, self.sequences = spec, profile, plan, bucket, sequences
         workload = Workload(num_requests=1, input_len=1, output_len=1, max_num_seqs=1)  # the passes are given here, not derived
         options = PlanOptions(unit_rows=plan.unit_rows, kv_dtype=plan.kv_dtype, max_model_len=plan.max_model_len)
         self.problem = Problem.of(spec, profile, workload, Limits(gpu_bytes=profile.gpu_memory_bytes, host_bytes=profile.host_memory_bytes), options)
+        self.layout = layout or Layout(spec, plan)
+        self._answers: dict[tuple[int, Attention], PhaseShares | None] = {}
         self.tried: list[BucketPlan] = []
         self.room = sum(tasks_allowance(spec, plan, each, self.problem.templates) for each in plan.buckets)
 
     def seconds(self, bucket: BucketPlan, samples: tuple[int, int] = QUICK_SAMPLES) -> float:
-        load = self.sequences.load(bucket)
-        plan = replace(self.plan, packet_bytes=coarse_packet_bytes(self.spec, self.plan, bucket))
-        return PassEstimator(self.spec, plan, bucket, self.profile, load.shape, samples).timing(load).seconds
+        return self.layout.seconds(self.profile, bucket, self.sequences.load(bucket), samples)
 
     def priced(self, bucket: BucketPlan) -> Option:
         """The bucket at the price that decides: two layers tell trials of one kind apart, but not what crosses from one pass into the next."""
@@ -156,14 +160,14 @@ class _Search:
     def single(self) -> Iterator[Option]:
         """All rows that are not resident computed by the CPU, or all streamed."""
         for pilots, cpu in (("cpu", 1.0), ("stream", 0.0)):
-            for side in self._sides():
-                bucket = self._bucket(dict.fromkeys(self.problem.ops, cpu), 1, side)
+            for side in self.sides():
+                bucket = self.made(dict.fromkeys(self.problem.ops, cpu), 1, side)
                 yield Option(bucket=bucket, seconds=self.seconds(bucket), pilots=pilots)  # type: ignore[arg-type]
 
     def shared(self) -> Option | None:
         """The best of the linear program's answers and of the bucket as it is, then nudged step by step: the program ignores order, units and the ring."""
         best: _Trial | None = None
-        for share, batches, side in [*self._programmed(), self._as_it_is()]:
+        for share, batches, side in [*self._programmed(), (self.shares_of(self.bucket), self.bucket.micro_batches, self.side_now)]:
             best = self._better(best, share, batches, side)
         if best is None:
             return None
@@ -172,13 +176,16 @@ class _Search:
             for part in (0.0, self._mlp_part(best), 1.0):
                 best = self._better(best, self._set(best.share, BLOCKS[block], part), best.bucket.micro_batches, best.side) or best
         best = self._scaled(best, SCALES[2:])
+        answer = self.answer(best.bucket.micro_batches, best.side)
+        if answer is not None:
+            self.layout.bettered(best.bucket, answer, best.share)
         return Option(bucket=best.bucket, seconds=best.seconds, pilots=pilots_of(best.bucket))
 
     def _scaled(self, best: _Trial, factors: tuple[float, ...]) -> _Trial:
         """The MLP's shares multiplied by each factor for as long as that helps."""
         for factor in factors:
             while True:
-                share = {name: min(1.0, value * factor) if name in BLOCKS["mlp"] else value for name, value in best.share.items()}
+                share = scaled_mlp(best.share, factor)
                 moved = self._better(best, share, best.bucket.micro_batches, best.side) or best
                 if moved is best:
                     break
@@ -195,55 +202,67 @@ class _Search:
         """The shares with this part of these ops' rows that are not resident."""
         return {name: part * (1.0 - self.resident[name]) if name in names else value for name, value in share.items()}
 
+    def answer(self, batches: int, side: Attention) -> Mapping[str, float] | None:
+        """The program's CPU shares of all rows, for so many micro-batches and this side of attention."""
+        if (batches, side) not in self._answers:
+            shares = solve_program(self._program(min(batches, self.sequences.num_seqs), side), relaxed=True)
+            self._answers[batches, side] = None if shares is None else shares.phases[0]
+        found = self._answers[batches, side]
+        return None if found is None else found.cpu
+
     def _programmed(self) -> list[tuple[Mapping[str, float], int, Attention]]:
         """The program's best CPU shares, with their micro-batches and side of attention."""
         answers: list[tuple[float, int, Mapping[str, float], int, Attention]] = []
         for batches in self._batches():
-            for side in self._sides():
-                shares = solve_program(self._program(batches, side), relaxed=True)
-                if shares is not None:
-                    answers.append((shares.seconds, len(answers), shares.phases[0].cpu, batches, side))
+            for side in self.sides():
+                share, found = self.answer(batches, side), self._answers[batches, side]
+                if share is not None and found is not None:
+                    answers.append((found.seconds, len(answers), share, batches, side))
         ranked = sorted(answers, key=lambda answer: answer[:2])
         # The program sees little of what micro-batches are for, so the best answer of every number of them is priced.
         chosen = [next(answer for answer in ranked if answer[3] == batches) for batches in sorted({answer[3] for answer in ranked})]
         chosen += [answer for answer in ranked[:PROGRAMS_PRICED] if answer not in chosen]
         return [(share, batches, side) for _, _, share, batches, side in chosen]
 
-    def _as_it_is(self) -> tuple[Mapping[str, float], int, Attention]:
-        """The CPU's mean share of every op now."""
+    def shares_of(self, bucket: BucketPlan) -> Mapping[str, float]:
+        """The CPU's mean share of every op."""
         rows, cpu = dict.fromkeys(self.problem.ops, 0), dict.fromkeys(self.problem.ops, 0)
-        for layer in self.bucket.splits:
+        for layer in bucket.splits:
             for name, split in layer.items():
                 rows[name] += split.rows
                 cpu[name] += split.cpu
-        return {name: cpu[name] / rows[name] for name in rows}, self.bucket.micro_batches, self._side_now
+        return {name: cpu[name] / rows[name] for name in rows}
 
     def _better(self, best: _Trial | None, share: Mapping[str, float], batches: int, side: Attention) -> _Trial | None:
         """A trial of these shares where it is possible and better than the best so far, else the best so far."""
-        bucket = self._bucket(share, batches, side)
-        if bucket in self.tried or tasks_allowance(self.spec, self.plan, bucket, self.problem.templates) > self.room:
+        bucket = self.made(share, batches, side)
+        if bucket in self.tried or not self.has_room(bucket):
             return best
         self.tried.append(bucket)
         seconds = self.seconds(bucket)
         return _Trial(seconds=seconds, bucket=bucket, share=share, side=side) if best is None or seconds * GAIN < best.seconds else best
 
+    def has_room(self, bucket: BucketPlan) -> bool:
+        """Whether its program fits where the layout's programs are."""
+        return tasks_allowance(self.spec, self.plan, bucket, self.problem.templates) <= self.room
+
     @property
-    def _side_now(self) -> Attention:
-        return self.bucket.host_attention if self.bucket.phase == "decode" else self.bucket.host_prefill_attention
+    def side_now(self) -> Attention:
+        return side_of(self.bucket)
 
     def _batches(self) -> list[int]:
         most = min(self.sequences.num_seqs, self.bucket.max_tokens)
         return sorted({1, min(self.bucket.micro_batches, most), *(count for count in MICRO_BATCHES if count <= most)})
 
-    def _sides(self) -> list[Attention]:
+    def sides(self) -> list[Attention]:
         """Who may attend host KV in such passes. The GPU only where the staging area holds what would be streamed."""
-        now = self._side_now
+        now = self.side_now
         if not self.sequences.host:
             return [now]
         fits = self.sequences.pages(self.plan.page_size) <= self.plan.kv_staging_pages
         return ["cpu", "gpu"] if fits else ["cpu"] if now == "cpu" else [now]
 
-    def _bucket(self, cpu: Mapping[str, float], batches: int, side: Attention) -> BucketPlan:
+    def made(self, cpu: Mapping[str, float], batches: int, side: Attention) -> BucketPlan:
         """The bucket with these CPU shares of all rows, as far as they are not resident."""
         made: dict[int, Mapping[str, Split]] = {}
         for layer in self.bucket.splits:
@@ -286,6 +305,15 @@ class _Search:
             up_bytes_per_s=profile.link.up_bytes_per_s, down_bytes_per_s=profile.link.down_bytes_per_s,
             link_drag=(1 - 1 / profile.cpu.copy_slowdown, 1 - 1 / profile.gpu.copy_slowdown), host_fixed=("lm_head",) if self.spec.tied else (),
         )  # fmt: skip
+
+
+def scaled_mlp(share: Mapping[str, float], factor: float) -> dict[str, float]:
+    """The CPU's shares with the MLP's multiplied."""
+    return {name: min(1.0, value * factor) if name in BLOCKS["mlp"] else value for name, value in share.items()}
+
+
+def side_of(bucket: BucketPlan) -> Attention:
+    return bucket.host_attention if bucket.phase == "decode" else bucket.host_prefill_attention
 
 
 def with_bucket(plan: Plan, old: BucketPlan, new: BucketPlan) -> Plan:
