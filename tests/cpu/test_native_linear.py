@@ -14,6 +14,7 @@ TILED = (AMX, EMULATED_TILES)
 SHAPES = [
     (1, 5, 3, 4), (1, 64, 64, 64), (1, 130, 200, 64), (2, 33, 70, 20), (3, 96, 128, 64), (5, 40, 36, 8), (7, 64, 192, 64),
     (8, 257, 96, 64), (11, 50, 64, 64), (13, 64, 100, 32), (40, 150, 130, 64), (200, 70, 48, 16),
+    (1, 70, 970, 64), (2, 33, 700, 64), (3, 21, 520, 64), (1, 40, 1600, 128), (2, 40, 500, 128),
 ]  # fmt: skip
 
 
@@ -127,12 +128,15 @@ def test_a_rows_bits_depend_neither_on_the_batch_nor_on_the_threads(isa_or_tiles
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [16, 104, 240, 248])  # with and without pairs of vectors and a single one left over, for every width of vectors
-def test_up_to_four_rows_have_the_bits_that_they_have_among_many(isa_or_tiles, pool, dtype, columns):
+@pytest.mark.parametrize(
+    ("columns", "unit"),  # with and without pairs of vectors and a single one left over, for every width of vectors; panels that are read side by side
+    [(16, 16), (104, 104), (240, 240), (248, 248), (990, 64), (1600, 128)],
+)
+def test_up_to_four_rows_have_the_bits_that_they_have_among_many(isa_or_tiles, pool, dtype, columns, unit):
     _, x, w = random_case(8, 40, 333, columns, dtype)
-    many = run_linear(x, w, dtype, columns), run_linear_in(x, w, dtype)
+    many = run_linear(x, w, dtype, unit), run_linear_in(x, w, dtype)
     for few in range(1, 5):
-        assert np.array_equal(run_linear(x[7 : 7 + few], w, dtype, columns, pool=pool), many[0][7 : 7 + few])
+        assert np.array_equal(run_linear(x[7 : 7 + few], w, dtype, unit, pool=pool), many[0][7 : 7 + few])
         assert np.array_equal(run_linear_in(x[7 : 7 + few], w, dtype, pool=pool), many[1][7 : 7 + few])
 
 
@@ -177,3 +181,27 @@ def test_every_16_bit_pattern_is_read_exactly(isa_or_tiles):
         if isa_or_tiles in TILED and dtype == Dtype.BF16:  # tiles take denormals for zeros
             wanted = np.where(np.abs(wanted) < np.finfo(np.float32).tiny, 0, wanted)
         assert np.array_equal(found[0], wanted)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 9, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linears_over_one_input_run_together_as_they_run_alone(isa_or_tiles, pool, dtype, tokens):
+    """q, k and v are dealt to the threads at once; a linear over another input that follows is not, and neither is one after an event."""
+    rng, machine, width = np.random.default_rng(5), Machine(1 << 23), 70
+    x, other = (rng.standard_normal((tokens, width)).astype(np.float32) for _ in range(2))
+    sources = [machine.put(x)] * 3 + [machine.put(other)]
+    weights = [encode(rng.standard_normal((rows, width)), dtype) for rows in (300, 64, 70, 90)]
+    for threads in (0, pool):
+        for record in (-1, 7):
+            targets = [machine.put(np.zeros((tokens, len(w)), np.float32)) for w in weights]
+            program = [
+                insn(Op.LINEAR, target, len(w), source, width, machine.put(weight_format.pack_out(w, 64)), dtype, len(w), width, 64, Epilogue.NONE, Act.SILU)
+                for target, source, w in zip(targets, sources, weights, strict=True)
+            ]
+            program[0]["record"] = record
+            trace = machine.put(np.zeros((len(program), 3), np.int64))
+            assert machine.run(program, rows_batch(tokens), pool=threads, trace=trace) == 0
+            for target, w, source in zip(targets, weights, (x, x, x, other), strict=True):
+                np.testing.assert_array_equal(machine.view(target, np.float32, (tokens, len(w))), run_linear(source, w, dtype, 64))
+            times = machine.view(trace, np.int64, (len(program), 3))
+            assert (np.diff(times.ravel()) >= 0).all() and (times[:, 2] > times[:, 1]).all(), "every linear has a time of its own, one after the other"
