@@ -206,7 +206,7 @@ def test_malformed_instructions_are_refused():
             machine.run([insn(Op.LINEAR, target, 64, target, 64, target, dtype, width, inputs, 64, 0, 0, NULL, NULL, mode)], rows_batch(1)) == BAD_INSTRUCTION
         )
         assert machine.run([insn(Op.LINEAR_IN, target, 64, target, 64, target, dtype, inputs, width, 0, mode)], rows_batch(1)) == BAD_INSTRUCTION
-    for layout, dtype in ((0, DTYPE_CODES["q8_0"]), (1, 11)):
+    for layout, dtype in ((0, DTYPE_CODES["q8_0"]), (1, Dtype.INT8)):
         assert machine.run([insn(Op.EMBED, target, 64, target, layout, dtype, 32, 64, 1, NULL, 0, 0)], rows_batch(1)) == BAD_INSTRUCTION
 
 
