@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.gpu_cases import FIRST, FamilyTask
 from benchmarks.gpu_judge import best_bound, judge, merged
-from benchmarks.gpu_peers import peer_results
+from benchmarks.gpu_peers import Where, peer_results, set_aside_s
 from benchmarks.gpu_points import Point, Slice, by_family, points_for
 from benchmarks.gpu_rates import rates_text
 from benchmarks.gpu_workers import (
@@ -46,7 +46,6 @@ from twinpilots.plan.plan import POLICIES
 SCHEMA = 1
 BUDGET_S = 510.0  # of the nine minutes; starting and ending take the rest
 STALL_S = 150.0  # without a word from a worker: filling and pinning 100 GB of host memory takes a minute at worst
-PEERS_S = 180.0  # set aside where other engines are asked
 MAX_DEATHS = 3  # of one model's workers, before its remaining cases are given up
 
 
@@ -57,7 +56,7 @@ class Run(TimedRun):
     part: Slice
     points: tuple[Point, ...]
     policies: tuple[str, ...]
-    llama_cpp: Path | None
+    peers_at: Where
     families: list[dict[str, Any]] = field(default_factory=list)
     results: dict[Point, dict[str, dict[str, Any]]] = field(default_factory=dict)
     peers: dict[Point, dict[str, dict[str, Any]]] = field(default_factory=dict)
@@ -74,7 +73,7 @@ class Run(TimedRun):
 
 def measure_families(run: Run) -> None:
     """Model after model; each gets the share of the time left that its points are of those to come."""
-    reserved_s = PEERS_S if run.device.startswith("cuda:") and any(point.against_peers for point in run.points) else 0.0
+    reserved_s = set_aside_s(run.points, run.peers_at)
     families = by_family(run.points)
     for number, points in enumerate(families):
         share = len(points) / sum(map(len, families[number:]))
@@ -126,7 +125,7 @@ def run_worker(run: Run, points: Sequence[Point], todo: list[tuple[int, str]], b
 
 
 def measure_peers(run: Run) -> None:
-    for point, peer, result in peer_results(run.points, run.device, max(0.0, run.left_s - 5.0), run.llama_cpp):
+    for point, peer, result in peer_results(run.points, max(0.0, run.left_s - 5.0), run.peers_at):
         run.peers.setdefault(point, {})[peer] = result
         said = result["reason"] or f"{result['tokens_per_s']:.2f} tokens/s"
         say(f"      {point.name}: {peer} {said}")
@@ -203,6 +202,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--policies", default=",".join(POLICIES), metavar="A,B", help="of every point (default: all); auto and stream come first")
     result.add_argument("--points", default="", metavar="TEXT", help="only points with this in their name, as the table shows it")
     result.add_argument("--llama-cpp", type=Path, metavar="DIR", help="a folder with a llama-batched-bench that was built for this card")
+    result.add_argument("--peers", type=Path, metavar="DIR", help="a folder with the unpacked packages of FlexTensor and FreeToken (see docs/gpu-check.md)")
     result.add_argument("--budget-s", type=float, default=BUDGET_S, metavar="S", help=f"seconds for all of it (default: {BUDGET_S:.0f})")
     result.add_argument("--plot", type=Path, metavar="FILE", help="measure nothing: draw the results, judged as a whole, to this png")
     return result
@@ -215,14 +215,17 @@ def checked(args: argparse.Namespace) -> Run:
     policies = tuple(policy for policy in (*FIRST, *POLICIES) if policy in args.policies.split(","))
     if unknown := [policy for policy in args.policies.split(",") if policy not in POLICIES]:
         raise UserError(f"unknown policy {unknown[0]!r}; known: {', '.join(POLICIES)}")
+    for folder in (args.llama_cpp, args.peers):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{folder} is no folder; other engines are looked for in one")
     require_device(args.device)
     part = Slice.of(args.slice)
     points = tuple(point for point in part.take(points_for(args.device)) if args.points in point.name)
     if not points:
         raise UserError(f"slice {args.slice} has no point with {args.points!r} in its name; points: {', '.join(p.name for p in points_for(args.device))}")
     return Run(
-        device=args.device, commit=args.commit, part=part, points=points, policies=tuple(dict.fromkeys(policies)), llama_cpp=args.llama_cpp,
-        budget_s=args.budget_s,
+        device=args.device, commit=args.commit, part=part, points=points, policies=tuple(dict.fromkeys(policies)), budget_s=args.budget_s,
+        peers_at=Where(device=args.device, llama_cpp=args.llama_cpp, packages=args.peers),
     )  # fmt: skip
 
 

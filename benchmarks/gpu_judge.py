@@ -20,6 +20,7 @@ PREDICTION_ERROR = 0.1  # median
 DRIVER_FRAC = 0.03
 AGAINST_LLAMA_CPP = {("decode", 1): 1.0, ("decode", 8): 1.5, ("decode", 32): 3.0, ("prefill", 1): 1.0}  # by kind and sequences
 AGAINST_ACCELERATE = 5.0
+SHOWN_PEERS = ("FlexTensor", "FreeToken")  # against these nothing was promised
 Document = Mapping[str, Any]
 
 
@@ -167,19 +168,21 @@ def _graphs(points: Sequence[Mapping[str, Any]]) -> Verdict:
 
 def _peers(points: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     verdicts = []
-    for peer in ("llama.cpp", "accelerate"):
-        values, wanted, reasons = {}, {}, []
+    for peer in ("llama.cpp", "accelerate", *SHOWN_PEERS):
+        name, ratios, wanted, reasons = f"auto / {peer}", {}, {}, []
         for point in points:
             found, rate = point["peers"].get(peer), achieved(point, "auto")
-            least = AGAINST_ACCELERATE if peer == "accelerate" else AGAINST_LLAMA_CPP.get((point["kind"], point["num_seqs"]))
+            least = AGAINST_LLAMA_CPP.get((point["kind"], point["num_seqs"])) if peer == "llama.cpp" else AGAINST_ACCELERATE
             if found is not None and found["reason"]:
                 reasons.append(found["reason"])
             elif found is not None and rate and least:
-                values[point["name"]], wanted[point["name"]] = rate / found["tokens_per_s"], least
-        if values:
-            verdicts.append(_at_least(f"auto / {peer}", values, wanted))
+                ratios[point["name"]], wanted[point["name"]] = rate / found["tokens_per_s"], least
+        if not ratios:
+            verdicts.append(Verdict(name=name, ok=None, detail=reasons[0] if reasons else "no point of this slice asks for it"))
+        elif peer in SHOWN_PEERS:
+            verdicts.append(Verdict(name=name, ok=None, detail="; ".join(f"{ratio:.2f} ({point})" for point, ratio in ratios.items())))
         else:
-            verdicts.append(Verdict(name=f"auto / {peer}", ok=None, detail=reasons[0] if reasons else "no point of this slice asks for it"))
+            verdicts.append(_at_least(name, ratios, wanted))
     return verdicts
 
 

@@ -69,7 +69,7 @@ def _points(
 # most telling first, for what time does not allow is left out from the end.
 CARD_POINTS = (
     *_points("dummy:llama-3-8b", None, GIB, (
-        ("decode", 8, 1, 2048), ("decode", 8, 8, 2048), ("decode", 8, 32, 2048), ("prefill", 8, 1, 4096), ("decode", 16, 128, 1024), ("decode", 24, 32, 2048),
+        ("decode", 8, 1, 2048), ("decode", 8, 8, 2048), ("decode", 8, 32, 2048), ("prefill", 8, 1, 4096), ("decode", 16, 128, 1024), ("decode", 24, 16, 2048),
         ("prefill", 8, 8, 4096), ("decode", 8, 4, 2048),
     ), peers=(0, 1, 2, 3)),
     *_points("dummy:opt-30b", None, GIB, (

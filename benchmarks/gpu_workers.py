@@ -65,15 +65,17 @@ def mark(ok: bool | None) -> str:
 # -- the parent's end ------------------------------------------------------------------------------------------------------------------------
 
 
-def events_of(module: str, kind: str, task: Any, *, limit_s: float, stall_s: float) -> Iterator[dict[str, Any]]:
+def events_of(
+    module: str, kind: str, task: Any, *, limit_s: float, stall_s: float, packages: Path | None = None
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The events of a worker (``python -m module``), as they come. The last one is ``end``, with the reason when the worker died, hung or ran out of time,
-    else None."""
-    return command_events([sys.executable, "-m", module, json.dumps({kind: asdict(task)})], limit_s=limit_s, stall_s=stall_s)
+    else None. ``packages``: a folder with unpacked ones, for this worker alone."""
+    return command_events([sys.executable, "-m", module, json.dumps({kind: asdict(task)})], limit_s=limit_s, stall_s=stall_s, packages=packages)
 
 
-def command_events(command: Sequence[str], *, limit_s: float, stall_s: float) -> Iterator[dict[str, Any]]:
+def command_events(command: Sequence[str], *, limit_s: float, stall_s: float, packages: Path | None = None) -> Iterator[dict[str, Any]]:
     """As `events_of`, of any command that prints one JSON object per line."""
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=worker_environment())
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=worker_environment(packages))
     lines: queue.Queue[str | None] = queue.Queue()
     assert child.stdout is not None
     reader = threading.Thread(target=_read_lines, args=(child.stdout, lines), daemon=True)
@@ -106,9 +108,9 @@ def _read_lines(stream: Any, lines: queue.Queue[str | None]) -> None:
     lines.put(None)
 
 
-def worker_environment() -> dict[str, str]:
-    """One thread for libraries (the pilots count their own), and our packages in reach."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+def worker_environment(packages: Path | None = None) -> dict[str, str]:
+    """One thread for libraries (the pilots count their own), and our packages in reach, then those of a folder."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"), "" if packages is None else str(packages.resolve()))))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 

@@ -136,7 +136,9 @@ def verdicts(found: Mapping[str, Any]) -> dict[str, bool | None]:
 
 def test_good_figures_pass_every_verdict_that_they_bear_on() -> None:
     found = verdicts(document())
-    assert {name for name, ok in found.items() if ok is None} == {"prefill / hardware bound", "fits entirely", "auto / llama.cpp", "auto / accelerate"}
+    assert {name for name, ok in found.items() if ok is None} == {
+        "prefill / hardware bound", "fits entirely", "auto / llama.cpp", "auto / accelerate", "auto / FlexTensor", "auto / FreeToken"
+    }  # fmt: skip
     assert False not in found.values(), found
 
 
@@ -185,6 +187,14 @@ def test_llama_cpp_is_beaten_by_as_much_as_was_promised(num_seqs: int, theirs: f
     assert {verdict.name: verdict.detail for verdict in judge(found)}["auto / accelerate"] == "not here"
 
 
+def test_peers_against_which_nothing_was_promised_are_shown_and_not_judged() -> None:
+    found = document()
+    found["points"][0]["peers"] = {"FlexTensor": {"tokens_per_s": 90.0, "reason": None}, "FreeToken": {"tokens_per_s": None, "reason": "it offloads experts"}}
+    details = {verdict.name: verdict.detail for verdict in judge(found)}
+    assert verdicts(found)["auto / FlexTensor"] is None and details["auto / FlexTensor"] == f"0.10 ({POINT.name})"
+    assert details["auto / FreeToken"] == "it offloads experts"
+
+
 def test_a_failed_case_fails_the_run_and_an_infeasible_one_does_not() -> None:
     found = document()
     found["points"][0]["results"]["resident"] = {"ok": None, "detail": "resident needs at least 16 GiB", "figures": None, "seconds": 0.1}
@@ -226,7 +236,8 @@ def test_results_are_drawn_as_one_picture(tmp_path: Path, capsys: pytest.Capture
 
 def a_run(points: tuple[Point, ...] = (POINT,), policies: tuple[str, ...] = ("auto", "stream", "cpu")) -> gpu.Run:
     return gpu.Run(
-        device="emulated:demo", commit="abc", part=Slice(number=1, count=1), points=points, policies=policies, llama_cpp=None, budget_s=60.0
+        device="emulated:demo", commit="abc", part=Slice(number=1, count=1), points=points, policies=policies, peers_at=gpu_peers.Where(device="emulated:demo"),
+        budget_s=60.0,
     )  # fmt: skip
 
 
@@ -263,8 +274,12 @@ def test_a_worker_that_can_never_start_is_given_up_and_every_case_says_why(monke
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--device", "tpu"], ["--device=emulated:demo", "--policies=fast"], ["--device=emulated:demo", "--points=gpt-5"], ["a.json"]]
-)
+    "arguments",
+    [
+        ["--device", "tpu"], ["--device=emulated:demo", "--policies=fast"], ["--device=emulated:demo", "--points=gpt-5"], ["a.json"],
+        ["--device=emulated:demo", "--peers=/no/such/folder"],
+    ],
+)  # fmt: skip
 def test_bad_arguments_are_refused(arguments: list[str]) -> None:
     with pytest.raises(UserError):
         gpu.checked(gpu.parser().parse_args(arguments))
@@ -276,33 +291,7 @@ def test_no_gpu_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err.count("\n") == 1
 
 
-# -- peers -----------------------------------------------------------------------------------------------------------------------------------
-
-
-def test_peers_that_are_not_here_say_why(tmp_path: Path) -> None:
-    found = {peer: result["reason"] for _, peer, result in gpu_peers.peer_results([POINT], "emulated:demo", 10.0, None)}
-    assert set(found) == set(gpu_peers.PEERS) and all(reason.startswith("not here") for reason in found.values())
-    assert "--llama-cpp" in str(gpu_peers.missing_llama_cpp("cuda:0", None))
-    assert "has no llama-batched-bench" in str(gpu_peers.missing_llama_cpp("cuda:0", tmp_path))
-    assert list(gpu_peers.peer_results([replace(POINT, against_peers=False)], "cuda:0", 10.0, None)) == []
-
-
-def test_llama_cpp_gets_the_same_shapes_under_the_same_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / gpu_peers.LLAMA_BENCH
-    program.write_text('#!/bin/sh\necho "load: adding tokens"\necho \'{"pp": 512, "pl": 8, "speed_pp": 900.5, "speed_tg": 42.5}\'\n')
-    program.chmod(0o755)
-    monkeypatch.setattr(gpu_peers, "write_random_gguf", lambda spec, path: path.write_text(spec.name))
-    monkeypatch.setattr(gpu_peers, "card_used_bytes", lambda device: 0)
-    point = replace(POINT, num_seqs=8)
-    found = list(gpu_peers.llama_cpp_results([point, replace(point, kind="prefill")], "cuda:0", 20.0, tmp_path))
-    assert [result["tokens_per_s"] for _, _, result in found] == [42.5, 900.5]
-    command = gpu_peers.llama_cpp_command(program, tmp_path / "m.gguf", point)
-    assert command[command.index("-npl") + 1] == "8" and "-pps" in command and int(command[command.index("-c") + 1]) == 8 * (512 + 16)
-    layers = gpu_peers.layers_on_card(point)
-    assert layers == found[0][2]["layers_on_card"] and 8 < layers < 20, "of 32 layers of 437 MB, in 6.5 GiB"
-    program.write_text("#!/bin/sh\necho error: no device; exit 3\n")
-    (_, _, failed), *_ = gpu_peers.llama_cpp_results([point], "cuda:0", 20.0, tmp_path)
-    assert failed["tokens_per_s"] is None and "exit code 3: error: no device" in failed["reason"]
+# -- llama.cpp's file ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_gguf_for_llama_cpp_holds_the_models_shapes(tmp_path: Path) -> None:
