@@ -65,4 +65,5 @@ def compare(eager: CudaGpu, graphed: CudaGpu, plan_seed: int) -> str:
     differing = [number for number, (row, reference) in enumerate(zip(found, wanted, strict=True)) if not np.array_equal(row.view("u4"), reference.view("u4"))]
     assert not differing, f"logits of passes {differing} differ"
     replayed, launched = graphed.launches["replayed"], graphed.launches["launched"]
-    return f"{replayed} of {replayed + launched} instructions replayed, {graphed.launches['captured']} parts captured"
+    taken = f"{graphed.launches['captured']} parts captured, which take {graphed.launches['graph_bytes']} bytes of the card"
+    return f"{replayed} of {replayed + launched} instructions replayed, {taken}"

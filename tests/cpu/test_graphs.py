@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.gpu_steps import TokenTask, run_tokens
 from tests.cpu.native_twin import Batch, Seq
@@ -19,8 +20,10 @@ from tests.cpu.test_cuda_standin import MIB, FakeRuntime
 from tests.device_programs import entry, insn
 from tests.graph_case import PLAN_SEEDS, compare
 from twinpilots.device.cuda import CudaGpu
+from twinpilots.device.cuda_graphs import CudaGraphs
 from twinpilots.device.memory import HostArena
 from twinpilots.kernels.abi import NULL, Meta, NormKind, Op, Space, address
+from twinpilots.runtime import graphs
 from twinpilots.runtime.graphs import Replays, cut
 from twinpilots.runtime.machine import KV_CLASS, Insn, Machine, decode, launched_kv
 from twinpilots.runtime.torch_ops import OPS
@@ -35,6 +38,11 @@ class RecordingGraphs:
         self.recording: list[Callable[[], None]] | None = None
         self.sizes: list[int] = []
         self.works = True
+        self.taken_bytes, self.most = 0, 1 << 30
+
+    def room(self) -> bool:
+        self.taken_bytes = MIB * len(self.sizes)
+        return self.taken_bytes < self.most * MIB
 
     def capture(self, launch: Callable[[], bool]) -> Callable[[], None] | None:
         if not self.works:
@@ -114,7 +122,7 @@ class Bed:
         return self.host.view(trace, np.int64, (len(insns), 3)).copy() if times else None
 
     def counts(self) -> dict[str, int]:
-        return {name: count for name, count in self.gpu.launches.items() if name != "host_ns"}
+        return {name: count for name, count in self.gpu.launches.items() if name not in ("host_ns", "graph_bytes")}
 
 
 @contextmanager
@@ -193,6 +201,41 @@ def test_a_capture_that_fails_is_the_last_one_and_said_once(caplog: pytest.LogCa
             b.run(b.norm(512, 0), b.norm(1024, 512, record=3), b.norm(1536, 1024))
         np.testing.assert_allclose(b.gpu.read(1536, 64).view(np.float32), 1.0, rtol=1e-3)
         assert b.counts() == {"launched": 12} and len(caplog.records) == 1
+
+
+def test_captures_end_when_they_take_all_that_was_set_aside_and_begin_anew_when_they_are_forgotten(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(graphs, "MOST_PROGRAMS", 2)
+    with bed() as b, caplog.at_level(logging.WARNING, "twinpilots.runtime.graphs"):
+        b.runtime.recorder.most = 2
+        b.gpu.write(0, np.full((2, WIDTH), 3.0, np.float32))
+        for _ in range(4):  # three parts: two captures fit
+            b.run(b.norm(512, 0, record=3), b.norm(1024, 512, record=4), b.norm(1536, 1024))
+        np.testing.assert_allclose(b.gpu.read(1536, 64).view(np.float32), 1.0, rtol=1e-3)
+        assert b.counts() == {"launched": 3 + 3, "captured": 2, "replayed": 2 * 3} and b.gpu.launches["graph_bytes"] == 2 * MIB
+        assert "take 2 MiB of the card" in caplog.text and len(caplog.records) == 1
+        b.runtime.recorder.sizes.clear()  # a stand-in's memory comes back when it is told to
+        for number in (1, 2):
+            for _ in range(2):
+                b.run(b.norm(512 * number, 0))
+        assert b.counts()["captured"] == 3 and len(caplog.records) == 1, "the second program made room; the first found none"
+
+
+def test_what_captures_take_is_what_the_card_lost_beside_torchs_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, reserved = [60 << 30], [4 << 30]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved[0])
+    captures = CudaGraphs(torch.device("cuda:0"))
+    assert captures.room() and captures.taken_bytes == 0, "whatever was there before"
+    free[0] -= 100 * MIB
+    assert captures.room() and captures.taken_bytes == 100 * MIB
+    free[0], reserved[0] = free[0] - (1 << 30), reserved[0] + (1 << 30)
+    assert captures.room() and captures.taken_bytes == 100 * MIB, "torch's own is under torch's limit"
+    free[0] -= 21 * MIB
+    assert not captures.room() and captures.taken_bytes == 121 * MIB, "before the 128 MiB are passed, not after"
+    free[0] += 1 << 30
+    assert captures.room() and captures.taken_bytes == 0
 
 
 def test_the_time_of_a_replay_is_dealt_out_as_the_launches_took_it() -> None:

@@ -9,8 +9,8 @@ torch interpreter's queue loop on its stream, the compute queue's with Triton ke
 - Record: a CUDA event for the other streams, and the host word, written in stream order: by a kernel through the mapped host arena, or, where it could
   not be mapped, by a 4-byte copy from a device-side pass id. Neither wakes a sleeping thread: the host arena is marked as polled.
 - An entry counts as finished when its stream has run dry. Trace times are the stream's own (CUDA events), resolved then.
-- Footprint on the card: the arena, the CUDA context with its libraries (`overhead_bytes`, measured), and torch's temporaries, capped at
-  TEMPORARY_BYTES by torch's own limit.
+- Footprint on the card: the arena, the CUDA context with its libraries (`overhead_bytes`, measured), torch's temporaries, capped at TEMPORARY_BYTES by
+  torch's own limit, and captured launches, of which no more are made once they take GRAPH_BYTES.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twinpilots.device.base import ENTRY_QUIT, OK, QUEUE_NAMES, Mailbox, QueueName
-from twinpilots.device.cuda_graphs import CudaGraphs, forget_error
+from twinpilots.device.cuda_graphs import GRAPH_BYTES, CudaGraphs, forget_error
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import DeviceUnavailableError, LimitError
 from twinpilots.kernels.abi import ENTRY, NULL
@@ -369,7 +369,8 @@ def _measure_memory(index: int) -> tuple[int, int]:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     context = CONTEXT_GUESS_BYTES if before is None else max(0, total - free - before)
-    return max(0, free - TEMPORARY_BYTES), context + TEMPORARY_BYTES
+    beside = TEMPORARY_BYTES + GRAPH_BYTES
+    return max(0, free - beside), context + beside
 
 
 def card_used_bytes(index: int) -> int | None:

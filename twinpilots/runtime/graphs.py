@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from twinpilots.kernels.abi import Op
 from twinpilots.runtime.machine import Insn, Machine, launched_kv
+from twinpilots.units import format_bytes
 
 _LOG = logging.getLogger(__name__)
-MOST_GRAPHS = 2048  # then all are forgotten and made anew: each takes some memory on the card, which nobody counts
+MOST_GRAPHS = 2048  # then all are forgotten and made anew
 MOST_PROGRAMS = 32
 
 Times = NDArray[np.int64]  # [instructions][3]: wait began, work began, work ended (ns)
@@ -31,6 +32,12 @@ Replay = Callable[[], object]
 
 class Graphs(Protocol):
     """How one queue's launches are captured."""
+
+    taken_bytes: int  # of the card, as of the last `room`
+
+    def room(self) -> bool:
+        """Whether another capture keeps to what was set aside on the card for them."""
+        ...
 
     def capture(self, launch: Callable[[], bool]) -> Replay | None:
         """What launches again all that ``launch`` launches, which does not run now. None when it cannot be captured, or ``launch`` says False."""
@@ -72,7 +79,9 @@ class Replays:
     """What one queue knows of its parts. ``graphs`` None: nothing is captured, ever (any more)."""
 
     graphs: Graphs | None
-    counts: Counter[str] = field(default_factory=Counter)  # instructions "launched" one by one, "replayed"; parts "captured"; "host_ns" spent on all that
+    # instructions "launched" one by one, "replayed"; parts "captured", the "graph_bytes" that they take; "host_ns" spent on all that
+    counts: Counter[str] = field(default_factory=Counter)
+    _full: bool = False  # no room for another capture: what is captured stays, all else is launched one by one
     _codes: dict[bytes, Code] = field(default_factory=dict)
     _known: dict[Hashable, _Known] = field(default_factory=dict)
     _learning: list[tuple[_Known, Times]] = field(default_factory=list)
@@ -84,7 +93,7 @@ class Replays:
         if found is None:
             if len(self._codes) >= MOST_PROGRAMS:
                 self._codes.clear()
-                self._known.clear()
+                self._forget_captured()
             insns = decode()
             parts = cut(insns) if self.graphs is not None else tuple(range(index, index + 1) for index in range(len(insns)))
             found = self._codes[raw] = Code(insns, parts, frozenset(index for index, insn in enumerate(insns) if not is_known(insn)))
@@ -104,7 +113,7 @@ class Replays:
         self, machine: Machine, code: Code, part: range, times: Times | None, launch: Callable[[int], bool], timed: Callable[[int], bool]
     ) -> bool:  # fmt: skip
         known = self._find(machine, code, part)
-        if known is not None and known.replay is None and known.shares is not None:
+        if known is not None and known.replay is None and known.shares is not None and self._has_room():
             known.replay = self._captured(part, launch)
         if known is not None and known.replay is not None:
             known.replay()
@@ -126,12 +135,29 @@ class Replays:
 
     def _remember(self, machine: Machine, code: Code, part: range, times: Times | None) -> None:
         if len(self._known) >= MOST_GRAPHS:
-            self._known.clear()
+            self._forget_captured()
         known = self._known[_key(machine, code, part)] = _Known()
         if times is None:
             known.shares = np.full(len(part), 1.0 / len(part))
         else:
             self._learning.append((known, times))
+
+    def _has_room(self) -> bool:
+        """Asked once more only after all were forgotten, whose memory is free again."""
+        assert self.graphs is not None
+        if not self._full:
+            self._full = not self.graphs.room()
+            if self.graphs.taken_bytes:
+                self.counts["graph_bytes"] = self.graphs.taken_bytes
+            if self._full:
+                _LOG.warning(
+                    "captured launches take %s of the card, all that was set aside; others are launched one by one", format_bytes(self.graphs.taken_bytes)
+                )
+        return not self._full
+
+    def _forget_captured(self) -> None:
+        self._known.clear()
+        self._full = False
 
     def _captured(self, part: range, launch: Callable[[int], bool]) -> Replay | None:
         assert self.graphs is not None
