@@ -192,6 +192,7 @@ def test_freetoken_runs_dense_models_only_where_they_fit_and_says_so() -> None:
     reasons = {point: gpu_peer_freetoken.why_not(point) for point in CARD_POINTS if point.model == "dummy:llama-3-8b"}
     fitting = [point for point, reason in reasons.items() if reason is None]
     assert [(point.gpu_memory, point.num_seqs) for point in fitting] == [(24 * GIB, 16)]
+    assert gpu_peer_freetoken.why_not(replace(fitting[0], num_seqs=32)) is not None, "1.5 GiB are for all else"
     assert "offloads experts only" in str(reasons[CARD_POINTS[0]]) and "weights of 15 GiB" in str(reasons[CARD_POINTS[0]])
     assert gpu_peers.compared(CARD_POINTS, "FreeToken") == [point for point in CARD_POINTS if point.against_peers or point in fitting]
     assert gpu_peers.compared(CARD_POINTS, "accelerate") == [point for point in CARD_POINTS if point.against_peers]
