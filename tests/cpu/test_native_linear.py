@@ -189,7 +189,8 @@ def test_linears_over_one_input_run_together_as_they_run_alone(isa_or_tiles, poo
     """q, k and v are dealt to the threads at once; a linear over another input that follows is not, and neither is one after an event."""
     rng, machine, width = np.random.default_rng(5), Machine(1 << 23), 70
     x, other = (rng.standard_normal((tokens, width)).astype(np.float32) for _ in range(2))
-    sources = [machine.put(x)] * 3 + [machine.put(other)]
+    at = machine.put(x)
+    inputs, sources = (x, x, other, x), (at, at, machine.put(other), at)
     weights = [encode(rng.standard_normal((rows, width)), dtype) for rows in (300, 64, 70, 90)]
     for threads in (0, pool):
         for record in (-1, 7):
@@ -201,7 +202,7 @@ def test_linears_over_one_input_run_together_as_they_run_alone(isa_or_tiles, poo
             program[0]["record"] = record
             trace = machine.put(np.zeros((len(program), 3), np.int64))
             assert machine.run(program, rows_batch(tokens), pool=threads, trace=trace) == 0
-            for target, w, source in zip(targets, weights, (x, x, x, other), strict=True):
+            for target, w, source in zip(targets, weights, inputs, strict=True):
                 np.testing.assert_array_equal(machine.view(target, np.float32, (tokens, len(w))), run_linear(source, w, dtype, 64))
             times = machine.view(trace, np.int64, (len(program), 3))
             assert (np.diff(times.ravel()) >= 0).all() and (times[:, 2] > times[:, 1]).all(), "every linear has a time of its own, one after the other"

@@ -142,6 +142,22 @@ def test_a_rows_bits_depend_neither_on_the_batch_nor_on_the_threads_nor_on_the_u
         assert np.array_equal(run_linear_in(x[rows], blocks, fmt, mode), wide[rows])
 
 
+@pytest.mark.parametrize("mode", list(Activations))
+def test_linears_over_one_input_share_its_rounding_and_no_other_linear_does(isa, pool, mode):
+    fmt, tokens, machine = FORMATS["q4_1"], 5, Machine(1 << 23)
+    _, x, blocks, _ = random_case(11, tokens, 2, 200, fmt)
+    other = x[::-1].copy()
+    at = machine.put(x)
+    width, weights, program, targets = x.shape[1], machine.put(quant_format.pack_out(blocks, fmt, 64)), [], []
+    for source in (at, at, machine.put(other), at):
+        targets.append(machine.put(np.zeros((tokens, 200), np.float32)))
+        args = (targets[-1], 200, source, width, weights, DTYPE_CODES[fmt.name], 200, width, 64, Epilogue.NONE, Act.SILU, NULL, NULL, mode)
+        program.append(insn(Op.LINEAR, *args))
+    assert machine.run(program, rows_batch(tokens), pool=pool) == 0
+    for target, source in zip(targets, (x, x, other, x), strict=True):
+        assert np.array_equal(machine.view(target, np.float32, (tokens, 200)), run_linear(source, blocks, fmt, 64, mode))
+
+
 @FORMAT
 @MODE
 def test_a_wide_matrix_gives_the_bits_of_its_narrow_panels(isa, fmt, mode):
