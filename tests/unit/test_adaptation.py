@@ -285,6 +285,23 @@ def test_a_slow_plan_for_one_pilot_is_in_sight_when_two_lose_much_time_by_waitin
     assert "stream" not in kinds[0] and "stream" in kinds[1]
 
 
+def test_a_glance_comes_first_and_a_search_follows_when_it_is_paid() -> None:
+    driver = Driver(truth_s={"both": 1.0, "cpu": 1.5}, belief_s={"both": 1.0, "cpu": 1.5})
+    driver.adaptation = Adaptation(driver.tracker, driver.solve, Late(0, last_s=0.2), glances=True)
+    driver.run(12)
+    assert [(ask.reason, ask.thorough) for ask in driver.asked] == [("first use", False)], "a glance is taken for cheap, and has turned out to cost 0.2 s"
+    driver.run(40)
+    assert [(ask.reason, ask.thorough) for ask in driver.asked] == [("first use", False), ("first use", True)], "one search for each glance"
+
+
+def test_a_change_at_a_glance_is_followed_by_a_search_too() -> None:
+    driver = Driver(truth_s={"both": 1.5, "cpu": 1.0}, belief_s={"both": 1.5, "cpu": 1.0})
+    driver.adaptation = Adaptation(driver.tracker, driver.solve, Inline(), glances=True)
+    driver.run(20)
+    assert [(pilots_of(ask.bucket), ask.thorough) for ask in driver.asked] == [("both", False), ("cpu", True)]
+    assert len(driver.changes) == 1
+
+
 def test_drift_and_a_changed_load_are_asked_about_and_named() -> None:
     driver = Driver(truth_s={"both": 1.0, "cpu": 1.5}, belief_s={"both": 1.0, "cpu": 1.5})
     driver.run(40)

@@ -11,6 +11,7 @@ import pytest
 from tests.planning import DEMO, RTX_4090, llama, llama_70b, memory_of, smollm2, workload
 from twinpilots.errors import DeviceUnavailableError, LimitError
 from twinpilots.hardware.presets import PRESETS
+from twinpilots.model.dummy import dummy_spec
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.draft import fill_resident, fits
 from twinpilots.plan.memory import layer_templates
@@ -189,6 +190,14 @@ def test_solving_eighty_layers_is_quick() -> None:
     began = time.process_time()
     solve(llama_70b(), RTX_4090, workload(64, 512, 128), memory_of(RTX_4090))
     assert time.process_time() - began < 3.0  # about 0.7 s on an idle core; the margin is for a busy one
+
+
+def test_a_named_policys_plan_is_a_start_for_auto() -> None:
+    """FlexGen's plan streams all of the MLP; with part of it computed where it lies, decoding is quicker, and nothing in memory moves."""
+    spec, machine = dummy_spec("opt-30b"), PRESETS["t4"]
+    solution = solve(spec, machine, workload(144, 512, 32), memory_of(machine))
+    flexgen = solution.candidates["flexgen"].tokens_per_s
+    assert flexgen is not None and solution.prediction.tokens_per_s > 1.03 * flexgen
 
 
 def test_a_phase_may_do_without_the_gpu() -> None:

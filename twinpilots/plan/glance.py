@@ -10,16 +10,16 @@ from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.priced import Layout
-from twinpilots.plan.pricing import QUICK_SAMPLES
-from twinpilots.plan.rebalance import SCALES, Option, Search, Sequences, can_move, pilots_of, scaled_mlp, side_of
+from twinpilots.plan.pricing import SAMPLES
+from twinpilots.plan.rebalance import SCALES, Option, Search, Sequences, can_move, scaled_mlp, side_of
 
-MOST_TASKS = 2400  # that a glance may simulate, in tasks whose list is there: about 15 us each
+MOST_TASKS = 2900  # that a glance may simulate, in tasks whose list is there: about 15 us each
 MAKING = 2.5  # times as many for a bucket whose list must be made,
-PRICING = 60  # and as many for any price
+PRICING = 5  # and as many for each layer of the model at any price
 
 
 def glance(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, load: PassLoad, layout: Layout) -> tuple[Option, ...]:
-    """Ways to run passes like ``load``: the bucket as it is first, then the most promising others. All at the prices that trials are told apart by."""
+    """Ways to run passes like ``load``: the bucket as it is first, then the most promising others."""
     look = _Glance(Search(spec, profile, plan, bucket, Sequences.of(load), layout))
     if can_move(plan) and profile.gpu is not None and profile.link is not None:
         look.around()
@@ -31,10 +31,11 @@ class _Glance:
 
     def __init__(self, search: Search) -> None:
         self.search, self.layout = search, search.layout
-        bucket = search.bucket
-        self.found = [Option(bucket=bucket, seconds=search.seconds(bucket), pilots=pilots_of(bucket))]
-        self.usual_tasks = self._num_tasks(bucket) or 0
-        self.tasks_left = float(MOST_TASKS - PRICING - self.usual_tasks)
+        self.found = [search.priced(search.bucket)]
+        known = [self._num_tasks(kept.bucket) or 0 for kept in self.layout.priced(search.bucket.phase, search.bucket.max_tokens)]
+        self.usual_tasks = max(known)
+        self.pricing_tasks = PRICING * search.spec.num_layers
+        self.tasks_left = float(MOST_TASKS - self.pricing_tasks - (self._num_tasks(search.bucket) or 0))
 
     def around(self) -> None:
         """The program's answer as the last search had to better it, the most promising of what was priced before, the answer itself, steps from the best."""
@@ -54,13 +55,13 @@ class _Glance:
 
     def _price(self, bucket: BucketPlan) -> None:
         """Unless that is done, impossible, or too much."""
-        cost = PRICING + (self._num_tasks(bucket) or MAKING * self.usual_tasks)
+        cost = self.pricing_tasks + (self._num_tasks(bucket) or MAKING * self.usual_tasks)
         if cost <= self.tasks_left and all(bucket != option.bucket for option in self.found) and self.search.has_room(bucket):
             self.tasks_left -= cost
-            self.found.append(Option(bucket=bucket, seconds=self.search.seconds(bucket), pilots=pilots_of(bucket)))
+            self.found.append(self.search.priced(bucket))
 
     def _num_tasks(self, bucket: BucketPlan) -> int | None:
-        return self.layout.num_tasks(bucket, self.search.sequences.load(bucket), QUICK_SAMPLES)
+        return self.layout.num_tasks(bucket, self.search.sequences.load(bucket), SAMPLES)
 
     def _promising(self) -> BucketPlan | None:
         """What was priced before and should now be quicker than all that was found, by what it took then."""

@@ -31,6 +31,7 @@ Pilots = Literal["both", "cpu", "stream"]  # who computes the rows that are not 
 MICRO_BATCHES = (1, 2, 4)
 PROGRAMS_PRICED = 2  # answers of the linear program that the simulator prices
 SCALES = (0.75, 1.33, 0.9, 1.11)  # factors tried on the CPU's shares of the MLP, coarse then fine
+STARTS = (0.1, 0.25)  # parts of the MLP for the CPU that are tried where it has less
 HOPELESS = 1.3  # an option that is so much slower than the best at first sight is not looked at again
 GAIN = 1.002  # an improvement worth keeping
 
@@ -171,6 +172,9 @@ class Search:
             best = self._better(best, share, batches, side)
         if best is None:
             return None
+        if self._mlp_part(best) < STARTS[0]:  # nothing cannot be scaled, and the program may see too little in it
+            for part in STARTS:
+                best = self._better(best, self._set(best.share, BLOCKS["mlp"], part), best.bucket.micro_batches, best.side) or best
         best = self._scaled(best, SCALES[:2])
         for block in ("attention", "head"):  # little work, but each with a hand-off of its own: all of it, none, or as much as of the MLP
             for part in (0.0, self._mlp_part(best), 1.0):

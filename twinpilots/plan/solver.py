@@ -12,16 +12,18 @@ from twinpilots.config import KvDtype
 from twinpilots.errors import LimitError, UserError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
-from twinpilots.plan.auto import first_layers, improve, least_memory, resolved_buckets, rounded_plans, with_small_buckets
+from twinpilots.plan.auto import PHASES, first_layers, improve, least_memory, resolved_buckets, rounded_plans, with_small_buckets
 from twinpilots.plan.bounds import BoundKind, pass_bound
 from twinpilots.plan.draft import PlanOptions, shortage
 from twinpilots.plan.enumeration import enumerated, searchable
+from twinpilots.plan.estimate import EXACT_LAYERS
 from twinpilots.plan.memory import MemoryUse, plan_memory
 from twinpilots.plan.plan import POLICIES, Plan, Policy
 from twinpilots.plan.policies import RULES, build_policy, can_run
 from twinpilots.plan.polish import polish
-from twinpilots.plan.pricing import Price, price_plan, waves_of
+from twinpilots.plan.pricing import Price, phase_loads, price_plan, waves_of
 from twinpilots.plan.problem import Problem, best_fit, runs_one
+from twinpilots.plan.rebalance import can_move, options, with_bucket
 from twinpilots.plan.space import op_groups
 from twinpilots.plan.terms import decode_pass, prefill_pass
 from twinpilots.plan.workload import Limits, Workload
@@ -29,6 +31,7 @@ from twinpilots.plan.workload import Limits, Workload
 SEARCH_TASKS = 100_000  # whose time the search of a small model's whole space takes at most
 POLISH_TASKS = 12_000  # and what is left to find by steps of one unit from its end;
 COARSE_POLISH_TASKS = 48_000  # where that search moved several ops together
+REBALANCING_TASKS = 45_000  # what solving a plan's buckets once more is worth, at most
 SIMULATED_TASKS_PER_S = 15_000  # of one core, about: what a second of searching is worth in tasks
 NAMED: tuple[Policy, ...] = tuple(policy for policy in POLICIES if policy != "auto")
 
@@ -142,6 +145,9 @@ def _auto(problem: Problem, named: Mapping[Policy, tuple[Plan, Price]], proporti
         most_tasks = int(SIMULATED_TASKS_PER_S * best_first[0][1].seconds) if proportionate else None
         improved = [with_small_buckets(problem, plan) for plan in _improved(problem, [plan for plan, _ in best_first], best_first[0][1].seconds, most_tasks)]
         found += [(plan, _priced(problem, plan)) for plan in improved]
+        if most_tasks is None or most_tasks >= REBALANCING_TASKS:
+            best = max(found, key=lambda pair: pair[1].tokens_per_s)[0]
+            found += [(plan, _priced(problem, plan)) for plan in _rebalanced(problem, best)]
     plan, price = max(found, key=lambda pair: pair[1].tokens_per_s, default=(None, None))
     return None if plan is None or price is None else (plan.with_policy("auto"), price)
 
@@ -156,6 +162,21 @@ def _improved(problem: Problem, best_first: list[Plan], seconds: float, most_tas
     found = [] if plan is None else [plan]
     steps = POLISH_TASKS if groups == op_groups(problem) else COARSE_POLISH_TASKS
     return [*found, *polish(problem, [*found, best_first[0]], steps if most_tasks is None else min(steps, most_tasks // 4), starts=1)]
+
+
+def _rebalanced(problem: Problem, plan: Plan) -> list[Plan]:
+    """A named policy's plan with the buckets of its full passes solved, each by itself, over the memory that it has laid out; none where that brings nothing.
+    The program's plans have been searched for that already, and few layers whole."""
+    if plan.policy == "auto" or problem.spec.num_layers <= EXACT_LAYERS or not can_move(plan):
+        return []
+    found = plan
+    for phase in PHASES:
+        passes = phase_loads(problem.workload, plan, phase)
+        if passes:
+            bucket, load, _ = passes[len(passes) // 2]
+            tried = options(problem.spec, problem.profile, plan, bucket, load)
+            found = with_bucket(found, bucket, min(tried, key=lambda option: option.seconds).bucket)
+    return [found] if found != plan and problem.fits(found) else []
 
 
 def _priced(problem: Problem, plan: Plan) -> Price:
