@@ -13,7 +13,7 @@ from tests.programs import random_blocks
 from tests.unit.test_quant_format import QUANTIZED
 from twinpilots.kernels import native as native_module
 from twinpilots.kernels import quant_format
-from twinpilots.kernels.abi import DTYPE_CODES, NULL, Act, Activations, Epilogue, Op
+from twinpilots.kernels.abi import DTYPE_CODES, NULL, Act, Activations, Dtype, Epilogue, Op
 from twinpilots.kernels.native import BAD_INSTRUCTION
 from twinpilots.model.weight_format import FORMATS
 
@@ -201,12 +201,12 @@ def test_embedding_reads_a_column_of_a_panel(isa, fmt, unit):
 def test_malformed_instructions_are_refused():
     machine = Machine()
     target, width = machine.put(np.zeros((1, 64), np.float32)), 32
-    for dtype, inputs, mode in ((11, 32, 0), (DTYPE_CODES["q4_1"], 40, 0), (DTYPE_CODES["q4_k"], 128, 0), (DTYPE_CODES["q8_0"], 32, 2)):
+    for dtype, inputs, mode in ((Dtype.INT8, 32, 0), (DTYPE_CODES["q4_1"], 40, 0), (DTYPE_CODES["q4_k"], 128, 0), (DTYPE_CODES["q8_0"], 32, 2)):
         assert (
             machine.run([insn(Op.LINEAR, target, 64, target, 64, target, dtype, width, inputs, 64, 0, 0, NULL, NULL, mode)], rows_batch(1)) == BAD_INSTRUCTION
         )
         assert machine.run([insn(Op.LINEAR_IN, target, 64, target, 64, target, dtype, inputs, width, 0, mode)], rows_batch(1)) == BAD_INSTRUCTION
-    for layout, dtype in ((0, DTYPE_CODES["q8_0"]), (1, 11)):
+    for layout, dtype in ((0, DTYPE_CODES["q8_0"]), (1, Dtype.INT8)):
         assert machine.run([insn(Op.EMBED, target, 64, target, layout, dtype, 32, 64, 1, NULL, 0, 0)], rows_batch(1)) == BAD_INSTRUCTION
 
 
