@@ -35,7 +35,12 @@ def k_quants(layers: int = 8) -> ModelSpec:
 @pytest.mark.parametrize(("quantization", "layers", "ends"), [("int8", "q8_0", "q8_0"), ("int4", "q4_1", "q8_0"), ("int4-fast", "q4_1", "q8_0")])
 def test_the_rule(quantization: str, layers: str, ends: str) -> None:
     spec = quantized_spec(llama(), {}, quantization)  # type: ignore[arg-type]
-    assert {op.format.name for op in spec.ops(64) if op.layer >= 0} == {layers}
+    assert spec.num_kv_heads < spec.num_heads
+    shared = ("k_proj", "v_proj")  # by several query heads
+    assert {op.format.name for op in spec.ops(64) if op.layer >= 0 and op.name not in shared} == {layers}
+    assert {op.format.name for op in spec.ops(64) if op.name in shared} == {"q8_0"}
+    alone = quantized_spec(llama(heads=4, kv_heads=4), {}, quantization)  # type: ignore[arg-type]
+    assert {op.format.name for op in alone.ops(64) if op.layer >= 0} == {layers}
     assert (spec.format_of(-1, "lm_head").name, spec.table_format.name) == (ends, ends)
     assert spec.weight_dtype == "fp16" and spec.num_parameters == llama().num_parameters
     assert {op.fast for op in spec.ops(64)} == {quantization == "int4-fast"}
@@ -74,7 +79,7 @@ def test_int4_makes_no_weight_anew_that_would_get_no_smaller() -> None:
     for quantization in ("int4", "int4-fast"):
         made = quantized_spec(llama(), stored, quantization)  # type: ignore[arg-type]
         assert dict(made.layers[0].formats) == {
-            "q_proj": "q4_1", "k_proj": "q4_1", "v_proj": "q4_1", "o_proj": "q4_0", "gate_up_proj": "q4_1", "down_proj": "q4_1",
+            "q_proj": "q4_1", "k_proj": "q5_0", "v_proj": "q8_0", "o_proj": "q4_0", "gate_up_proj": "q4_1", "down_proj": "q4_1",
         }  # fmt: skip
         assert made.head_format == "q5_0" and dict(made.layers[1].formats)["o_proj"] == "q4_1"
     eight = quantized_spec(llama(), stored, "int8")  # type: ignore[arg-type]
@@ -99,9 +104,9 @@ def test_cutting_inputs_within_a_block_is_refused() -> None:
 
 def test_bytes_of_known_models() -> None:
     elements = sum(op.rows * op.row_elements for op in llama_70b().ops(64))
-    head = 128256 * 8192
+    head, shared = 128256 * 8192, 80 * 2 * 8 * 128 * 8192
     assert quantized_spec(llama_70b(), {}, "int8").linear_bytes == elements * 34 // 32
-    assert quantized_spec(llama_70b(), {}, "int4").linear_bytes == (elements - head) * 20 // 32 + head * 34 // 32
+    assert quantized_spec(llama_70b(), {}, "int4").linear_bytes == (elements - head - shared) * 20 // 32 + (head + shared) * 34 // 32
     assert quantized_spec(llama_70b(), {}, "int4").table_bytes == head * 34 // 32
 
 

@@ -23,17 +23,19 @@ Stored = Mapping[str, FormatName]  # by weight ("3.q_proj", "lm_head", "embed"):
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """``layers``: the format of the linears of all layers. ``ends``: of lm_head and the embedding table, which cost the most quality per byte."""
+    """``layers``: the format of the linears of all layers. ``shared``: of k_proj and v_proj where several query heads share a KV head: few weights, of which
+    each one's error is in several heads. ``ends``: of lm_head and the embedding table, which cost the most quality per byte."""
 
     layers: FormatName
+    shared: FormatName
     ends: FormatName
 
 
 # Norms and biases are fp32 and position tables native under every rule, and so is a weight whose shape has no whole blocks (`WeightFormat.fits`).
 RULES: dict[Quantization, Rule] = {
-    "int8": Rule(layers="q8_0", ends="q8_0"),
-    "int4": Rule(layers="q4_1", ends="q8_0"),
-    "int4-fast": Rule(layers="q4_1", ends="q8_0"),
+    "int8": Rule(layers="q8_0", shared="q8_0", ends="q8_0"),
+    "int4": Rule(layers="q4_1", shared="q8_0", ends="q8_0"),
+    "int4-fast": Rule(layers="q4_1", shared="q8_0", ends="q8_0"),
 }
 
 
@@ -46,7 +48,7 @@ def quantized_spec(spec: ModelSpec, stored: Stored, quantization: Quantization |
     kept = keeps_stored(stored, quantization)
     formats = {}
     for name in weight_names(spec):
-        held, wanted = stored.get(name), _wanted(name, quantization)
+        held, wanted = stored.get(name), _wanted(spec, name, quantization)
         chosen = held if held in kept or _is_no_larger(held, wanted, quantization) else wanted
         if chosen is not None and fits(spec, name, chosen):
             formats[name] = chosen
@@ -101,11 +103,14 @@ def with_formats(spec: ModelSpec, formats: Stored, *, fast: bool) -> ModelSpec:
     )  # fmt: skip
 
 
-def _wanted(name: str, quantization: Quantization | None) -> FormatName | None:
+def _wanted(spec: ModelSpec, name: str, quantization: Quantization | None) -> FormatName | None:
     """What the rule makes of a weight."""
     if quantization is None:
         return None
-    return RULES[quantization].layers if "." in name else RULES[quantization].ends
+    rule, op = RULES[quantization], name.rpartition(".")[2]
+    if op == name:
+        return rule.ends
+    return rule.shared if op in ("k_proj", "v_proj") and spec.num_kv_heads < spec.num_heads else rule.layers
 
 
 def fits(spec: ModelSpec, name: str, chosen: FormatName) -> bool:
