@@ -177,12 +177,9 @@ class Adaptation:
         answer = self._runner.collect()
         if answer is None:
             return None
-        self._credit_s -= self._runner.last_s
-        assert self._asked is not None
-        if self._asked.thorough:
-            self._search_s = self._runner.last_s
-        else:
-            self._glance_s = self._runner.last_s
+        last_s = self._runner.last_s
+        self._credit_s -= last_s
+        self._search_s, self._glance_s = (last_s, self._glance_s) if self._asked is not None and self._asked.thorough else (self._search_s, last_s)
         return self._decide(answer, seen)
 
     def is_disturbed(self, measured_s: float, expected_s: float) -> bool:

@@ -13,9 +13,9 @@ from twinpilots.plan.priced import Layout
 from twinpilots.plan.pricing import SAMPLES
 from twinpilots.plan.rebalance import SCALES, Option, Search, Sequences, can_move, scaled_mlp, side_of
 
-MOST_TASKS = 2900  # that a glance may simulate, in tasks whose list is there: about 15 us each
+MOST_TASKS = 3000  # that a glance may simulate, in tasks whose list is there: about 15 us each
 MAKING = 2.5  # times as many for a bucket whose list must be made,
-PRICING = 5  # and as many for each layer of the model at any price
+PRICING = 3  # and as many for each layer of the model at any price
 
 
 def glance(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, load: PassLoad, layout: Layout) -> tuple[Option, ...]:
@@ -43,7 +43,7 @@ class _Glance:
         batches, side = bucket.micro_batches, search.side_now
         answer = search.answer(batches, side)
         if answer is not None:
-            self._price(search.made(self.layout.better(bucket, answer), batches, side))
+            self._price(search.made(self.layout.better(bucket, answer), batches, side), always=True)
         promising = self._promising()
         if promising is not None:
             self._price(promising)
@@ -53,10 +53,10 @@ class _Glance:
             best = min(self.found, key=lambda option: option.seconds).bucket
             self._price(search.made(scaled_mlp(search.shares_of(best), factor), best.micro_batches, side_of(best)))
 
-    def _price(self, bucket: BucketPlan) -> None:
-        """Unless that is done, impossible, or too much."""
+    def _price(self, bucket: BucketPlan, *, always: bool = False) -> None:
+        """Unless that is done, impossible, or (but for ``always``) too much."""
         cost = self.pricing_tasks + (self._num_tasks(bucket) or MAKING * self.usual_tasks)
-        if cost <= self.tasks_left and all(bucket != option.bucket for option in self.found) and self.search.has_room(bucket):
+        if (always or cost <= self.tasks_left) and all(bucket != option.bucket for option in self.found) and self.search.has_room(bucket):
             self.tasks_left -= cost
             self.found.append(self.search.priced(bucket))
 
