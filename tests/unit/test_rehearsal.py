@@ -9,6 +9,7 @@ from statistics import median
 import numpy as np
 import pytest
 
+from benchmarks.adaptation_machine import slower
 from benchmarks.hidden_devices import measured
 from benchmarks.hidden_machine import random_machine
 from benchmarks.hidden_passes import run_passes
@@ -130,9 +131,11 @@ def test_plans_of_the_cpu_alone_have_its_driver_and_its_rates() -> None:
     assert found.driver_s == pytest.approx(ALONE.step_s(4, most_passes(found.work_seconds)))
     assert most_passes(found.work_seconds) > 1
     assert timing(by_cpu, profile, prompt=16).driver_s == pytest.approx(ALONE.step_s(1, 1))
+    assert profile.gpu is not None
+    profile = replace(profile, gpu=slower(profile.gpu, 1e3))  # so that nobody wants it
     limits, bucket = Limits(gpu_bytes=plain.gpu_memory_bytes, host_bytes=plain.host_memory_bytes), by_cpu.bucket_for("decode", 4)
     bound = pass_bound(spec, profile, limits, decode_load(0, 4, 30, bucket), "plan", kv_dtype="fp32")
-    assert bound.seconds <= found.seconds, "no plan beats the bound"
+    assert 0.5 * found.seconds < bound.seconds <= found.seconds, "no plan beats the bound"
 
 
 def test_a_deep_models_estimate_is_chained_by_the_whole_passes_length() -> None:
