@@ -35,7 +35,7 @@ from twinpilots.outcomes import describe
 from twinpilots.plan.load import decode_load
 from twinpilots.plan.memory import tasks_allowance
 from twinpilots.plan.plan import BucketPlan
-from twinpilots.plan.rebalance import options, with_bucket
+from twinpilots.plan.rebalance import can_move, options, with_bucket
 from twinpilots.plan.workload import Workload
 from twinpilots.profiling import measure_machine, stored_profile
 from twinpilots.runtime.stats import BusySeconds
@@ -244,6 +244,8 @@ class Box:
         on_gpu = sum(item.sequence.tier == "gpu" for item in batch.items)
         load = decode_load(on_gpu, self.num_seqs - on_gpu, context, bucket)
         found = {"in force": bucket, "first": self.first.bucket_for("decode", self.num_seqs)}
+        if not can_move(plan):  # the CPU's alone: its memory holds no other plan
+            return found
         for rates, profile in (("tracked", online.profile), ("offline", self.llm._profile)):
             found |= {f"{rates} {number}": option.bucket for number, option in enumerate(options(spec, profile, plan, bucket, load))}
         for batches in sorted({1, bucket.micro_batches}):

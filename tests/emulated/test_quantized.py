@@ -28,7 +28,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True,
 FAMILIES = ("llama-64", "opt-64")
 QUANTIZATIONS = ("int8", "int4", "int4-fast")
 # Relative RMS of logits. exact: activations are rounded to 16 bits. fast: to 8 bits, about 0.4 % of their largest value per group of 32, in every linear.
-TOLERANCE = {"int8": 1e-3, "int4": 1e-3, "int4-fast": 4e-2}
+TOLERANCE = {"int8": 1e-3, "int4": 1e-3, "int4-fast": 5e-2}
 
 
 @dataclass(frozen=True)
