@@ -197,7 +197,7 @@ TP_INLINE vf probability(vf x) {
   p = fma(p, r, splat(2.402224243e-1f));
   p = fma(p, r, splat(6.931470037e-1f));
   p = fma(p, r, splat(1.0f));
-  return x < splat(-125.0f) ? zero() : p * (vf)(((vi)whole << 23) + 0x3f800000);
+  return x < splat(-125.0f) ? zero() : p * (vf)(((vu)whole << 23) + 0x3f800000u);  // unsigned: what is thrown away may wrap around
 }
 
 // Scores, in units of log 2 as `query_scale` makes them, to probabilities in place, for one row that sees tokens [lo, hi) of the block; rescales the row's sums.
