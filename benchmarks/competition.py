@@ -1,7 +1,7 @@
 """`python -m benchmarks.competition`: how much decoding on the CPU loses while another process burns one of its cores.
 
-Owns the burner, the alternating rounds and the verdict: throughput may fall by that core's share and 15 % more. A pool that waits for its slowest thread at every
-step would lose far more. Knows nothing of kernels.
+Owns the burner, the alternating rounds and the verdict: throughput may fall by that core's share and 15 % more. A pool that waits for its slowest thread at
+every step would lose far more. Knows nothing of kernels.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(row_of(num_seqs, *measure(llm, num_seqs, cores[-1], options.rounds), len(cores)))
         if not options.json:
             found = rows[-1]
-            print(
+            sys.stdout.write(
                 f"{num_seqs} at once on {len(cores)} cores: {found['alone_tokens_per_s']:.1f} tokens/s alone, {found['beside_tokens_per_s']:.1f} with core "
-                f"{cores[-1]} burnt: {100 * found['lost_frac']:.0f} % lost, {100 * found['allowed_frac']:.0f} % allowed"
+                f"{cores[-1]} burnt: {100 * found['lost_frac']:.0f} % lost, {100 * found['allowed_frac']:.0f} % allowed\n"
             )
     if options.json:
-        print(json.dumps(rows))
+        sys.stdout.write(json.dumps(rows) + "\n")
     return 0 if all(row["met"] for row in rows) else 1
 
 
