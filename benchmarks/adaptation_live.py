@@ -7,19 +7,17 @@ the same sequences over the same memory, by turns; while another plan is measure
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import median
 from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 from benchmarks.adaptation_machine import split_cpu
+from benchmarks.competition import burning
 from benchmarks.truth_live import own_cache
 from twinpilots import LLM, SamplingParams
 from twinpilots.adaptation import MOST_CREDIT_S
@@ -204,17 +202,9 @@ class Box:
         rates = gpu.preset
         gpu.set_link_rates(up_bytes_per_s=rates.up_bytes_per_s / factor, down_bytes_per_s=rates.down_bytes_per_s / factor)
 
-    @contextmanager
-    def busy_core(self) -> Iterator[None]:
-        """A process that computes on the pilot's core, at the same priority. It ends with this one, however this one ends."""
-        core = self.session.executor.pilot.cores[0]
-        code = f"import os\nos.sched_setaffinity(0, {{{core}}})\nwhile os.getppid() == {os.getpid()}:\n    for _ in range(100000): pass"
-        burner = subprocess.Popen([sys.executable, "-c", code])
-        try:
-            yield
-        finally:
-            burner.kill()
-            burner.wait()
+    def busy_core(self) -> AbstractContextManager[None]:
+        """A process that computes on the pilot's core."""
+        return burning(self.session.executor.pilot.cores[0])
 
     # -- the plan that adapts against others -----------------------------------------------------------------------------------------------
 

@@ -273,7 +273,7 @@ def _read_panel(panel: Bytes, fmt: WeightFormat, columns: int) -> Floats:
 # ---- lane rows
 
 # Bytes of scales before the codes in a lane row's block; in a row block, too, but for q6_k, which keeps its scales behind the codes.
-_HEADER_BYTES = {
+HEADER_BYTES = {
     "q8_0": 2, "q4_0": 2, "q4_1": 4, "q4_z32": 4, "q4_z64": 4, "q4_z128": 4, "q4_k": 16, "q5_0": 2, "q5_1": 4, "q5_k": 16, "q6_k": 18
 }  # fmt: skip
 
@@ -287,9 +287,9 @@ def _lane_bytes(row_blocks: Bytes, fmt: WeightFormat) -> Bytes:
     low = (nibbles[..., 0, :] | nibbles[..., 1, :] << 4).reshape(*codes.shape[:2], -1)
     if fmt.bits == 5:
         upper = (codes >> 4).reshape(*codes.shape[:2], -1, 8, 4) << np.arange(8, dtype=np.uint8)[:, None]
-        return np.concatenate([row_blocks[:, :, : _HEADER_BYTES[fmt.name]], low, np.bitwise_or.reduce(upper, 3).reshape(*codes.shape[:2], -1)], 2)
+        return np.concatenate([row_blocks[:, :, : HEADER_BYTES[fmt.name]], low, np.bitwise_or.reduce(upper, 3).reshape(*codes.shape[:2], -1)], 2)
     if fmt.name != "q6_k":
-        return np.concatenate([row_blocks[:, :, : _HEADER_BYTES[fmt.name]], low], 2)
+        return np.concatenate([row_blocks[:, :, : HEADER_BYTES[fmt.name]], low], 2)
     upper = (codes >> 4).reshape(*codes.shape[:2], 16, 4, 4)
     high = upper[..., 0, :] | upper[..., 1, :] << 2 | upper[..., 2, :] << 4 | upper[..., 3, :] << 6
     return np.concatenate([row_blocks[:, :, 208:210], row_blocks[:, :, 192:208], low, high.reshape(*codes.shape[:2], -1)], 2)
@@ -301,7 +301,7 @@ def _row_codes(row_blocks: Bytes, fmt: WeightFormat) -> NDArray[Any]:
         return _row_codes_q6_k(row_blocks)
     if fmt.bits == 5:
         return _row_codes_five_bits(row_blocks, fmt)
-    stored = row_blocks[:, :, _HEADER_BYTES[fmt.name] :]
+    stored = row_blocks[:, :, HEADER_BYTES[fmt.name] :]
     if fmt.name == "q8_0":
         return stored.view(np.int8)
     return _halved_nibbles(stored, fmt)
@@ -315,7 +315,7 @@ def _halved_nibbles(stored: Bytes, fmt: WeightFormat) -> Bytes:
 
 def _row_codes_five_bits(row_blocks: Bytes, fmt: WeightFormat) -> Bytes:
     """Between scales and nibbles lie the upper bits: bit k of 32 belongs to code k; of q5_k, bit g of byte k belongs to code 32 g + k."""
-    shape, first = row_blocks.shape[:2], _HEADER_BYTES[fmt.name]
+    shape, first = row_blocks.shape[:2], HEADER_BYTES[fmt.name]
     last = first + fmt.block // 8
     bits = np.unpackbits(row_blocks[:, :, first:last], axis=2, bitorder="little")
     upper = bits.reshape(*shape, 32, 8).swapaxes(2, 3) if fmt.block == 256 else bits
@@ -334,7 +334,7 @@ def _row_codes_q6_k(row_blocks: Bytes) -> Bytes:
 
 def _lane_codes(lanes: Bytes, fmt: WeightFormat) -> NDArray[Any]:
     """The codes of lane rows in ascending k, ``[w, B, block]``: signed for q8_0."""
-    shape, header = lanes.shape[:2], _HEADER_BYTES[fmt.name]
+    shape, header = lanes.shape[:2], HEADER_BYTES[fmt.name]
     if fmt.name == "q8_0":
         return lanes[:, :, header:].view(np.int8)
     stored = lanes[:, :, header : header + fmt.block // 2].reshape(*shape, -1, 4)

@@ -92,7 +92,7 @@ def options(
 
     ``surprise``: measured / predicted of the bucket as it is. What two pilots lose by waiting for each other is in no rate, so the more they have lost, the
     slower a plan for one may look and still be of promise.
-    Only the bucket as it is where nothing can move: without two pilots, or without a ring to stream through. ``layout`` keeps what is priced for `quick_look`.
+    Only the bucket as it is where nothing can move: without two pilots, or without a ring to stream through. ``layout`` keeps what is priced for `glance`.
     """
     search = Search(spec, profile, plan, bucket, Sequences.of(load), layout)
     now = search.priced(bucket)
@@ -208,20 +208,23 @@ class Search:
 
     def answer(self, batches: int, side: Attention) -> Mapping[str, float] | None:
         """The program's CPU shares of all rows, for so many micro-batches and this side of attention."""
+        solved = self._solved(batches, side)
+        return None if solved is None else solved.cpu
+
+    def _solved(self, batches: int, side: Attention) -> PhaseShares | None:
         if (batches, side) not in self._answers:
             shares = solve_program(self._program(min(batches, self.sequences.num_seqs), side), relaxed=True)
             self._answers[batches, side] = None if shares is None else shares.phases[0]
-        found = self._answers[batches, side]
-        return None if found is None else found.cpu
+        return self._answers[batches, side]
 
     def _programmed(self) -> list[tuple[Mapping[str, float], int, Attention]]:
         """The program's best CPU shares, with their micro-batches and side of attention."""
         answers: list[tuple[float, int, Mapping[str, float], int, Attention]] = []
         for batches in self._batches():
             for side in self.sides():
-                share, found = self.answer(batches, side), self._answers[batches, side]
-                if share is not None and found is not None:
-                    answers.append((found.seconds, len(answers), share, batches, side))
+                solved = self._solved(batches, side)
+                if solved is not None:
+                    answers.append((solved.seconds, len(answers), solved.cpu, batches, side))
         ranked = sorted(answers, key=lambda answer: answer[:2])
         # The program sees little of what micro-batches are for, so the best answer of every number of them is priced.
         chosen = [next(answer for answer in ranked if answer[3] == batches) for batches in sorted({answer[3] for answer in ranked})]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from twinpilots.kernels.abi import DTYPE_CODES, Activations
+from twinpilots.kernels.quant_format import HEADER_BYTES
 from twinpilots.model.weight_format import FORMATS, WeightFormat
 
 FORMAT_OF: dict[int, WeightFormat] = {int(DTYPE_CODES[name]): fmt for name, fmt in FORMATS.items() if fmt.is_quantized}
@@ -50,7 +51,7 @@ def _codes(blocks: Tensor, fmt: WeightFormat, columns: int) -> Tensor:
     """The codes in ascending k: [P, w, B, block]."""
     if fmt.name == "q8_0":
         return _piece(blocks, columns, 2, 8, 4).view(torch.int8).permute(0, 3, 1, 2, 4).flatten(3)
-    header = {"q4_0": 2, "q5_0": 2, "q4_k": 16, "q5_k": 16, "q6_k": 18}.get(fmt.name, 4)
+    header = HEADER_BYTES[fmt.name]
     packed = _piece(blocks, columns, header, fmt.block // 8, 4)
     codes = torch.stack([packed & 15, packed >> 4], 3).permute(0, 4, 1, 2, 3, 5).flatten(3)
     if fmt.bits == 5:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twinpilots.kernels.quant_format import HEADER_BYTES
 from twinpilots.model.weight_format import WeightFormat
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -298,9 +299,6 @@ def _finish(
 
 # ---- launches
 
-# Bytes of scales per column of a block
-_HEADERS = {"q8_0": 2, "q4_0": 2, "q4_1": 4, "q4_z32": 4, "q4_z64": 4, "q4_z128": 4, "q4_k": 16, "q5_0": 2, "q5_1": 4, "q5_k": 16, "q6_k": 18}
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Cut:
@@ -342,7 +340,8 @@ def linear(x: Tensor, w: Tensor, out: Tensor, fmt: WeightFormat, unit: int, fini
     grid = (triton.cdiv(m, plan.bm) * triton.cdiv(unit, plan.bn) * triton.cdiv(n, unit), plan.splits)
     _linear[grid](
         x, x.stride(0), w, *after, scratch, m, n, k, unit, plan.split_inputs, FORMAT=fmt.name, ALIGNED=packed and _is_aligned(w, fmt, n, unit, halves),
-        BLOCK=fmt.block if packed else 1, BLOCK_BYTES=fmt.block_bytes if packed else 1, HEADER=_HEADERS.get(fmt.name, 0), LANE=4 if fmt.name == "q8_0" else 8,
+        BLOCK=fmt.block if packed else 1, BLOCK_BYTES=fmt.block_bytes if packed else 1, HEADER=HEADER_BYTES.get(fmt.name, 0),
+        LANE=4 if fmt.name == "q8_0" else 8,
         SPLIT=plan.splits > 1, BM=plan.bm, BN=plan.bn, BK=plan.bk, num_warps=4 if plan.bm == 16 else 8,
         num_stages=1 if packed else 3, **options,
     )  # fmt: skip
@@ -354,5 +353,5 @@ def linear(x: Tensor, w: Tensor, out: Tensor, fmt: WeightFormat, unit: int, fini
 
 def _is_aligned(w: Tensor, fmt: WeightFormat, n: int, unit: int, halves: int) -> bool:
     """Whether every lane of every panel lies on 4 bytes: not so for formats of 4 n + 2 bytes per block and panels of an odd number of columns."""
-    odd = any(halves * columns * size % 4 for columns in (min(unit, n), n % unit) for size in (fmt.block_bytes, _HEADERS[fmt.name]))
+    odd = any(halves * columns * size % 4 for columns in (min(unit, n), n % unit) for size in (fmt.block_bytes, HEADER_BYTES[fmt.name]))
     return w.data_ptr() % 4 == 0 and not odd
