@@ -42,7 +42,7 @@ DEFAULT_NUM_SEQS = 16  # concurrency that a plan is made for before the first pr
 DEFAULT_LEN = 128  # and the prompt and output length (longer requests bring another plan)
 SHORTER_LENS = (64, 32, 16, 8)  # what these are cut to where memory is too small
 LEN_STEP = 32  # workloads are told apart by lengths rounded up to this: similar ones share a plan
-REPLAN_GAIN = 0.95  # another plan must take at most this fraction of the time, its loading included
+REPLAN_GAIN = 0.97  # another plan must take at most this fraction of the time, its loading included
 
 
 @dataclass(frozen=True, kw_only=True)

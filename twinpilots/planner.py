@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,6 +69,7 @@ class Planner:
         self.online = OnlinePlanner(spec, profile, self._background, adapts=adapts, at_once=False)
         self._known_plan: Plan | None = None
         self._known_s: dict[Workload, float] = {}  # of the known plan
+        self._rounds: Counter[Workload] = Counter()  # how often each was asked for under the known plan
         self._solve_s = 0.0  # what the last solve took
 
     def recall_history(self) -> None:
@@ -122,25 +124,32 @@ class Planner:
 
     def better_plan(self, current: Plan, workload: Workload, longest: int, load_s: float, gain: float) -> PlanChange | None:
         """Another plan that does ``workload`` in at most ``gain`` of the current one's time, its loading included; or, when the current one cannot
-        hold a sequence of ``longest`` tokens, any that can (LimitError when none does). None: stay."""
+        hold a sequence of ``longest`` tokens, any that can (LimitError when none does). None: stay.
+
+        What was asked for k times under the current plan is taken to come k times, so that a small workload earns its search and loading, too, when it
+        comes again and again: the ski-rental rule, by which waiting costs no more than changing (Karlin et al., "Competitive snoopy caching", 1988).
+        """
         if self.is_fixed:
             return None
         if not holds(current, longest):
             found = self.solve(workload, longest=longest).plan
             return PlanChange(plan=found, now_s=None, then_s=self._seconds(found, workload), switch_s=load_s)
-        if self._about_s(current, workload) * MOST_GAIN < load_s + self._solve_s:
+        about_s = self._about_s(current, workload)
+        self._rounds[workload] += 1
+        rounds = self._rounds[workload]
+        if rounds * about_s * MOST_GAIN < load_s + self._solve_s:
             return None  # not worth the search
         found = self.solve(workload, longest=longest).plan
         if found is current:
             return None
         now_s = self._seconds(current, workload)
         change = PlanChange(plan=found, now_s=now_s, then_s=self._seconds(found, workload), switch_s=load_s)
-        return change if change.then_s + load_s < gain * now_s else None
+        return change if change.then_s + load_s / rounds < gain * now_s else None
 
     def _about_s(self, plan: Plan, workload: Workload) -> float:
         """As `_seconds`, by the rates of the first time that this was asked: to price a plan takes tens of milliseconds."""
         if self._known_plan is not plan:
-            self._known_plan, self._known_s = plan, {}
+            self._known_plan, self._known_s, self._rounds = plan, {}, Counter()
         if workload not in self._known_s:
             self._known_s[workload] = self._seconds(plan, workload)
         return self._known_s[workload]

@@ -1,0 +1,57 @@
+"""When an engine loads another plan for the work that it is given."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.planning import DEMO, llama, workload
+from twinpilots.config import EngineConfig
+from twinpilots.plan.plan import Plan
+from twinpilots.plan.workload import Workload
+from twinpilots.planner import Planner
+
+LONG, SHORT, OTHER = workload(num=2, input_len=64, output_len=64), workload(num=2, input_len=16, output_len=8), workload(num=2, input_len=16, output_len=16)
+
+
+def planner_of(monkeypatch: pytest.MonkeyPatch, *, gain: float) -> tuple[Planner, Plan]:
+    """A planner and the plan that is loaded: any work takes a second under it, and ``gain`` less under every other."""
+    config = EngineConfig.of(
+        dtype="auto", quantization=None, device="emulated:demo", gpu_memory=None, host_memory=None, max_model_len=None, max_num_seqs=None,
+        kv_cache_dtype="auto", policy="auto", plan=None, threads=None, seed=0, deterministic=False, unit_rows=None,
+    )  # fmt: skip
+    planner = Planner(config, llama(), DEMO, "fingerprint")
+    current = planner.plan_for(LONG)
+
+    def seconds(_: Planner, plan: Plan, work: Workload) -> float:
+        return 1.0 if plan is current else 1.0 - gain
+
+    monkeypatch.setattr(Planner, "_seconds", seconds)
+    monkeypatch.setattr(planner, "_solve_s", 1.0)
+    return planner, current
+
+
+def rounds_until_changed(planner: Planner, current: Plan, work: Workload, most: int = 100) -> int | None:
+    return next((number for number in range(1, most) if planner.better_plan(current, work, work.seq_len, 1.0, 0.97) is not None), None)
+
+
+def test_work_that_comes_again_earns_the_plan_that_a_single_round_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gain of 0.1 s a round, of which 0.03 s are asked as a margin: after 15 rounds it has paid for a second of loading."""
+    planner, current = planner_of(monkeypatch, gain=0.1)
+    assert rounds_until_changed(planner, current, SHORT) == 15
+
+
+def test_rounds_of_other_work_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner, current = planner_of(monkeypatch, gain=0.1)
+    assert rounds_until_changed(planner, current, OTHER, most=14) is None
+    assert rounds_until_changed(planner, current, SHORT) == 15
+
+
+def test_what_gains_too_little_is_never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner, current = planner_of(monkeypatch, gain=0.02)
+    assert rounds_until_changed(planner, current, SHORT) is None
+
+
+def test_a_great_gain_is_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner, current = planner_of(monkeypatch, gain=0.9)
+    monkeypatch.setattr(planner, "_solve_s", 0.0)
+    assert planner.better_plan(current, SHORT, SHORT.seq_len, 0.05, 0.97) is not None
