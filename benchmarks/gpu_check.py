@@ -8,25 +8,28 @@ What a passed check proves, and what it does not, is in docs/gpu-check.md.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_steps import GraphTask, KernelTask, PointTask, RatesTask, TokenTask, token_cases
+from benchmarks.gpu_steps import GraphTask, KernelTask, PointTask, RatesTask, SwitchTask, TokenTask, token_cases
 from benchmarks.gpu_workers import (
     ROOT,
     TimedRun,
     Verdict,
     breaks_promise,
     build_native,
+    command_events,
     device_name,
     events_of,
     machine_document,
@@ -51,10 +54,17 @@ MAX_DEATHS = 4  # workers that die or hang before the remaining token cases are 
 DEVICE_TESTS_S = 120.0  # some compile kernels
 KERNELS_S = 90.0  # the most that kernel cases may take: compiling one takes a second or two
 TOKENS_S = 200.0  # the most that token cases may take, so that rates and points get their turn
+SWITCHES_S = 60.0
 POINT_S = 120.0
+SANITIZER_S = 150.0  # each access is checked: a case of a second or two takes tens
+SANITIZER_LEAST_S = 45.0  # what the points leave it
 HALF_FAMILIES = ("llama", "gemma2", "opt", "qwen3")
 HALF_POLICIES = ("auto", "stream")
 POINT_POLICIES = ("auto", "stream", "cpu")
+SWITCH_FAMILY, SWITCH_PASSES = "llama", 1000
+SANITIZED = ("llama/float32/hand-0",)
+SANITIZER_EXIT = 86
+CUDA_BIN = Path("/usr/local/cuda/bin")
 
 
 @dataclass(kw_only=True)
@@ -64,6 +74,7 @@ class Check(TimedRun):
     model: str
     num_seqs: tuple[int, ...]
     families: tuple[str, ...]
+    steps: tuple[str, ...] = ()
     verdicts: list[Verdict] = field(default_factory=list)
     kernels: list[dict[str, Any]] = field(default_factory=list)
     cases: list[dict[str, Any]] = field(default_factory=list)
@@ -188,6 +199,51 @@ def judge_tokens(check: Check, dtype: str, left: Sequence[str]) -> None:
     check.judge(f"tokens {dtype}", bool(of_dtype or left) and counts[True] > 0 and not counts[False] and not left if of_dtype or left else None, text)
 
 
+def switch_tests(check: Check) -> None:
+    """A thousand passes under random changes of plan, arrivals and aborts change no token."""
+    task = SwitchTask(device=check.device, family=SWITCH_FAMILY, num_passes=SWITCH_PASSES)
+    found, reason = cases_of("switches", task, limit_s=min(SWITCHES_S, check.left_s), stall_s=STALL_S)
+    ok = bool(found) and bool(found[0]["ok"])
+    check.judge("plan switches", ok, found[0]["detail"] if found else reason or "it ended without a result")
+
+
+def sanitized_tests(check: Check) -> None:
+    """Token cases under CUDA's own memory checker, where it is: no access out of bounds or misaligned."""
+    program = sanitizer_of(check)
+    if program is None:
+        check.judge("compute-sanitizer", None, f"not run: it needs a CUDA device, and to be on PATH or in {CUDA_BIN}")
+        return
+    with tempfile.TemporaryDirectory(prefix="twinpilots-sanitizer-") as folder:
+        log = Path(folder) / "log"
+        # Errors of calls are left out: that memory cannot be pinned or mapped is asked by trying.
+        options = ["--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", str(SANITIZER_EXIT), "--log-file", str(log)]
+        worker = [sys.executable, "-m", STEPS_MODULE, json.dumps({"tokens": asdict(TokenTask(device=check.device, cases=SANITIZED))})]
+        limit_s = min(SANITIZER_S, check.left_s)
+        events = list(command_events([program, *options, *worker], limit_s=limit_s, stall_s=limit_s))
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    judge_sanitized(check, events, lines)
+
+
+def sanitizer_of(check: Check) -> str | None:
+    if not check.device.startswith("cuda:"):
+        return None
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(CUDA_BIN))
+
+
+def judge_sanitized(check: Check, events: Sequence[Mapping[str, Any]], log: Sequence[str]) -> None:
+    """Clean when its own summary says so and every case passed. What ran out of time is not judged."""
+    summary = next((line.strip("= ") for line in reversed(log) if "ERROR SUMMARY" in line), "it wrote no summary")
+    cases, reason = [event for event in events if event["event"] == "case"], events[-1]["reason"]
+    if reason is not None and reason.endswith("were up"):
+        check.judge("compute-sanitizer", None, f"not finished: {reason}; run it alone: GPU_CHECK_FLAGS='--steps sanitized_tests'")
+        return
+    for line in log[:20] if "ERROR SUMMARY: 0 errors" not in summary else ():
+        say(f"      {line[:200]}")
+    wrong = [event["detail"] for event in cases if not event["ok"]] or ([] if cases else ["no case was run"])
+    clean = "ERROR SUMMARY: 0 errors" in summary and reason is None and not wrong
+    check.judge("compute-sanitizer", clean, "; ".join([summary, *wrong, *([reason] if reason else [])]))
+
+
 def measure_rates(check: Check) -> None:
     """What no plan can beat: link, DRAM, and each processor alone; and the profile that the points plan with."""
     result = only_case(STEPS_MODULE, "rates", RatesTask(device=check.device, model=check.model), min(POINT_S, check.left_s))
@@ -201,9 +257,10 @@ def measure_rates(check: Check) -> None:
 def measure_points(check: Check) -> None:
     """Each policy at each number of sequences while time lasts, longest so far reserved; the first number's policies are always tried."""
     longest_s, skipped, failed = 0.0, 0, []
+    reserved_s = SANITIZER_LEAST_S if sanitizer_of(check) else 0.0
     for num_seqs in check.num_seqs:
         for policy in POINT_POLICIES:
-            if check.left_s < max(1.3 * longest_s, 10.0):
+            if check.left_s - reserved_s < max(1.3 * longest_s, 10.0):
                 skipped += 1
                 continue
             began = time.monotonic()
@@ -268,6 +325,14 @@ def write_result(check: Check, folder: Path) -> Path:
     return write_document(document(check), folder, f"{slug(device_name(check.device))}-{date.today().isoformat()}")
 
 
+STEPS: Mapping[str, Callable[[Check], None]] = {
+    step.__name__: step
+    for step in (
+        build_native_library, device_tests, kernel_tests, graph_tests, token_tests, switch_tests, measure_rates, measure_points, sanitized_tests,
+    )
+}  # fmt: skip
+
+
 # -- the command -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +344,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--model", default="", metavar="NAME", help="dummy:NAME of the throughput points (default: llama-3.2-1b; emulated: smollm2-135m)")
     result.add_argument("--num-seqs", default="8,1,32", metavar="N,N", help="sequences of the points, most wanted first (default: 8,1,32)")
     result.add_argument("--families", default=",".join(FAMILIES), metavar="A,B", help="zoo models of the token tests (default: all)")
+    result.add_argument("--steps", default=",".join(STEPS), metavar="A,B", help=f"only these, in this order (default: all: {', '.join(STEPS)})")
     result.add_argument("--budget-s", type=float, default=BUDGET_S, metavar="S", help=f"seconds for all steps (default: {BUDGET_S:.0f})")
     return result
 
@@ -290,27 +356,28 @@ def checked(args: argparse.Namespace) -> Check:
         raise UserError(f"unknown family {unknown[0]!r}; known: {', '.join(FAMILIES)}")
     if not all(text.isdecimal() and int(text) for text in num_seqs):
         raise UserError(f"--num-seqs {args.num_seqs!r} must be whole numbers of at least 1, separated by commas")
+    steps = tuple(args.steps.split(","))
+    if unknown := [step for step in steps if step not in STEPS]:
+        raise UserError(f"unknown step {unknown[0]!r}; known: {', '.join(STEPS)}")
     require_device(args.device)
     model = args.model or ("dummy:smollm2-135m" if args.device.startswith("emulated:") else "dummy:llama-3.2-1b")
     dummy_spec(model)
     return Check(
         device=args.device, commit=args.commit, model=model, num_seqs=tuple(map(int, num_seqs)), families=families, budget_s=args.budget_s,
+        steps=steps,
     )  # fmt: skip
-
-
-STEPS = (build_native_library, device_tests, kernel_tests, graph_tests, token_tests, measure_rates, measure_points)
 
 
 def run_steps(check: Check) -> None:
     """Every step is guarded: what goes wrong inside is its verdict, and the next one has its turn while time is left."""
-    for step in STEPS:
-        name = step.__name__.replace("_", " ")
+    for step in check.steps:
+        name = step.replace("_", " ")
         if check.left_s <= 0:
             check.judge(name, False, f"not run: the {check.budget_s:.0f} s were up")
             continue
         say(f"{name}, {check.left_s:.0f} s left")
         try:
-            step(check)
+            STEPS[step](check)
         except (OSError, subprocess.SubprocessError, ValueError, KeyError, UserError) as error:
             check.judge(name, False, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 

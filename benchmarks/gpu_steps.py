@@ -1,4 +1,4 @@
-"""What the worker processes of `gpu_check` do: kernel cases, token cases, the machine's rates, one throughput point.
+"""What the worker processes of `gpu_check` do: kernel cases, token cases, changes of plan, the machine's rates, one throughput point.
 
 Owns the cases and what each must show. ``python -m benchmarks.gpu_steps TASK`` (JSON) prints one JSON line per event: ``begin`` names a case, ``case``
 ends it. A process of its own each, because a CUDA error leaves its process useless. Knows nothing of budgets, reports or other workers.
@@ -68,7 +68,16 @@ class GraphTask:
     device: str
 
 
-TASKS = {"kernels": KernelTask, "graphs": GraphTask, "tokens": TokenTask, "rates": RatesTask, "point": PointTask}
+@dataclass(frozen=True, kw_only=True)
+class SwitchTask:
+    """Passes of one zoo model between which the plan changes at random."""
+
+    device: str
+    family: str
+    num_passes: int
+
+
+TASKS = {"switches": SwitchTask, "kernels": KernelTask, "graphs": GraphTask, "tokens": TokenTask, "rates": RatesTask, "point": PointTask}
 
 
 def token_cases(families: tuple[str, ...], variants: tuple[str, ...], dtypes: tuple[str, ...]) -> tuple[str, ...]:
@@ -144,6 +153,28 @@ def run_graphs(task: GraphTask, emit: Emit) -> None:
             return compare(CudaGpu(index, Eager(index)), CudaGpu(index), seed)
 
         emit({"event": "case", "case": f"plan {seed}", **outcome(run), "seconds": time.monotonic() - began})
+
+
+def run_switches(task: SwitchTask, emit: Emit, gpu: GpuDevice | None = None) -> None:
+    """Requests come, go and are aborted while the plan changes between a dozen hand-set ones; their tokens must be transformers'."""
+    from tests.harness import save_with_references
+    from tests.traffic import drive
+
+    emit({"event": "begin", "case": "switches"})
+    began = time.monotonic()
+
+    def run() -> str:
+        with tempfile.TemporaryDirectory(prefix="twinpilots-gpu-check-") as root:
+            model = save_with_references(task.family, 0, "float32", Path(root) / task.family)
+
+            def note(number: int) -> None:
+                if number % 100 == 0:
+                    emit({"event": "note", "note": f"pass {number}"})
+
+            rig = drive(model, 1, num_passes=task.num_passes, device=gpu or open_gpu(task.device), after_pass=note)
+            return f"{task.num_passes} passes, {rig.executor.plan_changes} changes of plan: all tokens are transformers'"
+
+    emit({"event": "case", "case": "switches", **outcome(run), "seconds": time.monotonic() - began})
 
 
 def run_variant(model: Any, dtype: str, variant: str, gpu: GpuDevice) -> str:
@@ -240,7 +271,9 @@ def measure_point(task: PointTask) -> dict[str, Any]:
 
 # -- the process ---------------------------------------------------------------------------------------------------------------------------
 
-RUN: Mapping[str, Callable[[Any, Emit], None]] = {"kernels": run_kernels, "graphs": run_graphs, "tokens": run_tokens, "rates": run_rates, "point": run_point}
+RUN: Mapping[str, Callable[[Any, Emit], None]] = {
+    "switches": run_switches, "kernels": run_kernels, "graphs": run_graphs, "tokens": run_tokens, "rates": run_rates, "point": run_point,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

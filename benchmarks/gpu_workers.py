@@ -11,11 +11,13 @@ import os
 import platform
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -75,7 +77,8 @@ def events_of(
 
 def command_events(command: Sequence[str], *, limit_s: float, stall_s: float, packages: Path | None = None) -> Iterator[dict[str, Any]]:
     """As `events_of`, of any command that prints one JSON object per line."""
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=worker_environment(packages))
+    # A group of its own: what a command starts ends with it, and holds no pipe open.
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=worker_environment(packages), start_new_session=True)
     lines: queue.Queue[str | None] = queue.Queue()
     assert child.stdout is not None
     reader = threading.Thread(target=_read_lines, args=(child.stdout, lines), daemon=True)
@@ -95,7 +98,8 @@ def command_events(command: Sequence[str], *, limit_s: float, stall_s: float, pa
                 break
             yield json.loads(line)
     finally:
-        child.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         reader.join()
         child.stdout.close()

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.emulated.test_switching import Traffic
 from tests.hand_plans import plan_family, random_plan
 from tests.harness import Rig, ZooModel, assert_same_tokens, greedy_references
+from tests.traffic import Traffic
 from twinpilots.kernels.native import load
 from twinpilots.request import SamplingParams, Sequence, Tier
 from twinpilots.runtime.layout import page_bytes

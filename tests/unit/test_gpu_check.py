@@ -144,12 +144,13 @@ def test_a_step_that_breaks_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     def fine(found: Check) -> None:
         found.judge("fine", True, "ran")
 
-    monkeypatch.setattr(gpu_check, "STEPS", (broken, fine))
-    found = check()
+    steps = {"broken": broken, "fine": fine}
+    monkeypatch.setattr(gpu_check, "STEPS", steps)
+    found = check(steps=tuple(steps))
     gpu_check.run_steps(found)
     assert found.verdicts == [Verdict(name="broken", ok=False, detail="OSError: no compiler"), Verdict(name="fine", ok=True, detail="ran")]
     assert not found.passed
-    late = check(budget_s=0.0)
+    late = check(steps=tuple(steps), budget_s=0.0)
     gpu_check.run_steps(late)
     assert [verdict.ok for verdict in late.verdicts] == [False, False], "what was not run is not passed"
 
@@ -168,7 +169,52 @@ def test_a_broken_memory_promise_is_seen() -> None:
     assert not gpu_check.breaks_promise({"footprint_bytes": 2 << 20, "gpu_memory": 1 << 20})
 
 
-@pytest.mark.parametrize("arguments", [["--device", "tpu"], ["--families", "gpt5"], ["--num-seqs", "0"], ["--device=emulated:demo", "--model=dummy:none"]])
+FAKE_SANITIZER = """#!/bin/sh
+while [ "$1" != "--log-file" ]; do shift; done
+echo "========= COMPUTE-SANITIZER" > "$2"; echo "========= ERROR SUMMARY: ERRORS errors" >> "$2"
+CHILD
+"""
+PASSED = json.dumps({"event": "case", "case": "a", "ok": True, "detail": "", "seconds": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("errors", "child", "ok", "words"),
+    [
+        ("0", "cat events", True, "0 errors"),
+        ("3", "cat events; exit 86", False, "3 errors"),
+        ("0", "exit 86", False, "no case was run"),
+        ("0", "sleep 60 & sleep 60", None, "not finished: its 1 s were up"),
+    ],
+)
+def test_the_sanitizer_is_clean_when_it_says_so_and_its_cases_pass(
+    errors: str, child: str, ok: bool | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    program = tmp_path / "compute-sanitizer"
+    (tmp_path / "events").write_text(PASSED + "\n")
+    program.write_text(FAKE_SANITIZER.replace("ERRORS", errors).replace("CHILD", f"cd {tmp_path}; {child}"))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(gpu_check, "SANITIZER_S", 1.0 if ok is None else 20.0)
+    found = check(device="cuda:0")
+    gpu_check.sanitized_tests(found)
+    (verdict,) = found.verdicts
+    assert verdict.ok is ok and words in verdict.detail, verdict
+
+
+def test_changes_of_plan_are_judged_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Mapping[str, Any]] = []
+    gpu_steps.run_switches(gpu_steps.SwitchTask(device="cuda:0", family="llama", num_passes=120), events.append, CudaGpu(0, FakeRuntime()))
+    assert events[-1]["ok"] and events[-1]["detail"].startswith("120 passes, 30 changes of plan"), events[-1]
+    for event, ok in ((events[-1], True), ({**events[-1], "ok": False}, False)):
+        monkeypatch.setattr(gpu_check, "events_of", lambda *_, event=event, **__: [event, {"event": "end", "reason": None}])
+        found = check()
+        gpu_check.switch_tests(found)
+        assert found.verdicts[0].ok is ok
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--steps", "rates"], ["--device", "tpu"], ["--families", "gpt5"], ["--num-seqs", "0"], ["--device=emulated:demo", "--model=dummy:none"]]
+)
 def test_bad_arguments_are_refused(arguments: list[str]) -> None:
     with pytest.raises(UserError):
         gpu_check.checked(gpu_check.parser().parse_args(arguments))
