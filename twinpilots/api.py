@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from twinpilots.config import EngineConfig
 from twinpilots.errors import LimitError, UserError
+from twinpilots.expected_work import mean_workload, rounded
 from twinpilots.live import LiveEngine
 from twinpilots.model.checkpoint import open_checkpoint
 from twinpilots.model.locate import resolve_model
@@ -28,7 +28,7 @@ from twinpilots.model.tokenizer import load_tokenizer
 from twinpilots.plan.difference import difference
 from twinpilots.plan.plan import Plan
 from twinpilots.plan.workload import Workload
-from twinpilots.planner import Planner
+from twinpilots.planner import DEFAULT_NUM_SEQS, Planner
 from twinpilots.profiling import load_or_measure
 from twinpilots.progress import Progress
 from twinpilots.request import RequestOutput, SamplingParams
@@ -38,10 +38,6 @@ from twinpilots.trace import DEFAULT_PASSES, Recorder, check_writable, trace_eve
 logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-DEFAULT_NUM_SEQS = 16  # concurrency that a plan is made for before the first prompts are known
-DEFAULT_LEN = 128  # and the prompt and output length (longer requests bring another plan)
-SHORTER_LENS = (64, 32, 16, 8)  # what these are cut to where memory is too small
-LEN_STEP = 32  # workloads are told apart by lengths rounded up to this: similar ones share a plan
 REPLAN_GAIN = 0.97  # another plan must take at most this fraction of the time, its loading included
 
 
@@ -95,7 +91,7 @@ class LLM:
             self._profile = load_or_measure(self.config.device, self.spec, threads=threads, tell=notices.append)
             self._planner = Planner(self.config, self.spec, self._profile, self._checkpoint.fingerprint)
             self._planner.recall_history()
-            self._workload, self._first = self._first_plan() if expected is None else self._expected_plan(expected)
+            self._workload, self._first = self._planner.first_plan(expected)
             for notice in notices:
                 logger.warning(notice)
             if load:
@@ -297,41 +293,6 @@ class LLM:
 
     # -- planning and loading ------------------------------------------------------------------------------------------------------------
 
-    def _first_plan(self) -> tuple[Workload, Plan]:
-        """The plan for a workload of default lengths, or, where memory is too small for those and the user named none, of shorter ones.
-
-        LimitError names what the default lengths would need.
-        """
-        workload = self._default_workload(DEFAULT_LEN)
-        try:
-            return workload, self._planner.plan_for(workload)
-        except LimitError:
-            for length in SHORTER_LENS if self.config.max_model_len is None else ():
-                with suppress(LimitError):
-                    return self._default_workload(length), self._planner.plan_for(self._default_workload(length))
-            raise
-
-    def _expected_plan(self, expected: Workload) -> tuple[Workload, Plan]:
-        """The plan for an expected workload. One sequence may take the pages of all, where neither model nor memory say less; then the lengths are halved."""
-        limit = self.config.max_model_len or self.spec.max_model_len
-        num_seqs = self.config.max_num_seqs or expected.max_num_seqs
-        seq_len = min(limit, expected.seq_len)
-        while True:
-            input_len = max(1, min(expected.input_len * seq_len // expected.seq_len, seq_len - 1))
-            workload = Workload(num_requests=num_seqs, input_len=input_len, output_len=max(1, seq_len - input_len), max_num_seqs=num_seqs)
-            try:
-                return workload, self._planner.plan_for(workload, longest=min(limit, num_seqs * seq_len))
-            except LimitError:
-                if seq_len // 2 < min(SHORTER_LENS) or self.config.max_model_len is not None:
-                    raise
-                seq_len //= 2
-
-    def _default_workload(self, length: int) -> Workload:
-        longest = self.config.max_model_len or self.spec.max_model_len
-        num_seqs = self.config.max_num_seqs or DEFAULT_NUM_SEQS
-        input_len = max(1, min(length, longest // 2))
-        return Workload(num_requests=num_seqs, input_len=input_len, output_len=max(1, min(length, longest - input_len)), max_num_seqs=num_seqs)
-
     def _fit(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
         """Makes sure that the plan can hold these requests, and changes it when another one would be done sooner, its loading included."""
         if not prompts:
@@ -341,10 +302,12 @@ class LLM:
             return  # the scheduler refuses what is too long, with the limit in its message
         # A request that would go beyond the model's limit ends there.
         totals = [limit if one.max_tokens is None else min(limit, len(ids) + one.max_tokens) for ids, one in zip(prompts, params, strict=True)]
-        workload = self._mean_workload(prompts, params, totals, limit)
+        lengths = [(len(ids), total - len(ids), one.n) for ids, total, one in zip(prompts, totals, params, strict=True)]
+        num_requests = sum(one.n for one in params)
+        workload = mean_workload(lengths, num_requests, limit=limit, max_num_seqs=self.config.max_num_seqs or num_requests)
         longest = max(totals)
         try:
-            better = self._planner.better_plan(self.plan, workload, min(limit, _rounded(longest)), self._open_session.load_s, REPLAN_GAIN)
+            better = self._planner.better_plan(self.plan, workload, min(limit, rounded(longest)), self._open_session.load_s, REPLAN_GAIN)
         except LimitError:  # the rounding up is our wish, not the user's
             workload = replace(workload, output_len=min(workload.output_len, longest - workload.input_len))
             better = self._planner.better_plan(self.plan, workload, longest, self._open_session.load_s, REPLAN_GAIN)
@@ -370,16 +333,6 @@ class LLM:
                 logger.info("plan changed, %s: %s", better.reason, difference(self.plan, better.plan))
                 self._load(better.plan)
         self._workload = workload
-
-    def _mean_workload(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], totals: Sequence[int], limit: int) -> Workload:
-        """What the requests are like on average: pages are shared, so it is the mean that memory and time go by. Rounded, so that similar ones share a plan."""
-        num_requests = sum(one.n for one in params)
-        inputs = sum(len(ids) * one.n for ids, one in zip(prompts, params, strict=True)) / num_requests
-        outputs = sum((total - len(ids)) * one.n for ids, one, total in zip(prompts, params, totals, strict=True)) / num_requests
-        seq_len = min(limit, max(2, _rounded(math.ceil(inputs + outputs))))
-        input_len = max(1, min(round(inputs), seq_len - 1))
-        concurrency = min(num_requests, self.config.max_num_seqs or num_requests)
-        return Workload(num_requests=num_requests, input_len=input_len, output_len=seq_len - input_len, max_num_seqs=concurrency)
 
     def _load(self, plan: Plan) -> None:
         stats = None
@@ -415,10 +368,6 @@ class LLM:
     def __exit__(self, *exc: Any) -> Literal[False]:
         self.close()
         return False
-
-
-def _rounded(tokens: int) -> int:
-    return -(-tokens // LEN_STEP) * LEN_STEP
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

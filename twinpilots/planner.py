@@ -1,6 +1,6 @@
 """Plans for one loaded model on one measured machine: the bridge from options to the pure planner.
 
-Owns the memory limits in force, the memory of workloads already solved, and frozen plans; `online` predicts single passes and learns from them. Knows
+Owns the memory limits in force, the first plan, the memory of workloads already solved, and frozen plans; `online` predicts single passes and learns from them. Knows
 nothing of devices.
 """
 
@@ -34,6 +34,9 @@ from twinpilots.runtime.batch import StepBatch
 from twinpilots.units import format_bytes
 
 logger = logging.getLogger(__name__)
+DEFAULT_NUM_SEQS = 16  # concurrency that a plan is made for before the first prompts are known
+DEFAULT_LEN = 128  # and the prompt and output length (longer requests bring another plan)
+SHORTER_LENS = (64, 32, 16, 8)  # what these are cut to where memory is too small
 FROZEN_LENS = (8192, 4096, 2048, 1024, 512)  # lengths of one sequence that a frozen plan tries to hold
 HOST_SHARE = 0.9  # of the free host memory, when no limit is given: the rest is for the process itself and its neighbours
 MOST_GAIN = 0.5  # another plan for the same policy hardly ever saves more than this fraction of the time
@@ -103,6 +106,46 @@ class Planner:
         if self.config.deterministic:
             return self._frozen_plan(workload)
         return self.solve(workload, longest=longest).plan
+
+    def first_plan(self, expected: Workload | None = None) -> tuple[Workload, Plan]:
+        """The plan to load before the first prompts are known, and the workload that it is for: ``expected``, if anything is. LimitError when memory does not
+        suffice."""
+        return self._default_plan() if expected is None else self._expected_plan(expected)
+
+    def _default_plan(self) -> tuple[Workload, Plan]:
+        """The plan for a workload of default lengths, or, where memory is too small for those and the user named none, of shorter ones.
+
+        LimitError names what the default lengths would need.
+        """
+        workload = self._default_workload(DEFAULT_LEN)
+        try:
+            return workload, self.plan_for(workload)
+        except LimitError:
+            for length in SHORTER_LENS if self.config.max_model_len is None else ():
+                with suppress(LimitError):
+                    return self._default_workload(length), self.plan_for(self._default_workload(length))
+            raise
+
+    def _expected_plan(self, expected: Workload) -> tuple[Workload, Plan]:
+        """The plan for an expected workload. One sequence may take the pages of all, where neither model nor memory say less; then the lengths are halved."""
+        limit = self.config.max_model_len or self.spec.max_model_len
+        num_seqs = self.config.max_num_seqs or expected.max_num_seqs
+        seq_len = min(limit, expected.seq_len)
+        while True:
+            input_len = max(1, min(expected.input_len * seq_len // expected.seq_len, seq_len - 1))
+            workload = Workload(num_requests=num_seqs, input_len=input_len, output_len=max(1, seq_len - input_len), max_num_seqs=num_seqs)
+            try:
+                return workload, self.plan_for(workload, longest=min(limit, num_seqs * seq_len))
+            except LimitError:
+                if seq_len // 2 < min(SHORTER_LENS) or self.config.max_model_len is not None:
+                    raise
+                seq_len //= 2
+
+    def _default_workload(self, length: int) -> Workload:
+        longest = self.config.max_model_len or self.spec.max_model_len
+        num_seqs = self.config.max_num_seqs or DEFAULT_NUM_SEQS
+        input_len = max(1, min(length, longest // 2))
+        return Workload(num_requests=num_seqs, input_len=input_len, output_len=max(1, min(length, longest - input_len)), max_num_seqs=num_seqs)
 
     def solve(self, workload: Workload, *, longest: int | None = None, compare: bool = False) -> Solution:
         """The solution for a workload in which one sequence may reach ``longest`` tokens, remembered. ``compare`` prices all other policies too (``auto``

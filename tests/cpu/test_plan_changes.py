@@ -18,7 +18,7 @@ FIRST_LEN = 16  # tokens of the prompt and of the output that the first plan is 
 def test_a_longer_request_changes_the_plan_and_says_why(
     zoo_model: Any, balanced_machine: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("twinpilots.api.DEFAULT_LEN", FIRST_LEN)
+    monkeypatch.setattr("twinpilots.planner.DEFAULT_LEN", FIRST_LEN)
     params = SamplingParams(temperature=0.0, max_tokens=25, ignore_eos=True)
     with LLM(str(zoo_model("qwen3").path), device="cpu", max_num_seqs=2) as llm, caplog.at_level(logging.INFO, "twinpilots"):
         with llm.trace(tmp_path / "trace.json"):

@@ -12,6 +12,7 @@ from datetime import datetime
 
 from twinpilots.batch.source import BatchLine, read_line
 from twinpilots.errors import RequestError
+from twinpilots.expected_work import mean_workload, rounded
 from twinpilots.model.tokenizer import Tokenizer
 from twinpilots.openai.prompts import EncodedPrompt, encode_request
 from twinpilots.plan.workload import Workload
@@ -20,7 +21,6 @@ from twinpilots.request import SamplingParams
 MOST_AT_ONCE = 256  # sequences at once that a plan is looked for, where the user names no number
 MAX_SEQUENCES = 4096  # of one line: all of them are in flight together
 GUESSED_TOKENS = 256  # the length of an answer that nothing limits, for planning
-LEN_STEP = 32  # lengths are rounded up to this, so that a slightly longer request needs no other plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +77,13 @@ def request_seed(seed: int, line: int, number: int) -> int:
 
 def workload_of(sample: Sequence[Ready], num_left: int, max_num_seqs: int | None, limit: int) -> Workload:
     """What ``num_left`` requests like those of the sample are: the plan goes by their mean lengths, as pages are shared."""
-    sizes = [
-        (len(prompt.ids), min(limit - len(prompt.ids), GUESSED_TOKENS if params.max_tokens is None else params.max_tokens))
+    lengths = [
+        (len(prompt.ids), min(limit - len(prompt.ids), GUESSED_TOKENS if params.max_tokens is None else params.max_tokens), params.n)
         for ready in sample
         for prompt, params in zip(ready.prompts, ready.params, strict=True)
-        for _ in range(params.n)
     ]
-    num_sequences = max(1, round(num_left * len(sizes) / len(sample)))
-    inputs, outputs = (sum(size[i] for size in sizes) / len(sizes) for i in (0, 1))
-    seq_len = min(limit, max(2, rounded(round(inputs + outputs))))
-    input_len = max(1, min(round(inputs), seq_len - 1))
-    most = min(num_sequences, max_num_seqs or MOST_AT_ONCE)
-    return Workload(num_requests=num_sequences, input_len=input_len, output_len=seq_len - input_len, max_num_seqs=most)
+    num_sequences = max(1, round(num_left * sum(times for _, _, times in lengths) / len(sample)))
+    return mean_workload(lengths, num_sequences, limit=limit, max_num_seqs=max_num_seqs or MOST_AT_ONCE)
 
 
 def lengths_to_hold(sample: Sequence[Ready], limit: int) -> list[int]:
@@ -96,8 +91,3 @@ def lengths_to_hold(sample: Sequence[Ready], limit: int) -> list[int]:
     lengths = sorted(ready.longest for ready in sample)
     wanted = (lengths[-1], lengths[len(lengths) * 9 // 10], lengths[len(lengths) // 2], lengths[0])
     return list(dict.fromkeys(length for exact in wanted for length in (min(limit, rounded(exact)), exact)))
-
-
-def rounded(tokens: int) -> int:
-    """Up to a multiple of `LEN_STEP`."""
-    return -(-tokens // LEN_STEP) * LEN_STEP

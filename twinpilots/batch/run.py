@@ -15,9 +15,10 @@ from typing import Any
 
 from twinpilots.api import LLM
 from twinpilots.batch.journal import Journal, Record
-from twinpilots.batch.prepare import Preparer, Ready, lengths_to_hold, rounded, workload_of
+from twinpilots.batch.prepare import Preparer, Ready, lengths_to_hold, workload_of
 from twinpilots.batch.source import BatchLine, Shard, read_custom_id, requests_of
 from twinpilots.errors import LimitError, NotFiniteError, RequestError
+from twinpilots.expected_work import rounded
 from twinpilots.live import LiveEngine
 from twinpilots.openai.fields import to_json
 from twinpilots.openai.responses import error_of, response_body
