@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -246,8 +247,9 @@ class LLM:
         self, prompts: list[tuple[list[int], str | None]], params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: bool
     ) -> list[RequestOutput]:
         each = self._params_for(prompts, params)
+        alone = not self._open_session.engine.has_unfinished()
         self._fit([ids for ids, _ in prompts], each)
-        engine = self._open_session.engine
+        engine, began, before = self._open_session.engine, time.perf_counter(), self._open_session.num_tokens
         order: list[str] = []
         done: dict[str, RequestOutput] = {}
         try:
@@ -262,6 +264,9 @@ class LLM:
             for request_id in order:
                 engine.abort(request_id)
             raise
+        if alone and prompts:
+            prompt_tokens, generated = (now - then for now, then in zip(self._open_session.num_tokens, before, strict=True))
+            self._planner.note_round(self._workload, time.perf_counter() - began, prompt_tokens, generated)
         return [done[request_id] for request_id in order]
 
     def _params_for(self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
@@ -342,6 +347,7 @@ class LLM:
             self._session.close()
             self._session = None
         self._session = Session(self.config, self.spec, self._profile, plan, self._checkpoint, self.tokenizer, self._planner, stats=stats)
+        self._planner.rounds.loaded(plan)
         self._session.record_into(self._trace)
 
     @property

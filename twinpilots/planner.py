@@ -1,7 +1,7 @@
 """Plans for one loaded model on one measured machine: the bridge from options to the pure planner.
 
-Owns the memory limits in force, the first plan, the memory of workloads already solved, and frozen plans; `online` predicts single passes and learns from them. Knows
-nothing of devices.
+Owns the memory limits in force, the first plan, the memory of workloads already solved, and frozen plans; `online` predicts single passes and learns
+from them. Knows nothing of devices.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import time
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from twinpilots.plan.plan import Plan, Policy
 from twinpilots.plan.pricing import price_plan
 from twinpilots.plan.solver import Solution, solve
 from twinpilots.plan.workload import Limits, Workload
+from twinpilots.rounds import Rounds
 from twinpilots.runtime.batch import StepBatch
 from twinpilots.units import format_bytes
 
@@ -40,6 +40,7 @@ SHORTER_LENS = (64, 32, 16, 8)  # what these are cut to where memory is too smal
 FROZEN_LENS = (8192, 4096, 2048, 1024, 512)  # lengths of one sequence that a frozen plan tries to hold
 HOST_SHARE = 0.9  # of the free host memory, when no limit is given: the rest is for the process itself and its neighbours
 MOST_GAIN = 0.5  # another plan for the same policy hardly ever saves more than this fraction of the time
+WHOLE_PROMPTS, LEAST_ROUND = 0.9, 0.25  # of a workload's prompt tokens, and of what it generates: less of it says little of the rest
 KV_STEP = 32  # predictions are remembered per this many tokens of context, at least: a pass's time changes by a percent or two between them
 
 
@@ -72,7 +73,7 @@ class Planner:
         self.online = OnlinePlanner(spec, profile, self._background, adapts=adapts, at_once=False)
         self._known_plan: Plan | None = None
         self._known_s: dict[Workload, float] = {}  # of the known plan
-        self._rounds: Counter[Workload] = Counter()  # how often each was asked for under the known plan
+        self.rounds = Rounds()
         self._solve_s = 0.0  # what the last solve took
 
     def recall_history(self) -> None:
@@ -169,30 +170,46 @@ class Planner:
         """Another plan that does ``workload`` in at most ``gain`` of the current one's time, its loading included; or, when the current one cannot
         hold a sequence of ``longest`` tokens, any that can (LimitError when none does). None: stay.
 
-        What was asked for k times under the current plan is taken to come k times, so that a small workload earns its search and loading, too, when it
+        What came k times under the loaded plan is taken to come k times more, so that a small workload earns its search and loading, too, when it
         comes again and again: the ski-rental rule, by which waiting costs no more than changing (Karlin et al., "Competitive snoopy caching", 1988).
+        What rounds took counts for more than what is predicted: a plan that disappoints is left again for the one that it replaced.
         """
         if self.is_fixed:
             return None
         if not holds(current, longest):
             found = self.solve(workload, longest=longest).plan
             return PlanChange(plan=found, now_s=None, then_s=self._seconds(found, workload), switch_s=load_s)
-        about_s = self._about_s(current, workload)
-        self._rounds[workload] += 1
-        rounds = self._rounds[workload]
-        if rounds * about_s * MOST_GAIN < load_s + self._solve_s:
+        rounds = self.rounds.come(workload)
+        if rounds * self._about_s(current, workload) * MOST_GAIN < load_s + self._solve_s or not self.rounds.is_due(workload):
             return None  # not worth the search
         found = self.solve(workload, longest=longest).plan
-        if found is current:
+        changes = [change for plan, seen_s in self.rounds.others(workload, found) if (change := self._change(current, plan, seen_s, workload, load_s))]
+        best = min(changes, key=lambda change: change.then_s, default=None)
+        if best is None or best.now_s is None or best.then_s + load_s / rounds >= gain * best.now_s:
             return None
+        return best
+
+    def _change(self, current: Plan, plan: Plan, seen_s: float | None, workload: Workload, load_s: float) -> PlanChange:
+        """Both as seen; or, where ``plan`` never ran, as predicted, but the current one no slower than it was seen: a plan is not left for a prediction that
+        only the prediction of the current one made look good."""
+        now_seen_s = self.rounds.seen_s(workload)
+        if seen_s is not None and now_seen_s is not None:
+            return PlanChange(plan=plan, now_s=now_seen_s, then_s=seen_s, switch_s=load_s)
         now_s = self._seconds(current, workload)
-        change = PlanChange(plan=found, now_s=now_s, then_s=self._seconds(found, workload), switch_s=load_s)
-        return change if change.then_s + load_s / rounds < gain * now_s else None
+        then_s = seen_s if seen_s is not None else self._seconds(plan, workload)
+        return PlanChange(plan=plan, now_s=now_s if now_seen_s is None else min(now_s, now_seen_s), then_s=then_s, switch_s=load_s)
+
+    def note_round(self, workload: Workload, seconds: float, prompt_tokens: int, generated: int) -> None:
+        """What a round took, as if all of the workload's tokens had been generated (its lengths are rounded up). Nothing is noted where prompts were found in
+        the prefix cache, or most sequences ended early."""
+        done = generated / workload.generated_tokens
+        if done >= LEAST_ROUND and prompt_tokens >= WHOLE_PROMPTS * workload.num_requests * workload.input_len:
+            self.rounds.took(workload, seconds / min(1.0, done))
 
     def _about_s(self, plan: Plan, workload: Workload) -> float:
         """As `_seconds`, by the rates of the first time that this was asked: to price a plan takes tens of milliseconds."""
         if self._known_plan is not plan:
-            self._known_plan, self._known_s, self._rounds = plan, {}, Counter()
+            self._known_plan, self._known_s = plan, {}
         if workload not in self._known_s:
             self._known_s[workload] = self._seconds(plan, workload)
         return self._known_s[workload]

@@ -21,6 +21,7 @@ def planner_of(monkeypatch: pytest.MonkeyPatch, *, gain: float) -> tuple[Planner
     )  # fmt: skip
     planner = Planner(config, llama(), DEMO, "fingerprint")
     current = planner.plan_for(LONG)
+    planner.rounds.loaded(current)
 
     def seconds(_: Planner, plan: Plan, work: Workload) -> float:
         return 1.0 if plan is current else 1.0 - gain
@@ -34,16 +35,50 @@ def rounds_until_changed(planner: Planner, current: Plan, work: Workload, most: 
     return next((number for number in range(1, most) if planner.better_plan(current, work, work.seq_len, 1.0, 0.97) is not None), None)
 
 
+def note(planner: Planner, work: Workload, seconds: float) -> None:
+    planner.note_round(work, seconds, work.num_requests * work.input_len, work.generated_tokens)
+
+
 def test_work_that_comes_again_earns_the_plan_that_a_single_round_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gain of 0.1 s a round, of which 0.03 s are asked as a margin: after 15 rounds it has paid for a second of loading."""
+    """A gain of 0.1 s a round, of which 0.03 s are asked as a margin: 15 rounds have paid for a second of loading, and it is asked at the 4th, 8th, 16th."""
     planner, current = planner_of(monkeypatch, gain=0.1)
-    assert rounds_until_changed(planner, current, SHORT) == 15
+    assert rounds_until_changed(planner, current, SHORT) == 16
 
 
 def test_rounds_of_other_work_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     planner, current = planner_of(monkeypatch, gain=0.1)
-    assert rounds_until_changed(planner, current, OTHER, most=14) is None
-    assert rounds_until_changed(planner, current, SHORT) == 15
+    assert rounds_until_changed(planner, current, OTHER, most=16) is None
+    found = rounds_until_changed(planner, current, SHORT)
+    assert found is not None and found >= 15
+
+
+def test_a_plan_that_runs_better_than_predicted_is_not_left_for_a_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner, current = planner_of(monkeypatch, gain=0.1)
+    note(planner, SHORT, 0.89)
+    assert rounds_until_changed(planner, current, SHORT) is None
+
+
+def test_a_plan_that_disappoints_is_left_for_the_one_before_and_not_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner, current = planner_of(monkeypatch, gain=0.3)
+    note(planner, SHORT, 1.1)
+    assert rounds_until_changed(planner, current, SHORT) == 4
+    better = planner.solve(SHORT, longest=SHORT.seq_len).plan
+    planner.rounds.loaded(better)
+    note(planner, SHORT, 1.4)
+    back = [change for _ in range(64) if (change := planner.better_plan(better, SHORT, SHORT.seq_len, 1.0, 0.97)) is not None]
+    assert back[0].plan is current and (back[0].now_s, back[0].then_s) == (1.4, 1.1)
+    planner.rounds.loaded(current)
+    assert rounds_until_changed(planner, current, SHORT) is None
+
+
+def test_rounds_that_were_cut_short_are_not_taken_for_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts from the prefix cache, sequences that end at once; and one that generates half of what lengths are rounded up to counts twice."""
+    planner, _ = planner_of(monkeypatch, gain=0.1)
+    planner.note_round(SHORT, 0.1, SHORT.num_requests * SHORT.input_len // 2, SHORT.generated_tokens)
+    planner.note_round(SHORT, 0.1, SHORT.num_requests * SHORT.input_len, SHORT.generated_tokens // 8)
+    assert planner.rounds.seen_s(SHORT) is None
+    planner.note_round(SHORT, 0.1, SHORT.num_requests * SHORT.input_len, SHORT.generated_tokens // 2)
+    assert planner.rounds.seen_s(SHORT) == pytest.approx(0.2)
 
 
 def test_what_gains_too_little_is_never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
