@@ -13,7 +13,8 @@ from tests.cpu.native_twin import Machine
 from tests.device_programs import entry, insn, load, weights
 from tests.graph_case import PLAN_SEEDS, Eager, compare
 from tests.programs import ARENA, Program, add, attention, embed, linear, linear_in, norm
-from twinpilots.device.cuda import CudaGpu, CudaRuntime, _device_pointer
+from twinpilots.device.cuda import CudaGpu, CudaRuntime
+from twinpilots.device.cuda_words import device_pointer, load_driver
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import LimitError
 from twinpilots.kernels.abi import EVENTS_OFFSET, Op, Space, address
@@ -50,7 +51,7 @@ def test_packets_arrive_and_events_cross_between_streams_and_host(device: tuple[
 
 def test_the_host_arena_is_pinned_and_mapped(device: tuple[HostArena, CudaGpu]) -> None:
     host, gpu = device
-    assert _device_pointer(host.base) is not None
+    assert device_pointer(load_driver(), host.base) is not None
     src, _ = weights(host, 64 * MIB)
     program = entry(host, *[load(host, [(0, src, 64 * MIB)])] * 8)
     gpu.submit("link_in", program)
@@ -133,6 +134,6 @@ def test_memory_that_somebody_else_has_pinned_is_used_and_stays_theirs() -> None
         gpu.wait("link_in", 10.0)
         assert np.array_equal(gpu.read(0, 4 * MIB), data)
         gpu.close()
-    assert _device_pointer(host.base) is not None, "still pinned"
+    assert device_pointer(load_driver(), host.base) is not None, "still pinned"
     keeper.release(host)
     host.close()
