@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_steps import GraphTask, KernelTask, PointTask, RatesTask, TokenTask, token_cases
+from benchmarks.gpu_steps import GraphTask, KernelTask, PointTask, RatesTask, TokenTask, WaitsTask, token_cases
 from benchmarks.gpu_workers import (
     ROOT,
     TimedRun,
@@ -50,6 +50,7 @@ STALL_S = 60.0  # a token case takes a second or two; the first of a worker also
 MAX_DEATHS = 4  # workers that die or hang before the remaining token cases are given up
 DEVICE_TESTS_S = 120.0  # some compile kernels
 KERNELS_S = 90.0  # the most that kernel cases may take: compiling one takes a second or two
+WAITS_S = 60.0
 TOKENS_S = 200.0  # the most that token cases may take, so that rates and points get their turn
 POINT_S = 120.0
 HALF_FAMILIES = ("llama", "gemma2", "opt", "qwen3")
@@ -140,6 +141,18 @@ def graph_tests(check: Check) -> None:
     detail = "; ".join(f"{event['case']}: {event['detail']}" for event in found) + (f"; ended early: {reason}" if reason else "")
     infeasible = [event for event in found if event["ok"] is None]
     check.judge("graphs", None if infeasible else bool(found) and all(event["ok"] for event in found) and reason is None, detail)
+
+
+def wait_tests(check: Check) -> None:
+    """Whether the GPU waits for the CPU by itself, and whether data comes before the word that says so, on both sides and either way of waiting."""
+    if not check.device.startswith("cuda:"):
+        check.judge("device waits", None, "not run: they need a CUDA device")
+        return
+    found, reason = cases_of("waits", WaitsTask(device=check.device), limit_s=min(WAITS_S, check.left_s), stall_s=STALL_S)
+    first = found[0]["ok"] if found else False
+    text = "; ".join(f"{event['case']}: {event['detail']}" for event in found) + (f"; ended early: {reason}" if reason else "")
+    wrong = reason is not None or len(found) < 2 or any(event["ok"] is False for event in found)
+    check.judge("device waits", False if wrong else first, ("yes; " if first else "") + text)
 
 
 def token_tests(check: Check) -> None:
@@ -298,7 +311,7 @@ def checked(args: argparse.Namespace) -> Check:
     )  # fmt: skip
 
 
-STEPS = (build_native_library, device_tests, kernel_tests, graph_tests, token_tests, measure_rates, measure_points)
+STEPS = (build_native_library, device_tests, kernel_tests, graph_tests, wait_tests, token_tests, measure_rates, measure_points)
 
 
 def run_steps(check: Check) -> None:

@@ -22,6 +22,7 @@ from tests.cpu.test_cuda_standin import MIB, FakeEvent, FakeRuntime, FakeStream
 from tests.device_programs import entry, insn, load, weights
 from tests.hand_plans import random_plan
 from tests.planning import llama
+from tests.words_case import HAND_OFFS, hand_offs
 from twinpilots.device import cuda_sync, cuda_words
 from twinpilots.device.base import OK
 from twinpilots.device.cuda import CudaGpu
@@ -128,6 +129,25 @@ def test_all_that_a_word_depends_on_is_launched_before_the_stream_waits_for_it()
                 waits += len(task.waits)
                 assert all(schedule.tasks[wait.task].queue == "gpu" and wait.task < task.index and not wait.previous for wait in task.waits)
     assert waits > 500
+
+
+def test_hand_offs_keep_their_order_and_one_that_does_not_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The case that a card is tested with: on streams that keep the order, and on some whose word overtakes what it is about."""
+    count, seconds = hand_offs(CudaGpu(0, SlowRuntime()), 3)
+    assert count == 3 * HAND_OFFS and seconds < 0.1
+
+    def at_once(self: SlowWords, stream: Any, offset: int, value: int) -> None:
+        self.host.view(offset, "<u4", (1,))[0] = value
+
+    write = SlowWords.write
+    monkeypatch.setattr(SlowWords, "write", lambda self, stream, offset, value: (write if offset < EVENTS_OFFSET else at_once)(self, stream, offset, value))
+    with pytest.raises(AssertionError, match="came after the word"):
+        hand_offs(CudaGpu(0, SlowRuntime()), 1)
+    monkeypatch.setattr(SlowWords, "write", write)
+    wait = SlowWords.wait
+    monkeypatch.setattr(SlowWords, "wait", lambda self, stream, offset, value: wait(self, stream, offset, value) if offset < EVENTS_OFFSET else None)
+    with pytest.raises(AssertionError, match="came after the word"):
+        hand_offs(CudaGpu(0, SlowRuntime()), 1)
 
 
 # -- what never comes ------------------------------------------------------------------------------------------------------------------------
