@@ -141,7 +141,7 @@ def measure_case(bench: Bench, point: Point, policy: Policy, limit_s: float) -> 
     return {
         **passes.figures(bench, point, solution.plan, limits), "num_seqs": num_seqs, "gpu_memory": point.gpu_memory, "footprint_bytes": footprint,
         "peak_bytes": stats["peak_bytes"], "weights_frac": stats["weights_frac"], "tracked_tokens_per_s": stats["tokens_per_s"]["predicted"],
-        "finite": finite, "load_s": session.load_s,
+        "finite": finite, "load_s": session.load_s, "device_waits": getattr(session.executor.gpu, "device_waits", None),
         "plan": {"max_pass_tokens": solution.plan.max_pass_tokens, "gpu_pages": solution.plan.gpu_pages, "host_pages": solution.plan.host_pages},
     }  # fmt: skip
 

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_steps import GraphTask, KernelTask, PointTask, RatesTask, SwitchTask, TokenTask, token_cases
+from benchmarks.gpu_steps import GraphTask, KernelTask, PointTask, RatesTask, SwitchTask, TokenTask, WaitsTask, token_cases
 from benchmarks.gpu_workers import (
     ROOT,
     TimedRun,
@@ -53,6 +53,7 @@ STALL_S = 60.0  # a token case takes a second or two; the first of a worker also
 MAX_DEATHS = 4  # workers that die or hang before the remaining token cases are given up
 DEVICE_TESTS_S = 120.0  # some compile kernels
 KERNELS_S = 90.0  # the most that kernel cases may take: compiling one takes a second or two
+WAITS_S = 60.0
 TOKENS_S = 200.0  # the most that token cases may take, so that rates and points get their turn
 SWITCHES_S = 60.0
 POINT_S = 120.0
@@ -151,6 +152,18 @@ def graph_tests(check: Check) -> None:
     detail = "; ".join(f"{event['case']}: {event['detail']}" for event in found) + (f"; ended early: {reason}" if reason else "")
     infeasible = [event for event in found if event["ok"] is None]
     check.judge("graphs", None if infeasible else bool(found) and all(event["ok"] for event in found) and reason is None, detail)
+
+
+def wait_tests(check: Check) -> None:
+    """Whether the GPU waits for the CPU by itself, and whether data comes before the word that says so, on both sides and either way of waiting."""
+    if not check.device.startswith("cuda:"):
+        check.judge("device waits", None, "not run: they need a CUDA device")
+        return
+    found, reason = cases_of("waits", WaitsTask(device=check.device), limit_s=min(WAITS_S, check.left_s), stall_s=STALL_S)
+    first = found[0]["ok"] if found else False
+    text = "; ".join(f"{event['case']}: {event['detail']}" for event in found) + (f"; ended early: {reason}" if reason else "")
+    wrong = reason is not None or len(found) < 2 or any(event["ok"] is False for event in found)
+    check.judge("device waits", False if wrong else first, ("yes; " if first else "") + text)
 
 
 def token_tests(check: Check) -> None:
@@ -328,7 +341,7 @@ def write_result(check: Check, folder: Path) -> Path:
 STEPS: Mapping[str, Callable[[Check], None]] = {
     step.__name__: step
     for step in (
-        build_native_library, device_tests, kernel_tests, graph_tests, token_tests, switch_tests, measure_rates, measure_points, sanitized_tests,
+        build_native_library, device_tests, kernel_tests, graph_tests, wait_tests, token_tests, switch_tests, measure_rates, measure_points, sanitized_tests,
     )
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ def judge(document: Document) -> list[Verdict]:
     found = [_cases(points), _memory(points), _finite(points)]
     speed = [
         _efficiency(points, "decode", DECODE_EFFICIENCY), _efficiency(points, "prefill", PREFILL_EFFICIENCY), _simulated_ratio(points),
-        _roofline_ratio(document), _resident(points), _prediction(points), _driver(points), _graphs(points), *_peers(points),
+        _roofline_ratio(document), _resident(points), _prediction(points), _driver(points), _graphs(points), _waits(points), *_peers(points),
     ]  # fmt: skip
     return found + [Verdict(name=verdict.name, ok=None if emulated else verdict.ok, detail=verdict.detail) for verdict in speed]
 
@@ -164,6 +164,15 @@ def _graphs(points: Sequence[Mapping[str, Any]]) -> Verdict:
     share = 100 * replayed / max(1, replayed + launched)
     text = f"{share:.0f} % of auto's instructions on the card were replayed; launching took {100 * most:.0f} % of a pass at most"
     return Verdict(name="graphs", ok=replayed > 0, detail=text)
+
+
+def _waits(points: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Shown, not judged: where the card waits for the CPU by itself, its launch thread hardly polls."""
+    seen = [each for _, policy, each in figures(points) if policy == "auto" and each["launches"]]
+    device, polled = (sum(each["launches"].get(name, 0) for each in seen) for name in ("waits_on_device", "waits_by_polling"))
+    reasons = sorted({each["device_waits"] for each in seen} - {"yes"})
+    text = "; ".join(reasons) or f"yes: auto's passes made {device} waits for the CPU on the card, and polled {polled} times for launches of its other queues"
+    return Verdict(name="device waits", ok=None, detail=text if seen else "no instructions on a card")
 
 
 def _peers(points: Sequence[Mapping[str, Any]]) -> list[Verdict]:

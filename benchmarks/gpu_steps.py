@@ -18,11 +18,13 @@ import numpy as np
 
 from benchmarks.gpu_workers import Emit, card_used_bytes, outcome, serve, since
 from twinpilots.device.base import GpuDevice
+from twinpilots.errors import LimitError
 from twinpilots.machine import open_gpu
 from twinpilots.profiling import measure_machine
 
 UNIT_ROWS = 8  # the zoo's models are small: larger units would leave nothing to split
 HAND_PLANS = 2
+HAND_OFF_PASSES = 25  # of tests/words_case.py's 40 hand-offs each
 NUM_SEQS = 3
 # Relative RMS of a prompt's first logits against transformers in fp32 with the same weights. On CUDA, 16-bit weights multiply activations rounded to
 # 8 (bf16) or 11 (fp16) bits of mantissa and the KV cache is rounded likewise, in every one of up to seven layers; tests/unit/test_gpu_check.py runs
@@ -77,7 +79,16 @@ class SwitchTask:
     num_passes: int
 
 
-TASKS = {"switches": SwitchTask, "kernels": KernelTask, "graphs": GraphTask, "tokens": TokenTask, "rates": RatesTask, "point": PointTask}
+@dataclass(frozen=True, kw_only=True)
+class WaitsTask:
+    """Hand-offs between CPU and GPU on ``device``, its stream waiting for the CPU by itself, and its launch thread polling."""
+
+    device: str
+
+
+TASKS = {
+    "switches": SwitchTask, "kernels": KernelTask, "graphs": GraphTask, "waits": WaitsTask, "tokens": TokenTask, "rates": RatesTask, "point": PointTask,
+}  # fmt: skip
 
 
 def token_cases(families: tuple[str, ...], variants: tuple[str, ...], dtypes: tuple[str, ...]) -> tuple[str, ...]:
@@ -153,6 +164,26 @@ def run_graphs(task: GraphTask, emit: Emit) -> None:
             return compare(CudaGpu(index, Eager(index)), CudaGpu(index), seed)
 
         emit({"event": "case", "case": f"plan {seed}", **outcome(run), "seconds": time.monotonic() - began})
+
+
+def run_waits(task: WaitsTask, emit: Emit) -> None:
+    """tests/words_case.py both ways; infeasible where streams cannot wait for words, with the reason."""
+    from tests.words_case import Polling, hand_offs
+    from twinpilots.device.cuda import CudaGpu
+
+    index = int(task.device.removeprefix("cuda:"))
+    for name in ("on the device", "by polling"):
+        emit({"event": "begin", "case": name})
+        began = time.monotonic()
+
+        def run(name: str = name) -> str:
+            gpu = CudaGpu(index, Polling(index) if name == "by polling" else None)
+            count, seconds = hand_offs(gpu, HAND_OFF_PASSES)
+            if name == "on the device" and gpu.device_waits != "yes":
+                raise LimitError(gpu.device_waits)
+            return f"{count} hand-offs in order, {1e6 * seconds:.0f} us there and back"
+
+        emit({"event": "case", "case": name, **outcome(run), "seconds": time.monotonic() - began})
 
 
 def run_switches(task: SwitchTask, emit: Emit, gpu: GpuDevice | None = None) -> None:
@@ -272,7 +303,7 @@ def measure_point(task: PointTask) -> dict[str, Any]:
 # -- the process ---------------------------------------------------------------------------------------------------------------------------
 
 RUN: Mapping[str, Callable[[Any, Emit], None]] = {
-    "switches": run_switches, "kernels": run_kernels, "graphs": run_graphs, "tokens": run_tokens, "rates": run_rates, "point": run_point,
+    "switches": run_switches, "kernels": run_kernels, "graphs": run_graphs, "waits": run_waits, "tokens": run_tokens, "rates": run_rates, "point": run_point,
 }  # fmt: skip
 
 

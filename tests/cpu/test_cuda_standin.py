@@ -17,7 +17,8 @@ from torch import Tensor
 from tests.cpu.native_twin import Batch, Seq
 from tests.device_programs import entry, insn, load, weights
 from twinpilots.device.cpu import CpuPilot
-from twinpilots.device.cuda import CudaGpu, StreamSync
+from twinpilots.device.cuda import CudaGpu
+from twinpilots.device.cuda_sync import Board, HostView, StreamSync
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import DeviceLostError, DeviceUnavailableError, LimitError
 from twinpilots.kernels import native
@@ -50,6 +51,9 @@ class FakeStream:
         assert event.time_s is not None, "a CUDA stream would not wait for an event that nobody recorded"
         self.waited.append(event)
 
+    def query(self) -> bool:
+        return True
+
     def synchronize(self) -> None:
         pass
 
@@ -63,9 +67,9 @@ class FakeRuntime:
     def allocate(self, num_bytes: int) -> Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8)
 
-    def pin(self, host: HostArena) -> Tensor | None:
+    def pin(self, host: HostArena) -> HostView:
         self.pinned += 1
-        return torch.from_numpy(host.bytes) if self.mapped else None
+        return HostView(alias=torch.from_numpy(host.bytes) if self.mapped else None, words=None, reason="a stand-in has none")
 
     def release(self, host: HostArena) -> None:
         self.pinned -= 1
@@ -142,7 +146,9 @@ def test_written_memory_reads_back() -> None:
 def test_a_record_that_is_launched_but_not_done_is_waited_for_on_the_stream() -> None:
     host, stream, launched = HostArena(MIB, shared=False, num_events=8), FakeStream(), FakeEvent()
     launched.record(None)
-    sync = StreamSync(FakeRuntime(), stream, host, None, {5: (7, launched)})
+    board = Board(host)
+    board.launched[5] = (7, launched)
+    sync = StreamSync(FakeRuntime().event, stream, host, HostView(alias=None, words=None, reason=""), board)
     assert sync.wait(5, 7, lambda: 0) == 0 and stream.waited == [launched]
     assert sync.wait(5, 8, lambda: CANCELLED) == CANCELLED, "pass 8's record is not launched yet"
     host.events[5] = 8

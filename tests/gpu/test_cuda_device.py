@@ -13,9 +13,11 @@ from tests.cpu.native_twin import Machine
 from tests.device_programs import entry, insn, load, weights
 from tests.graph_case import PLAN_SEEDS, Eager, compare
 from tests.programs import ARENA, Program, add, attention, embed, linear, linear_in, norm
-from twinpilots.device.cuda import CudaGpu, CudaRuntime, _device_pointer
+from tests.words_case import Polling, hand_offs
+from twinpilots.device.cuda import CudaGpu, CudaRuntime
+from twinpilots.device.cuda_words import device_pointer, load_driver
 from twinpilots.device.memory import HostArena
-from twinpilots.errors import LimitError
+from twinpilots.errors import DeviceLostError, LimitError
 from twinpilots.kernels.abi import EVENTS_OFFSET, Op, Space, address
 from twinpilots.kernels.triton import unavailable
 from twinpilots.runtime.machine import OFFSET_MASK, decode
@@ -50,7 +52,7 @@ def test_packets_arrive_and_events_cross_between_streams_and_host(device: tuple[
 
 def test_the_host_arena_is_pinned_and_mapped(device: tuple[HostArena, CudaGpu]) -> None:
     host, gpu = device
-    assert _device_pointer(host.base) is not None
+    assert device_pointer(load_driver(), host.base) is not None
     src, _ = weights(host, 64 * MIB)
     program = entry(host, *[load(host, [(0, src, 64 * MIB)])] * 8)
     gpu.submit("link_in", program)
@@ -121,6 +123,55 @@ def test_replayed_launches_give_the_same_bits(plan_seed: int) -> None:
     compare(CudaGpu(0, Eager(0)), CudaGpu(0), plan_seed)
 
 
+@pytest.mark.parametrize("polling", [False, True])
+def test_data_comes_before_the_word_that_says_so(polling: bool) -> None:
+    gpu = CudaGpu(0, Polling(0) if polling else None)
+    hand_offs(gpu, 25)
+    assert gpu.device_waits.startswith("no: ") or not polling
+
+
+@pytest.fixture
+def waiting(device: tuple[HostArena, CudaGpu]) -> tuple[HostArena, CudaGpu]:
+    """A device whose stream waits for a word that nobody has written, and whose launch thread has gone on."""
+    host, gpu = device
+    if gpu.device_waits != "yes":
+        pytest.skip(gpu.device_waits)
+    gpu.submit("gpu", entry(host, insn(Op.POISON, address(Space.GPU, 0), 100, waits=(20,), record=21)))
+    gpu.submit("link_out", entry(host, insn(Op.POISON, address(Space.GPU, 1000), 100, waits=(21,))))
+    deadline = time.monotonic() + 10.0
+    while gpu.launches["waits_on_device"] == 0:
+        assert time.monotonic() < deadline
+        time.sleep(1e-3)
+    time.sleep(0.1)
+    assert host.events[21] == 0, "the stream did not wait"
+    return host, gpu
+
+
+def test_a_stream_goes_on_when_the_cpu_writes_its_word(waiting: tuple[HostArena, CudaGpu]) -> None:
+    host, gpu = waiting
+    host.events[20] = 1
+    gpu.wait("gpu", 10.0)
+    gpu.wait("link_out", 10.0)
+    assert host.events[21] == 1 and (gpu.read(0, 100) == 0xFF).all() and (gpu.read(1000, 100) == 0xFF).all()
+
+
+@pytest.mark.parametrize("how", ["close", "cancel", "abort"])
+def test_a_stream_whose_word_never_comes_is_let_go(waiting: tuple[HostArena, CudaGpu], how: str) -> None:
+    host, gpu = waiting
+    began = time.monotonic()
+    if how == "close":
+        gpu.close()
+    elif how == "cancel":
+        gpu.cancel("gpu", 1)
+        gpu.wait("link_out", 10.0)
+    else:
+        host.set_abort()
+        with pytest.raises(DeviceLostError, match="aborted"):
+            gpu.wait("gpu", 10.0)
+        gpu.close()
+    assert time.monotonic() - began < 5.0
+
+
 def test_memory_that_somebody_else_has_pinned_is_used_and_stays_theirs() -> None:
     host, keeper = HostArena(64 * MIB, num_events=64), CudaRuntime(0)
     keeper.pin(host)
@@ -133,6 +184,6 @@ def test_memory_that_somebody_else_has_pinned_is_used_and_stays_theirs() -> None
         gpu.wait("link_in", 10.0)
         assert np.array_equal(gpu.read(0, 4 * MIB), data)
         gpu.close()
-    assert _device_pointer(host.base) is not None, "still pinned"
+    assert device_pointer(load_driver(), host.base) is not None, "still pinned"
     keeper.release(host)
     host.close()

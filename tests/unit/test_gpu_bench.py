@@ -108,7 +108,8 @@ def figures(rate: float, **changes: Any) -> dict[str, Any]:
     values = {
         "tokens_per_s": rate, "predicted": rate * 1.02, "plan_bound": 10.0, "hardware_bound": 10.0, "efficiency": rate / 10.0, "driver_frac": 0.01,
         "footprint_bytes": 8 * GIB, "gpu_memory": 8 * GIB, "finite": True, "weights_frac": {"resident": 0.4, "streamed": 0.3, "cpu": 0.3},
-        "launches": {"launched": 10, "captured": 5, "replayed": 90, "host_ns": 100_000_000},
+        "launches": {"launched": 10, "captured": 5, "replayed": 90, "host_ns": 100_000_000, "waits_on_device": 40, "waits_by_polling": 2},
+        "device_waits": "yes",
         "seconds": 1.0, "busy_s": {"cpu": 0.5, "gpu": 0.2, "link": 0.9},
     }  # fmt: skip
     return values | changes
@@ -137,7 +138,8 @@ def verdicts(found: Mapping[str, Any]) -> dict[str, bool | None]:
 def test_good_figures_pass_every_verdict_that_they_bear_on() -> None:
     found = verdicts(document())
     assert {name for name, ok in found.items() if ok is None} == {
-        "prefill / hardware bound", "fits entirely", "auto / llama.cpp", "auto / accelerate", "auto / FlexTensor", "auto / FreeToken"
+        "prefill / hardware bound", "fits entirely", "auto / llama.cpp", "auto / accelerate", "auto / FlexTensor", "auto / FreeToken",
+        "device waits",
     }  # fmt: skip
     assert False not in found.values(), found
 
@@ -158,6 +160,15 @@ def test_good_figures_pass_every_verdict_that_they_bear_on() -> None:
 def test_each_threshold_fails_its_own_verdict(auto: dict[str, Any], stream: dict[str, Any], broken: str) -> None:
     found = verdicts(document(auto, stream))
     assert [name for name, ok in found.items() if ok is False] == [broken]
+
+
+def test_how_the_card_waits_is_shown_with_the_reason() -> None:
+    def shown(**changes: Any) -> str:
+        return next(verdict.detail for verdict in judge(document(changes)) if verdict.name == "device waits")
+
+    assert shown() == "yes: auto's passes made 40 waits for the CPU on the card, and polled 2 times for launches of its other queues"
+    assert shown(device_waits="no: host memory is not mapped") == "no: host memory is not mapped"
+    assert shown(launches={}, device_waits=None) == "no instructions on a card"
 
 
 def test_the_roofline_ratio_is_dram_bound_where_both_together_ask_for_more() -> None:

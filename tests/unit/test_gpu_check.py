@@ -13,6 +13,7 @@ import torch
 from benchmarks import gpu_check, gpu_steps
 from benchmarks.gpu_check import Check, Verdict
 from benchmarks.gpu_steps import TokenTask, run_tokens, token_cases
+from tests.cpu.async_streams import SlowRuntime
 from tests.cpu.test_cuda_standin import FakeRuntime
 from twinpilots.device.cuda import CudaGpu
 from twinpilots.errors import LimitError, UserError
@@ -123,6 +124,39 @@ def test_graphs_are_judged_by_every_plan_and_not_where_nothing_is_captured(monke
     assert run() is False
     assert run(("graphs", None)) is None
     assert run(device="emulated:demo") is None
+
+
+def test_waits_are_judged_by_both_ways_and_a_card_that_has_to_poll_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*events: tuple[str, bool | None], reason: str | None = None, device: str = "cuda:0") -> tuple[bool | None, str]:
+        told = [{"event": "case", "case": name, "ok": ok, "detail": "no: why" if ok is None else "40", "seconds": 0.1} for name, ok in events]
+        monkeypatch.setattr(gpu_check, "events_of", lambda *_, **__: [*told, {"event": "end", "reason": reason}])
+        found = check(device=device)
+        gpu_check.wait_tests(found)
+        return found.verdicts[0].ok, found.verdicts[0].detail
+
+    assert run(("on the device", True), ("by polling", True)) == (True, "yes; on the device: 40; by polling: 40")
+    assert run(("on the device", None), ("by polling", True)) == (None, "on the device: no: why; by polling: 40")
+    assert run(("on the device", None), ("by polling", False))[0] is False
+    assert run(("on the device", True), ("by polling", False))[0] is False
+    assert run(("on the device", True), reason="its process ended with exit code -11")[0] is False
+    assert run() == (False, "")
+    assert run(device="emulated:demo")[0] is None
+
+
+def test_both_ways_of_waiting_are_cases_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.words_case.Polling", lambda index: index)
+    monkeypatch.setattr(gpu_steps, "HAND_OFF_PASSES", 2)
+    for fault, ok in (("", True), ("passes", None)):
+
+        def gpu(_index: int, runtime: Any = None, fault: str = fault) -> CudaGpu:
+            return CudaGpu(0, FakeRuntime() if runtime is not None else SlowRuntime(fault=fault))
+
+        monkeypatch.setattr("twinpilots.device.cuda.CudaGpu", gpu)
+        events: list[Mapping[str, Any]] = []
+        gpu_steps.run_waits(gpu_steps.WaitsTask(device="cuda:0"), events.append)
+        found = [event for event in events if event["event"] == "case"]
+        assert [(event["case"], event["ok"]) for event in found] == [("on the device", ok), ("by polling", True)], found
+        assert ("80 hand-offs in order" if ok else "no: a stream did not wait") in found[0]["detail"]
 
 
 def test_a_worker_that_cannot_start_ends_the_case_with_a_reason() -> None:

@@ -47,6 +47,7 @@ TORCH_MODULES = (
     "runtime.triton_ops",
     "device.cuda",
     "device.cuda_graphs",
+    "device.cuda_sync",
 )
 TRITON_MODULES = ("kernels.triton.attention", "kernels.triton.linear", "kernels.triton.rowwise")
 ALLOWED = {

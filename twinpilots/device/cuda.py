@@ -1,13 +1,9 @@
 """A CUDA GPU behind the device seam: one arena, three streams, one launch thread each.
 
-Owns the arena, the pinning of the host arena in place, and how events cross between streams and the host (`StreamSync`). Each launch thread runs the
-torch interpreter's queue loop on its stream, the compute queue's with Triton kernels where they can be had; what an instruction does is not known here.
+Owns the arena, the pinning of the host arena in place, and the launch threads. Each runs the torch interpreter's queue loop on its stream, the compute queue's
+with Triton kernels where they can be had; what an instruction does is not known here, how events cross between streams and the host is `cuda_sync`'s.
 `Runtime` is the little of CUDA that is needed, so that all of this runs on a stand-in without a GPU (tests/cpu/test_cuda_standin.py).
 
-- Wait: if the event's host word is there, nothing is left to wait for. Else, if another queue of this GPU has launched the record, the stream waits
-  for that queue's CUDA event. Else (the CPU pilot's events, or records not launched yet) the launch thread polls.
-- Record: a CUDA event for the other streams, and the host word, written in stream order: by a kernel through the mapped host arena, or, where it could
-  not be mapped, by a 4-byte copy from a device-side pass id. Neither wakes a sleeping thread: the host arena is marked as polled.
 - An entry counts as finished when its stream has run dry. Trace times are the stream's own (CUDA events), resolved then.
 - Footprint on the card: the arena, the CUDA context with its libraries (`overhead_bytes`, measured), torch's temporaries, capped at TEMPORARY_BYTES by
   torch's own limit, and captured launches, of which no more are made once they take GRAPH_BYTES.
@@ -15,14 +11,12 @@ torch interpreter's queue loop on its stream, the compute queue's with Triton ke
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import subprocess
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,15 +24,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from twinpilots.device.base import ENTRY_QUIT, OK, QUEUE_NAMES, Mailbox, QueueName
+from twinpilots.device.base import ENTRY_QUIT, QUEUE_NAMES, Mailbox, QueueName
 from twinpilots.device.cuda_graphs import GRAPH_BYTES, CudaGraphs, forget_error
+from twinpilots.device.cuda_sync import Board, Event, HostView, StreamSync
+from twinpilots.device.cuda_words import DriverWords, device_pointer, load_driver, probe
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import DeviceUnavailableError, LimitError
-from twinpilots.kernels.abi import ENTRY, NULL
-from twinpilots.kernels.native import TIMED_OUT
+from twinpilots.kernels.abi import ENTRY, INSN, NULL
 from twinpilots.kernels.triton import unavailable
 from twinpilots.runtime.graphs import Graphs, Replays
-from twinpilots.runtime.interpreter import POLL_S, WAIT_TIMEOUT_S, has_reached, queue_loop
+from twinpilots.runtime.interpreter import WAIT_TIMEOUT_S, queue_loop
 from twinpilots.runtime.torch_ops import Kernels
 from twinpilots.units import format_bytes
 
@@ -50,14 +45,6 @@ ALREADY_REGISTERED = 712  # cudaErrorHostMemoryAlreadyRegistered
 ALL_PASSES = 2**31 - 1
 
 
-class Event(Protocol):
-    """torch.cuda.Event."""
-
-    def record(self, stream: Any) -> None: ...
-    def synchronize(self) -> None: ...
-    def elapsed_time(self, later: Any) -> float: ...
-
-
 class Runtime(Protocol):
     """What `CudaGpu` needs of CUDA."""
 
@@ -65,8 +52,8 @@ class Runtime(Protocol):
         """The arena: ``num_bytes`` of uint8 on the device."""
         ...
 
-    def pin(self, host: HostArena) -> Tensor | None:
-        """Pin the host arena where it lies. The arena as a device tensor, or None where it cannot be mapped (then copies are slower)."""
+    def pin(self, host: HostArena) -> HostView:
+        """Pin the host arena where it lies. Where it cannot be mapped, copies are slower and streams cannot wait for its words."""
         ...
 
     def release(self, host: HostArena) -> None:
@@ -104,7 +91,7 @@ class CudaRuntime:
         torch.cuda.synchronize(self.device)  # zeroed on this thread's stream, which the queues' streams do not wait for
         return arena
 
-    def pin(self, host: HostArena) -> Tensor | None:
+    def pin(self, host: HostArena) -> HostView:
         with torch.cuda.device(self.device):  # memory is registered with the current device, whose address the alias gets
             status = int(torch.cuda.cudart().cudaHostRegister(host.base, host.num_bytes, REGISTER_FLAGS))
             if status == ALREADY_REGISTERED:  # by who keeps the arena for several engines, and unpins it in the end
@@ -112,14 +99,19 @@ class CudaRuntime:
             elif status != 0:
                 forget_error(self.device)
                 _LOG.warning("cannot pin %s of host memory (CUDA error %d): copies will be slow and block", format_bytes(host.num_bytes), status)
-                return None
+                return HostView(alias=None, words=None, reason="host memory is not pinned")
             else:
                 self._pinned = True
-            address = _device_pointer(host.base)
-            if address is None:
+            driver = load_driver()
+            address = device_pointer(driver, host.base)
+            if driver is None or address is None:
                 _LOG.warning("pinned host memory cannot be mapped: activation copies will go through the copy engine, behind the weights")
-                return None
-            return torch.as_tensor(_CudaBytes(address, host.num_bytes), device=self.device)
+                return HostView(alias=None, words=None, reason="host memory is not mapped")
+            alias = torch.as_tensor(_CudaBytes(address, host.num_bytes), device=self.device)
+            try:
+                return HostView(alias=alias, words=DriverWords(driver, address), reason="")
+            except AttributeError:
+                return HostView(alias=alias, words=None, reason="the CUDA driver has no stream memory operations")
 
     def release(self, host: HostArena) -> None:
         try:
@@ -165,82 +157,11 @@ class _CudaBytes:
         self.__cuda_array_interface__ = {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 3, "strides": None}
 
 
-def _device_pointer(host_address: int) -> int | None:
-    """Where the current device sees registered host memory, asked of the driver: torch does not export the call, and may carry its run time inside."""
-    pointer = ctypes.c_void_p()
-    try:
-        status = ctypes.CDLL("libcuda.so.1").cuMemHostGetDevicePointer_v2(ctypes.byref(pointer), ctypes.c_void_p(host_address), 0)
-    except (OSError, AttributeError):
-        return None
-    return pointer.value if status == 0 else None
-
-
-class StreamSync:
-    """Events of one queue (interpreter.Sync). ``board`` is shared by the queues of one GPU: event -> (value, CUDA event of the launched record)."""
-
-    def __init__(self, runtime: Runtime, stream: Any, host: HostArena, alias: Tensor | None, board: dict[int, tuple[int, Event]]) -> None:
-        self._runtime, self._stream, self._board, self._words = runtime, stream, board, host.events
-        start = host.events.ctypes.data - host.base
-        self._targets = (torch.from_numpy(host.bytes) if alias is None else alias)[start : start + host.events.nbytes].view(torch.int32)
-        self._marks: list[tuple[NDArray[np.int64], int, Event]] = []
-        self._base: tuple[Event, int] | None = None
-        self._spare: list[Event] = []  # timed events, used again: three per instruction are too many to make anew each time
-
-    def wait(self, event: int, value: int, stopped: Callable[[], int]) -> int:
-        deadline = time.monotonic() + WAIT_TIMEOUT_S
-        while not has_reached(int(self._words[event]), value):
-            launched = self._board.get(event)
-            if launched is not None and has_reached(launched[0], value):
-                self._stream.wait_event(launched[1])
-                return OK
-            status = stopped()
-            if status != OK:
-                return status
-            if time.monotonic() > deadline:
-                return TIMED_OUT
-            time.sleep(POLL_S)
-        return OK
-
-    def record(self, event: int, value: int) -> None:
-        word, target = int(np.uint32(value % 2**32).view(np.int32)), self._targets[event : event + 1]
-        if target.is_cuda:
-            target.fill_(word)
-        else:
-            target.copy_(torch.full((1,), word, dtype=torch.int32).to(self._device(), non_blocking=True), non_blocking=True)
-        done = self._runtime.event(timed=False)
-        done.record(self._stream)
-        self._board[event] = (value, done)
-
-    def _device(self) -> torch.device:
-        return torch.device(getattr(self._stream, "device", "cpu"))
-
-    def mark(self, times: NDArray[np.int64], which: int) -> None:
-        if self._base is None:  # the first of an entry: the stream is idle, so host and stream can be set against each other
-            start = self._timed_event()
-            start.synchronize()
-            self._base = (start, time.monotonic_ns())
-        self._marks.append((times, which, self._timed_event()))
-
-    def _timed_event(self) -> Event:
-        event = self._spare.pop() if self._spare else self._runtime.event(timed=True)
-        event.record(self._stream)
-        return event
-
-    def drain(self) -> None:
-        self._stream.synchronize()
-        if self._base is not None:
-            start, start_ns = self._base
-            for times, which, event in self._marks:
-                times[which] = start_ns + round(start.elapsed_time(event) * 1e6)
-            self._spare += [start, *(event for _, _, event in self._marks)]
-        self._marks.clear()
-        self._base = None
-
-
 class CudaGpu:
     """A `GpuDevice` on CUDA device ``index``. ``runtime`` replaces CUDA in tests.
 
-    ``overhead_bytes`` is what this process takes on the card beside the arena; ``memory_bytes`` what an arena may take now.
+    ``overhead_bytes`` is what this process takes on the card beside the arena; ``memory_bytes`` what an arena may take now. ``device_waits``, once opened:
+    "yes" where the compute queue's stream waits for the CPU pilot by itself, else "no" and the reason, and its launch thread polls.
     """
 
     emulated = False
@@ -256,7 +177,8 @@ class CudaGpu:
         self._host: HostArena | None = None
         self._threads: list[threading.Thread] = []
         self._failure: str | None = None
-        self.launches: Counter[str] = Counter()  # of the compute queue, as `Replays.counts`
+        self.launches: Counter[str] = Counter()  # of the compute queue, as `Replays.counts` and `StreamSync`'s
+        self.device_waits = "no: not opened"
 
     def open(self, host: HostArena, num_bytes: int) -> None:
         if self._arena is not None:
@@ -271,32 +193,53 @@ class CudaGpu:
         except torch.OutOfMemoryError as error:
             raise LimitError(f"{self.name} cannot allocate {format_bytes(num_bytes)}; lower --gpu-memory or end what else uses the card") from error
         self._host, self._failure = host, None
-        alias = self._runtime.pin(host)
+        view = self._proven(self._runtime.pin(host), host)
+        self.device_waits = "yes" if view.words is not None else f"no: {view.reason}"
         host.set_polled(True)
         self._mailboxes = {queue: Mailbox(host, queue, None) for queue in QUEUE_NAMES}  # the launch threads poll: no futex to wake
-        board: dict[int, tuple[int, Event]] = {}
+        self._board = Board(host)
         for queue in QUEUE_NAMES:
-            thread = threading.Thread(target=self._serve, args=(queue, host, alias, board), name=f"{self.name} {queue}", daemon=True)
+            thread = threading.Thread(target=self._serve, args=(queue, host, view), name=f"{self.name} {queue}", daemon=True)
             self._threads.append(thread)
             thread.start()
 
-    def _serve(self, queue: QueueName, host: HostArena, alias: Tensor | None, board: dict[int, tuple[int, Event]]) -> None:
+    def _proven(self, view: HostView, host: HostArena) -> HostView:
+        """The view, without words where streams do not wait for them as they should."""
+        if view.words is None:
+            return view
+        stream = self._runtime.stream()
+        with self._runtime.use(stream):
+            self._runtime.event(timed=False).record(stream)  # makes the device's context this thread's
+            reason = probe(view.words, stream, host)
+        if reason is None:
+            return view
+        _LOG.warning("streams of %s cannot wait for the CPU, its launch thread polls instead, and passes with many hand-offs are slower: %s", self.name, reason)
+        return replace(view, words=None, reason=reason)
+
+    def _serve(self, queue: QueueName, host: HostArena, view: HostView) -> None:
         """One launch thread: the queue loop, launching on a stream of its own."""
         assert self._arena is not None
         stream = self._runtime.stream()
         try:
             with self._runtime.use(stream):
-                sync = StreamSync(self._runtime, stream, host, alias, board)
+                counts = self.launches if queue == "gpu" else Counter[str]()
+                sync = StreamSync(self._runtime.event, stream, host, view, self._board, waits=queue == "gpu", counts=counts)
                 kernels = self._runtime.kernels() if queue == "gpu" else None
-                replays = Replays(None if kernels is None else self._runtime.graphs(), self.launches if queue == "gpu" else Counter())
-                queue_loop(self._mailboxes[queue].offset, host.bytes, self._arena, host_alias=alias, sync=sync, kernels=kernels, replays=replays)
+                replays = Replays(None if kernels is None else self._runtime.graphs(), counts)
+                queue_loop(self._mailboxes[queue].offset, host.bytes, self._arena, host_alias=view.alias, sync=sync, kernels=kernels, replays=replays)
         except (RuntimeError, AssertionError, ValueError, LookupError, TypeError) as error:
             self._failure = f"{queue} of {self.name} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             _LOG.exception("%s", self._failure)
             host.set_abort()
+        finally:
+            if queue == "gpu":
+                self._board.let_go()  # after an error: other streams wait for this one
 
     def submit(self, queue: QueueName, entry: np.void | NDArray[Any]) -> None:
         self._opened()
+        assert self._host is not None
+        insns = self._host.view(int(entry["insns"]), INSN, int(entry["count"]))
+        self._board.promise(insns["record"], int(entry["pass_id"]))
         self._mailboxes[queue].submit(entry)
 
     def cancel(self, queue: QueueName, pass_id: int) -> None:
@@ -328,7 +271,9 @@ class CudaGpu:
             for mailbox in self._mailboxes.values():
                 mailbox.submit(quit_entry)
         for thread in self._threads:
-            thread.join()
+            while thread.is_alive():
+                self._board.let_go()  # it may be launching into a queue that is full, and see nothing of the cancel
+                thread.join(0.05)
         for mailbox in self._mailboxes.values():
             mailbox.request_cancel(0)
         self._host.set_polled(False)

@@ -27,6 +27,7 @@ from twinpilots.runtime.torch_ops import Kernels, execute, is_known, link_bytes
 
 POLL_S = 50e-6
 WAIT_TIMEOUT_S = 120.0
+KERNEL_LAUNCHES, TORCH_LAUNCHES = 8, 32  # what an instruction, or a replayed part, puts on a stream at most: kernels, marks and record; torch needs more
 
 
 @dataclass(kw_only=True)
@@ -49,6 +50,10 @@ class Sync(Protocol):
         """Order what follows behind ``event`` reaching ``value``. OK, or the status to stop with."""
         ...
 
+    def pace(self, launches: int, stopped: Callable[[], int]) -> None:
+        """So many launches were made since the last call: hold the caller while they are too far ahead of what they wait for."""
+        ...
+
     def record(self, event: int, value: int) -> None:
         """Let ``event`` reach ``value`` when all that this queue did so far is done."""
         ...
@@ -57,8 +62,8 @@ class Sync(Protocol):
         """Write the present (of this queue) to ``times[which]``, at the latest in `drain`."""
         ...
 
-    def drain(self) -> None:
-        """Return when all work of this queue is done: its entry is about to count as finished."""
+    def drain(self, stopped: Callable[[], int]) -> int:
+        """Return when all work of this queue is done: its entry is about to count as finished. OK, or why some of it did not wait for its events."""
         ...
 
 
@@ -84,14 +89,18 @@ class HostSync:
             time.sleep(POLL_S)
         return OK
 
+    def pace(self, launches: int, stopped: Callable[[], int]) -> None:
+        """Nothing is ever ahead of what is done."""
+
     def record(self, event: int, value: int) -> None:
         self._events[event] = value % 2**32
 
     def mark(self, times: NDArray[np.int64], which: int) -> None:
         times[which] = time.monotonic_ns()
 
-    def drain(self) -> None:
+    def drain(self, stopped: Callable[[], int]) -> int:  # noqa: ARG002  the protocol's
         """Nothing is ever under way between two calls."""
+        return OK
 
 
 class _Mailbox:
@@ -136,7 +145,9 @@ class _Queue:
             status = self._run_part(code, part, pass_id, int(entry["first_pass"]), times)
             if status != OK:
                 break
-        self._sync.drain()
+        broken = status
+        ended = self._sync.drain(lambda: self.stopped(pass_id) if broken == OK else broken)
+        status = ended if status == OK else status
         if status == OK:
             self._replays.tell()
         else:
@@ -161,18 +172,20 @@ class _Queue:
             return self._execute(code.insns[index])
 
         def timed(index: int) -> bool:
-            if times is None:
-                return launch(index)
-            if index > part.start:
+            if times is not None and index > part.start:
                 self._sync.mark(times[index], 0)
                 self._sync.mark(times[index], 1)
             taken = launch(index)
-            self._sync.mark(times[index], 2)
+            if times is not None:
+                self._sync.mark(times[index], 2)
+            self._sync.pace(KERNEL_LAUNCHES if taken else TORCH_LAUNCHES, lambda: self.stopped(pass_id))
             return taken
 
         each = None if times is None else times[part.start : part.stop]
-        if not self._replays.run(self._machine, code, part, each, launch, timed) and each is not None:
-            self._sync.mark(each[-1], 2)
+        if not self._replays.run(self._machine, code, part, each, launch, timed):
+            if each is not None:
+                self._sync.mark(each[-1], 2)
+            self._sync.pace(KERNEL_LAUNCHES, lambda: self.stopped(pass_id))
         record = code.insns[part.stop - 1].record
         if record >= 0:
             self._sync.record(record, pass_id)
