@@ -16,7 +16,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.hidden_devices import KINDS
@@ -59,7 +59,8 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Pass times of one phase of a case: by the profile alone, and after tracking (None: prefill is not tracked). Seconds are means."""
+    """Pass times of one phase of a case: by the profile alone, and after tracking (None: prefill is not tracked). Seconds are means (live: medians).
+    ``likeness``: of each pass that ``errors`` has, which others are like it (the same bucket, sequences and tokens); () where all are."""
 
     case: Case
     phase: Phase
@@ -68,6 +69,7 @@ class Row:
     true_s: float
     errors: tuple[float, ...]
     tracked_errors: tuple[float, ...]
+    likeness: tuple[int, ...] = ()
     box_change: float | None = None  # live: how far the box's own rates were from those at the time of the profile
 
 
@@ -168,15 +170,30 @@ def summary(errors: Sequence[float]) -> tuple[float, float]:
     return tenths[4], tenths[8]
 
 
+def apart(row: Row) -> tuple[list[float], list[float]]:
+    """A row's errors in two factors, each for every pass: the error of the typical one of its like (the middle of predicted / true), and what the pass itself
+    is off by beside that, which no prediction made before the first of them can know."""
+    likeness = row.likeness or (0,) * len(row.errors)
+    ratios: dict[int, list[float]] = {}
+    for error, alike in zip(row.errors, likeness, strict=True):
+        ratios.setdefault(alike, []).append(1.0 + error)
+    middles = {alike: median(found) for alike, found in ratios.items()}
+    typical = [middles[alike] - 1.0 for alike in likeness]
+    return typical, [(1.0 + error) / middles[alike] - 1.0 for error, alike in zip(row.errors, likeness, strict=True)]
+
+
 def figures(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
-    """(median, 90th percentile) of the passes' errors: by the profile alone, and after tracking beside the same cases before."""
+    """(median, 90th percentile) of the passes' errors: by the profile alone, in the two parts of these (`apart`), and after tracking."""
     decode = [row for row in rows if row.phase == "decode"]
     steady = [error for row in rows if row.box_change is not None and row.box_change < STEADY for error in row.errors]
+    parts = [apart(row) for row in rows]
     return {
         **({f"offline, while the box was within {100 * STEADY:.0f} % of its speed at the profile": summary(steady)} if steady else {}),
         "offline": summary([error for row in rows for error in row.errors]),
         "offline, decode": summary([error for row in decode for error in row.errors]),
         "offline, prefill": summary([error for row in rows if row.phase == "prefill" for error in row.errors]),
+        "offline, the typical pass of each kind": summary([error for typical, _ in parts for error in typical]),
+        "spread of like passes": summary([error for _, spread in parts for error in spread]),
         f"after {TRACKED} passes": summary([error for row in decode for error in row.tracked_errors]),
     }
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from benchmarks.hidden_devices import ProfileKind
 from benchmarks.truth import SEQUENCES, TRACKED, Case, Never, Row
 from twinpilots import LLM, SamplingParams
+from twinpilots.commands.models import model_spec
 from twinpilots.device.cpu import choose_cores
 from twinpilots.hardware.peaks import PeakMeter
 from twinpilots.hardware.store import profile_key, save_profile
@@ -81,10 +82,9 @@ def live_rows(folder: Path, seed: int, number: int, *, kind: ProfileKind, models
     """One device (number -1: the CPU alone), all models and numbers of sequences."""
     device, rows = random_device(folder, seed, number), []
     for model in models:
-        with LLM(model, device=device, load=False) as unloaded:
-            before = box_speed()
-            _store(device, unloaded.spec, kind)
-            at_profile = tuple((a + b) / 2 for a, b in zip(before, box_speed(), strict=True))
+        spec, before = model_spec(model), box_speed()
+        _store(device, spec, kind)
+        at_profile = tuple((a + b) / 2 for a, b in zip(before, box_speed(), strict=True))
         for num_seqs in SEQUENCES:
             rows += _run(model, device, number, num_seqs, at_profile)
     return rows
@@ -138,10 +138,11 @@ def _row(case: Case, phase: Phase, passes: Sequence[Seen], offline: OnlinePlanne
     true_s = [each.done.seconds for each in passes]
     predictions = [offline.predict(each.done.plan, each.done.bucket, each.done.load) for each in passes]
     busy = predictions[0].busy_s
+    kinds = [(id(each.done.bucket), each.done.load.num_seqs, each.done.load.tokens()) for each in passes]
     return Row(
         case=case, phase=phase, bound_by=max(("cpu", "gpu", "link"), key=lambda name: getattr(busy, name)),
         predicted_s=median(each.seconds for each in predictions), true_s=median(true_s),
         errors=tuple(p.seconds / t - 1.0 for p, t in zip(predictions, true_s, strict=True)),
         tracked_errors=tuple(each.predicted_s / t - 1.0 for each, t in list(zip(passes, true_s, strict=True))[TRACKED:]) if phase == "decode" else (),
-        box_change=box,
+        likeness=tuple(kinds.index(kind) for kind in kinds), box_change=box,
     )  # fmt: skip

@@ -187,6 +187,23 @@ def test_a_copy_is_worth_the_attention_that_it_saves_for_as_long_as_the_sequence
     assert fast.copy_s(64, up=True) == pytest.approx(LINK.packet_s, rel=1e-3)
 
 
+def test_nothing_is_simulated_for_a_gain_that_would_not_pay_for_it() -> None:
+    """To ask costs more than the last passes of a batch can save; with hours to go it is worth the question."""
+    load: dict[str, int] = {"num_gpu": 2, "num_host": 2, "context": 64}
+    asked = prices(cpu_read=1e9, link=1e12)
+    assert not asked.pays_to_gpu(64, 2, **load) and not asked._steps
+    asked.pays_to_gpu(64, 10**6, **load)
+    assert asked._steps
+
+
+def test_what_a_move_can_gain_at_most_is_at_least_what_it_gains() -> None:
+    for cpu_read, num_host in ((2e5, 2), (2e6, 1), (2e7, 3)):
+        for resident in (True, False):
+            asked = prices(cpu_read=cpu_read, resident=resident)
+            gained_s = asked.step_s(2, num_host, 64) - asked.step_s(3, num_host - 1, 64)
+            assert asked._most_gain_s(64, num_host) >= 0.99 * gained_s
+
+
 def test_who_must_make_room_goes_to_the_host_unless_attention_there_costs_more_than_its_tokens_are_worth() -> None:
     load = {"num_gpu": 4, "num_host": 0, "context": 64}
     assert prices(cpu_read=2e6, resident=False).pays_to_host(64, 20, **load), "passes wait for weights: another token costs hardly anything"

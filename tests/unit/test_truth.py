@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.hidden_machine import CPU, GPU, LINK_IN, Job, play, random_machine
 from benchmarks.hidden_rehearsal import profiled
-from benchmarks.truth import CARD_BYTES, Case, figures, judge
+from benchmarks.truth import CARD_BYTES, Case, Row, apart, figures, judge
 from twinpilots.model.dummy import dummy_spec
 
 
@@ -41,3 +41,16 @@ def test_a_hidden_machine_deals_its_memory_to_all_who_ask() -> None:
     assert jobs[1].end_s == pytest.approx(1.2)
     assert jobs[0].end_s == pytest.approx(1.2 + 3 / 9)
     assert jobs[2].start_s >= 1.2 + 0.7 * machine.queue_handoff_s
+
+
+def test_an_error_is_told_apart_from_the_spread_of_like_passes() -> None:
+    """Passes of 16 sequences are predicted a tenth too quick in the middle, those of 8 right, and one of the first took twice as long."""
+    case = Case(machine="m", model="m", num_seqs=16, input_len=1, memory_frac=0.5)
+    row = Row(case=case, phase="decode", bound_by="cpu", predicted_s=1.0, true_s=1.0, errors=(-0.1, -0.1, -0.55, 0.0), tracked_errors=(), likeness=(0, 0, 0, 1))
+    typical, spread = apart(row)
+    assert typical == pytest.approx([-0.1, -0.1, -0.1, 0.0])
+    assert spread == pytest.approx([0.0, 0.0, -0.5, 0.0])
+    found = figures([row])
+    assert found["offline"][0] == pytest.approx(0.1), "the error of single passes stays what it is"
+    assert found["offline, the typical pass of each kind"][1] == pytest.approx(0.1)
+    assert found["spread of like passes"][1] == pytest.approx(0.35)

@@ -12,13 +12,16 @@ from math import ceil, log2
 
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.cost import ACTIVATION_BYTES, attention_s, rope_append_bytes, staged_kv_bytes
 from twinpilots.plan.estimate import PassEstimator
-from twinpilots.plan.load import PassLoad, decode_load, prefill_load
+from twinpilots.plan.load import PassLoad, SeqClass, decode_load, prefill_load
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.tasks import PassShape
 
 STEPS_PER_OCTAVE = 4  # contexts are told apart to a fifth: a price is asked for in every pass
 MARGIN = 1.2  # a move gains at least so many times what it costs
+QUESTION_S = 20e-3  # what two passes and their task lists take to be simulated, about: a question that can bring no more is answered with no
+HANDOFFS = 4  # of a layer, at most
 
 
 class MovePrices:
@@ -38,10 +41,29 @@ class MovePrices:
         return self._link.packet_s + num_bytes / (self._link.up_bytes_per_s if up else self._link.down_bytes_per_s)
 
     def pays_to_gpu(self, num_tokens: int, passes: int, *, num_gpu: int, num_host: int, context: int) -> bool:
-        """Whether one of the host's sequences, of ``num_tokens`` tokens, should go to the GPU."""
+        """Whether one of the host's sequences, of ``num_tokens`` tokens, should go to the GPU. Asked in every pass while there is room: near the end of a batch
+        nothing is simulated for a gain that would not pay for it."""
+        if self._most_gain_s(max(num_tokens, context), num_host) * passes <= MARGIN * self.copy_s(num_tokens, up=True) + QUESTION_S:
+            return False
         now_s = self.step_s(num_gpu, num_host, context)
         gain_s = (now_s - self.step_s(num_gpu + 1, num_host - 1, context)) * passes
         return gain_s > MARGIN * (self.copy_s(num_tokens, up=True) + now_s / (num_gpu + num_host))  # it sits one pass out
+
+    def _most_gain_s(self, num_tokens: int, num_host: int) -> float:
+        """What a pass can be shorter for it, at most: its attention on the host, slowed down by everybody else, and what crosses for it; the last one takes
+        the hand-offs along."""
+        spec, link, cpu, alone = self.spec, self._link, self.profile.cpu, SeqClass(1, 1, num_tokens + 1)
+        windows, kv_dtype = [layer.window for layer in spec.layers], self.plan.kv_dtype
+        each_s = {window: attention_s(spec, alone, window, kv_dtype, cpu) for window in set(windows)}
+        beside_s = rope_append_bytes(spec, 1, kv_dtype) / cpu.elementwise_bytes_per_s
+        gain_s = (sum(each_s[window] for window in windows) + beside_s * len(windows)) * cpu.copy_slowdown * cpu.peer_slowdown
+        gain_s += ACTIVATION_BYTES * 2 * (spec.q_size + spec.kv_size) / min(link.up_bytes_per_s, link.down_bytes_per_s) * len(windows)
+        if any(bucket.host_attention == "gpu" for bucket in self.plan.buckets):
+            staged_s = staged_kv_bytes(spec, alone, self.plan.page_size, kv_dtype) / link.up_bytes_per_s
+            gain_s += (staged_s + 2 * link.packet_s + link.load_kv_s + link.store_kv_s) * len(windows) * link.peer_slowdown
+        if num_host == 1:
+            gain_s += (cpu.task_s + link.copy_s + link.handoff_s) * HANDOFFS * len(windows)
+        return gain_s
 
     def pays_to_host(self, num_tokens: int, passes: int, *, num_gpu: int, num_host: int, context: int) -> bool:
         """Whether one of the GPU's sequences should go to the host, instead of giving up its KV."""
