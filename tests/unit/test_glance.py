@@ -36,13 +36,13 @@ def best_of(found: tuple[Option, ...]) -> Option:
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tasks of every schedule that is simulated."""
+    """The number of tasks of every list that is simulated."""
     counts: list[int] = []
     real = estimate.simulate
 
-    def counted(schedule: Any, *arguments: Any, **options: Any) -> Any:
-        counts.append(len(schedule.tasks))
-        return real(schedule, *arguments, **options)
+    def counted(tasks: Any, *arguments: Any, **options: Any) -> Any:
+        counts.append(tasks.num_tasks)
+        return real(tasks, *arguments, **options)
 
     monkeypatch.setattr(estimate, "simulate", counted)
     return counts

@@ -188,7 +188,19 @@ class ModelSpec:
     def one_layer_per_class(self) -> ModelSpec:
         """The same model with one layer of each format class: enough to ask about shapes and bytes."""
         classes = self.format_classes
-        return replace(self, layers=tuple(self.layers[classes.index(number)] for number in range(max(classes) + 1)))
+        return self.of_layers(tuple(classes.index(number) for number in range(max(classes) + 1)))
+
+    def of_layers(self, layers: tuple[int, ...]) -> ModelSpec:
+        """The same model with these of its layers alone."""
+        made = self._made_short
+        if layers not in made:
+            made[layers] = replace(self, layers=tuple(self.layers[layer] for layer in layers))
+        return made[layers]
+
+    @cached_property
+    def _made_short(self) -> dict[tuple[int, ...], ModelSpec]:
+        """By layers: plans are priced by the same few of them again and again, whose ops are then made once."""
+        return {}
 
     def ops(self, unit_rows: int) -> tuple[OpSpec, ...]:
         """All linear ops in execution order: layer 0's q, k, v, o, MLP, ..., lm_head last. Heads and blocks of quantised weights are never cut."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from math import inf
 
 from twinpilots.hardware.profile import HardwareProfile
-from twinpilots.plan.tasks import QUEUES, Task
+from twinpilots.plan.outline import Outline
 
 ALL = CPU, GPU, LINK_IN, LINK_OUT = (0, 1, 2, 3)
 
@@ -19,32 +19,30 @@ class Clock:
     """The event loop. Task i of pass p is number ``p * count + i``; a queue is blocked (next event at infinity), about to start, or running."""
 
     def __init__(
-        self, tasks: Sequence[Task], seconds: Sequence[float], memory_frac: Sequence[float], profile: HardwareProfile, driver_s: float, reported: int
+        self, tasks: Outline, seconds: Sequence[float], memory_frac: Sequence[float], profile: HardwareProfile, driver_s: float, reported: int
     ) -> None:  # fmt: skip
-        self.count = len(tasks)
+        """``seconds`` by task, ``memory_frac`` by the number of its cost."""
+        self.count = tasks.num_tasks
         self.reported = reported  # pass 0 fills the pipeline; the pass after this one is only prefetched
         self.num_passes = reported + 2
         self.seconds = seconds
         self.overhead_s = driver_s  # between two passes
-        numbers = {name: number for number, name in enumerate(QUEUES)}
         self.copy_slowdown = [(side.copy_slowdown, side.least_copy_slowdown) if side else (1.0, 1.0) for side in (profile.cpu, profile.gpu)]
         reads = (profile.cpu.read_bytes_per_s, profile.gpu.read_bytes_per_s if profile.gpu else 0.0)
         self.peer_slowdown = (profile.cpu.peer_slowdown, profile.gpu.peer_slowdown if profile.gpu else 1.0)
         self.link_slowdown = profile.link.peer_slowdown if profile.link else 1.0
         self.fracs = sorted(set(memory_frac))
         numbered = {frac: number for number, frac in enumerate(self.fracs)}
-        self.frac_of = [numbered[frac] for frac in memory_frac]  # tasks alike share what is computed for them
+        numbers = [numbered[frac] for frac in memory_frac]
+        self.frac_of = [numbers[cost] for cost in tasks.costs]  # tasks alike share what is computed for them
         self.memory_share = (reads[CPU] / sum(reads), reads[GPU] / sum(reads))  # of the traffic when both read all the time
-        self.order: list[list[int]] = [[], [], [], []]
-        self.fenced = [task.kind != "load" for task in tasks]
-        queue_of = [numbers[task.queue] for task in tasks]
-        for task in tasks:
-            self.order[queue_of[task.index]].append(task.index)
-        self.waits = [
-            [(w.task - self.count if w.previous else w.task, _handoff_s(profile, queue_of[task.index], queue_of[w.task])) for w in task.waits] for task in tasks
-        ]
+        self.order = tasks.order
+        loads = [task.kind == "load" for task in tasks.examples]
+        self.fenced = [not loads[cost] for cost in tasks.costs]
+        latency = [[_handoff_s(profile, queue, other) for other in ALL] for queue in ALL]
+        self.waits = [[(target, latency[queue][other]) for target, other in waits] for queue, waits in zip(tasks.queues, tasks.waits, strict=True)]
         self.slowed: tuple[int, ...] = () if self._undisturbed else (CPU, GPU) if self.link_slowdown == 1.0 else ALL
-        self.factors: dict[tuple[int, int, int, bool], float] = {}
+        self.factors: dict[tuple[int, int, bool], list[float]] = {}
         total = self.num_passes * self.count
         self.start, self.end = [inf] * total, [inf] * total
         self.pass_end = [inf] * self.num_passes
@@ -93,20 +91,18 @@ class Clock:
                 slow += q >= LINK_IN
                 event[q] = now + self.seconds[task]
                 factors[q] = 1.0
-            on_cpu, on_gpu = frac_of[current[CPU]] if running[CPU] else -1, frac_of[current[GPU]] if running[GPU] else -1
-            for side in self.slowed:
-                if running[side]:
-                    factor = self._factor(side, on_cpu, on_gpu, slow > 0)
-                    if factor != factors[side]:
-                        event[side] = now + (event[side] - now) * factor / factors[side]
-                        factors[side] = factor
+            if self.slowed:
+                beside = frac_of[current[CPU]] if running[CPU] else -1, frac_of[current[GPU]] if running[GPU] else -1, slow > 0
+                found = self.factors.get(beside) or self._factors(*beside)
+                for side in self.slowed:
+                    if running[side] and found[side] != factors[side]:
+                        event[side] = now + (event[side] - now) * found[side] / factors[side]
+                        factors[side] = found[side]
 
-    def _factor(self, side: int, on_cpu: int, on_gpu: int, link_at_work: bool) -> float:
-        """How much slower than alone what runs on a queue is beside the compute queues' present tasks (by what part of them reads; -1: none) and the link."""
-        key = side, on_cpu, on_gpu, link_at_work
-        found = self.factors.get(key)
-        if found is None:
-            found = self.factors[key] = self._computed_factor(side, (on_cpu, on_gpu), link_at_work)
+    def _factors(self, on_cpu: int, on_gpu: int, link_at_work: bool) -> list[float]:
+        """How much slower than alone what runs on each queue is beside the compute queues' present tasks (by what part of them reads; -1: none) and the
+        link."""
+        found = self.factors[on_cpu, on_gpu, link_at_work] = [self._computed_factor(side, (on_cpu, on_gpu), link_at_work) for side in ALL]
         return found
 
     def _computed_factor(self, side: int, numbers: Sequence[int], link_at_work: bool) -> float:

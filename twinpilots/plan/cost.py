@@ -5,9 +5,9 @@ Owns: `TaskCost`, `task_cost` and the formulas behind it. All times exclude wait
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from twinpilots.config import KvDtype
 from twinpilots.hardware.profile import ComputeProfile, HardwareProfile, LinkProfile
@@ -15,7 +15,7 @@ from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.driver import as_used
 from twinpilots.plan.load import GroupLoad, PassLoad, SeqClass
 from twinpilots.plan.plan import Plan
-from twinpilots.plan.tasks import Kind, Task
+from twinpilots.plan.tasks import NUM_GROUPS, Kind, Task
 
 Traffic = Literal["", "weights", "kv", "activations"]
 ACTIVATION_BYTES = 4  # activations are fp32 everywhere
@@ -68,12 +68,24 @@ class CostModel:
 
 def cost_key(spec: ModelSpec, task: Task) -> tuple[object, ...]:
     """Equal for tasks of equal cost, under every profile and load of one plan."""
-    # op rows are equal in all layers (ModelSpec describes uniform layers), so the layer matters to attention's window and to formats only
-    return (
-        task.kind, task.op, task.row1 - task.row0, task.columns, task.mb, task.glo, task.ghi, task.logit_rows, task.queue,
-        spec.layers[task.layer].window if task.kind == "attend" else None, len(task.terms), task.norm,
-        spec.format_classes[task.layer] if task.layer >= 0 else -1,
+    return _alike(
+        spec, task.layer, task.kind, task.op, task.row1 - task.row0, task.columns, task.mb, task.glo, task.ghi, task.logit_rows, task.queue, len(task.terms),
+        task.norm,
     )  # fmt: skip
+
+
+def cost_key_of(spec: ModelSpec, fields: Mapping[str, Any]) -> tuple[object, ...]:
+    """`cost_key` of a task that is not made yet: its fields, without those that keep their defaults."""
+    get = fields.get
+    return _alike(
+        spec, fields["layer"], fields["kind"], get("op", ""), get("row1", 0) - get("row0", 0), get("columns", 0), fields["mb"], get("glo", 0),
+        get("ghi", NUM_GROUPS), get("logit_rows", False), fields["queue"], len(get("terms", ())), get("norm", ""),
+    )  # fmt: skip
+
+
+def _alike(spec: ModelSpec, layer: int, kind: str, *rest: object) -> tuple[object, ...]:
+    # op rows are equal in all layers (ModelSpec describes uniform layers), so the layer matters to attention's window and to formats only
+    return (kind, *rest, spec.layers[layer].window if kind == "attend" else None, spec.format_classes[layer] if layer >= 0 else -1)
 
 
 def task_cost(task: Task, spec: ModelSpec, plan: Plan, profile: HardwareProfile, load: PassLoad) -> TaskCost:

@@ -16,8 +16,8 @@ from twinpilots.plan.cost import attention_s, linear_s, staged_kv_bytes
 from twinpilots.plan.driver import as_used, between_s
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.memory import layer_templates
+from twinpilots.plan.outline import outline
 from twinpilots.plan.plan import BucketPlan, Plan
-from twinpilots.plan.schedule import expand
 from twinpilots.plan.simulate import APART, PassTiming, simulate
 from twinpilots.plan.tasks import HOST_KV, NUM_GROUPS, QUEUES, STREAMED_KV, PassShape, Queue
 
@@ -29,7 +29,7 @@ COMPUTE: tuple[Queue, ...] = ("cpu", "gpu")
 class PassEstimator:
     """Prices passes of one bucket and shape from two shortened copies of the model, extrapolated along its layers; exact up to EXACT_LAYERS layers.
 
-    Build it once for many loads of one shape: the schedules are kept, only the costs change. Smaller ``samples`` are quicker and less exact.
+    Build it once for many loads of one shape: the task lists' outlines are kept, only the costs change. Smaller ``samples`` are quicker and less exact.
     """
 
     def __init__(
@@ -41,17 +41,17 @@ class PassEstimator:
         self.kinds = _layer_kinds(spec, plan, bucket)
         self.samples = [sample_layers(self.kinds, size) for size in sizes]
         self.models = [_shorten(spec, plan, bucket, layers) for layers in self.samples]
-        self.schedules = [expand(short, short_plan, short_bucket, shape) for short, short_plan, short_bucket in self.models]
+        self.outlines = [outline(short, short_plan, short_bucket, shape) for short, short_plan, short_bucket in self.models]
 
     def timing(self, load: PassLoad) -> PassTiming:
         """The pass's timing, without a timeline."""
         if len(self.samples) == 1:
-            return simulate(self.schedules[0], self.spec, self.plan, self.profile, load)
+            return simulate(self.outlines[0], self.spec, self.plan, self.profile, load)
         # The driver waits for all queues, so where there is one queue its time is added at the end, when it is known how long the whole pass takes.
         driver_s = self.profile.step_s(load.num_seqs) if self.plan.uses_gpu else 0.0
         longer, shorter = (
-            simulate(schedule, short, short_plan, self.profile, load, keep_timeline=True, driver_s=driver_s)
-            for schedule, (short, short_plan, _) in zip(self.schedules, self.models, strict=True)
+            simulate(tasks, short, short_plan, self.profile, load, keep_timeline=True, driver_s=driver_s)
+            for tasks, (short, short_plan, _) in zip(self.outlines, self.models, strict=True)
         )
         found = self._extrapolate(longer, shorter, load)
         return found if self.plan.uses_gpu else found.with_driver(between_s(self.profile, self.plan, load, found.seconds))
@@ -86,21 +86,21 @@ class PassEstimator:
 
     def _layers_s(self, timing: PassTiming, sample: int) -> float:
         """When the last layer's work ends."""
-        tasks = self.schedules[sample].tasks
-        return max(entry.end_s for entry in timing.timeline if tasks[entry.task].layer >= 0 and entry.queue != "link_in")
+        layers = self.outlines[sample].layers
+        return max(entry.end_s for entry in timing.timeline if layers[entry.task] >= 0 and entry.queue != "link_in")
 
     def _head_s(self, timing: PassTiming) -> float:
         """The head's work after the layers."""
-        tasks, layers_s = self.schedules[0].tasks, self._layers_s(timing, 0)
+        layers, layers_s = self.outlines[0].layers, self._layers_s(timing, 0)
         work_s: dict[Queue, float] = dict.fromkeys(COMPUTE, 0.0)
         for entry in timing.timeline:
-            if tasks[entry.task].layer < 0 and entry.start_s >= layers_s and entry.queue in work_s:
+            if layers[entry.task] < 0 and entry.start_s >= layers_s and entry.queue in work_s:
                 work_s[entry.queue] += entry.end_s - entry.start_s
         return max(work_s.values())
 
     def _head_loads_s(self) -> float:
         """On the link."""
-        num_bytes = sum(segment.num_bytes for packet in self.schedules[0].packets for segment in packet.segments if segment.layer < 0)
+        num_bytes = sum(segment.num_bytes for packet in self.outlines[0].packets for segment in packet.segments if segment.layer < 0)
         return num_bytes / self.profile.link.up_bytes_per_s if self.profile.link else 0.0
 
     @property
@@ -122,10 +122,10 @@ class PassEstimator:
 
     def _work_by_kind(self, timing: PassTiming, load: PassLoad) -> dict[Hashable, list[float]]:
         """Per kind of layer the seconds on each queue, and what a layer adds to the pass: seen in the longer sample, computed for kinds not in it."""
-        layers, schedule = self.samples[0], self.schedules[0]
+        layers, layer_of = self.samples[0], self.outlines[0].layers
         busy, ends = [[0.0] * len(QUEUES) for _ in layers], [0.0] * len(layers)
         for entry in timing.timeline:
-            layer = schedule.tasks[entry.task].layer
+            layer = layer_of[entry.task]
             if layer >= 0:
                 busy[layer][QUEUES.index(entry.queue)] += entry.end_s - entry.start_s
                 if entry.queue != "link_in":
@@ -194,14 +194,14 @@ def _layer_kinds(spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> list[int]:
     ]
 
 
-def _shorten(spec: ModelSpec, plan: Plan, bucket: BucketPlan, layers: Sequence[int]) -> tuple[ModelSpec, Plan, BucketPlan]:
+def _shorten(spec: ModelSpec, plan: Plan, bucket: BucketPlan, layers: tuple[int, ...]) -> tuple[ModelSpec, Plan, BucketPlan]:
     """The model, plan and bucket of these layers and the head alone."""
     if len(layers) == spec.num_layers:
         return spec, plan, bucket
     short_bucket = replace(bucket, splits=(*(bucket.splits[layer] for layer in layers), bucket.splits[-1]))
     host_kv_layers = tuple(i for i, layer in enumerate(layers) if layer in plan.host_kv_layers)
     short_plan = replace(plan, buckets=(short_bucket,), host_kv_layers=host_kv_layers)
-    return replace(spec, layers=tuple(spec.layers[layer] for layer in layers)), short_plan, short_bucket
+    return spec.of_layers(layers), short_plan, short_bucket
 
 
 class LayerWork:

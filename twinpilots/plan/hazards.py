@@ -14,17 +14,22 @@ from twinpilots.plan.tasks import QUEUES, Access, Queue, Task, Wait
 _Record = tuple[int, int, int, int, int, int, bool, int]
 _Accesses = list[tuple[tuple[str, int], _Record]]
 _History = dict[tuple[str, int], list[_Record]]
+Accessing = tuple[Queue, Sequence[Access], Sequence[Access]]  # a task's queue, reads and writes
+Order = tuple[int, int, str, str]  # the task to wait for (negative: of the previous pass, from its end), its queue's number, the kind of hazard, the buffer
 NUMBER_OF: dict[Queue, int] = {queue: number for number, queue in enumerate(QUEUES)}
 
 
-def derive_waits(tasks: Sequence[tuple[Queue, Sequence[Access], Sequence[Access]]]) -> list[tuple[Wait, ...]]:
-    """For tasks (queue, reads, writes) in serial order the fewest waits that order every conflicting pair as that order does, in steady state over passes.
+def derive_waits(tasks: Sequence[Accessing]) -> list[tuple[Wait, ...]]:
+    """For tasks (queue, reads, writes) in serial order the fewest waits that order every conflicting pair as that order does, in steady state over passes."""
+    count = len(tasks)
+    return [tuple(Wait(other % count, f"{kind} {buffer}", previous=other < 0) for other, _, kind, buffer in needed) for needed in ordering(tasks)]
 
-    Solving a plan calls this some hundred times, so the records are plain tuples and the comparisons of regions are written out.
-    """
+
+def ordering(tasks: Sequence[Accessing]) -> list[list[Order]]:
+    """`derive_waits` as plain numbers. Solving a plan asks for this some hundred times, so records are tuples and the comparisons of regions written out."""
     history: _History = {}
     shifted = len(tasks)
-    accesses = _of_several_queues([_accesses(index, *task) for index, task in enumerate(tasks)])
+    accesses = _of_several_queues(tasks)
     for index, regions in enumerate(accesses):  # what the previous pass leaves behind: ring accesses, counted back from the end
         for key, record in regions:
             if key[0] == "gpu.ring":
@@ -35,57 +40,58 @@ def derive_waits(tasks: Sequence[tuple[Queue, Sequence[Access], Sequence[Access]
     for index, (name, _, _) in enumerate(tasks):
         number = NUMBER_OF[name]
         clock = last_of[number].copy()
-        waits = []
-        for other, queue, hazard in sorted(_conflicts(accesses[index], history), reverse=True):
+        waits: list[Order] = []
+        regions = accesses[index]
+        for order in sorted(_conflicts(regions, history), reverse=True) if regions else ():
+            other, queue = order[:2]
             if other <= clock[queue]:
                 continue
-            waits.append(Wait(other % shifted, hazard, previous=other < 0))
+            waits.append(order)
             if other < 0:
                 clock[queue] = other
             else:
-                clock = [max(one, two) for one, two in zip(clock, clocks[other], strict=True)]
+                clock = list(map(max, clock, clocks[other]))
         clock[number] = index
         clocks.append(clock)
         last_of[number] = clock
-        for key, record in accesses[index]:
+        for key, record in regions:
             _remember(history, key, record)
-        result.append(tuple(waits))
+        result.append(waits)
     return result
 
 
-def _of_several_queues(accesses: list[_Accesses]) -> list[_Accesses]:
-    """Without those to buffers that one queue alone uses: its own order orders them."""
+def _of_several_queues(tasks: Sequence[Accessing]) -> list[_Accesses]:
+    """Every task's accesses (writes last, so that a task that reads and writes a region leaves its write in the history), without those to buffers that one
+    queue alone uses: its own order orders them. Accesses with different keys never overlap: KV of different layers is kept apart, so that histories stay
+    short in deep models."""
     users: dict[tuple[str, int], int] = {}
-    for regions in accesses:
-        for key, record in regions:
-            users[key] = users.get(key, 0) | 1 << record[7]
+    by_layer: dict[str, bool] = {}
+    found: list[_Accesses] = []
+    for index, (name, reads, writes) in enumerate(tasks):
+        number = NUMBER_OF[name]
+        regions: _Accesses = []
+        for is_write, accesses in ((False, reads), (True, writes)):
+            for buffer, lo, hi, mb, glo, ghi in accesses:
+                if buffer not in by_layer:
+                    by_layer[buffer] = buffer.endswith(".kv")
+                key = (buffer, lo) if by_layer[buffer] else (buffer, 0)
+                users[key] = users.get(key, 0) | 1 << number
+                regions.append((key, (index, lo, hi, mb, glo, ghi, is_write, number)))
+        found.append(regions)
     several = {key for key, queues in users.items() if queues & (queues - 1)}
-    return [[region for region in regions if region[0] in several] for regions in accesses]
+    return [[region for region in regions if region[0] in several] for regions in found]
 
 
-def _conflicts(accesses: Sequence[tuple[tuple[str, int], _Record]], history: _History) -> list[tuple[int, int, str]]:
-    """Per other queue, (the latest task that this one must come after, the queue, the hazard)."""
-    needed: dict[int, tuple[int, int, str]] = {}
+def _conflicts(accesses: _Accesses, history: _History) -> list[Order]:
+    """Per other queue, the latest task that this one must come after."""
+    needed: dict[int, Order] = {}
     for key, (_, lo, hi, mb, glo, ghi, writes, queue) in accesses:
         for index, other_lo, other_hi, other_mb, other_glo, other_ghi, other_writes, other in history.get(key, ()):
             if other == queue or not (writes or other_writes) or (other in needed and index <= needed[other][0]):
                 continue
             if lo < other_hi and other_lo < hi and (mb < 0 or other_mb < 0 or (mb == other_mb and glo < other_ghi and other_glo < ghi)):
-                hazard = "RAW" if other_writes and not writes else "WAW" if other_writes else "WAR"
-                needed[other] = (index, other, f"{hazard} {key[0]}")
+                needed[other] = (index, other, "RAW" if other_writes and not writes else "WAW" if other_writes else "WAR", key[0])
     return list(needed.values())
-
-
-def _accesses(index: int, queue: Queue, reads: Sequence[Access], writes: Sequence[Access]) -> _Accesses:
-    """Writes last, so that a task that reads and writes a region leaves its write in the history."""
-    number = NUMBER_OF[queue]
-    found = [(_key(a), (index, a.lo, a.hi, a.mb, a.glo, a.ghi, False, number)) for a in reads]
-    return found + [(_key(a), (index, a.lo, a.hi, a.mb, a.glo, a.ghi, True, number)) for a in writes]
-
-
-def _key(access: Access) -> tuple[str, int]:
-    """Accesses with different keys never overlap: KV of different layers is kept apart, so that histories stay short in deep models."""
-    return access.buffer, access.lo if access.buffer.endswith(".kv") else 0
 
 
 def _remember(history: _History, key: tuple[str, int], record: _Record) -> None:

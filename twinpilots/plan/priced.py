@@ -67,7 +67,7 @@ class Layout:
         """Tasks to simulate for this price; None where their list is not made yet."""
         kept = self._kept.get(_key(bucket))
         found = None if kept is None else kept.estimators.get((load.shape, samples))
-        return None if found is None else sum(len(schedule.tasks) for schedule in found.schedules)
+        return None if found is None else sum(tasks.num_tasks for tasks in found.outlines)
 
     def bettered(self, bucket: BucketPlan, answer: Mapping[str, float], share: Mapping[str, float]) -> None:
         """Note what a search has made of the program's answer: the CPU's share of each op before and after."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from twinpilots.model.spec import ModelSpec, OpSpec
-from twinpilots.plan.hazards import derive_waits
+from twinpilots.plan.hazards import Accessing, derive_waits
 from twinpilots.plan.packets import cut_packets
 from twinpilots.plan.plan import BucketPlan, Plan, Split
 from twinpilots.plan.tasks import ALL_MICRO_BATCHES, HOST_KV, NUM_GROUPS, STREAMED_KV, Access, Device, PassShape, Schedule, Segment, Source, Task
@@ -29,7 +29,17 @@ def expand(spec: ModelSpec, plan: Plan, bucket: BucketPlan, shape: PassShape, *,
 
     ``poison`` overwrites every released ring and staging slot with NaN before it is released (adversarial tests).
     """
-    return _Expansion(spec, plan, bucket, shape, poison).run()
+    made = expanded(spec, plan, bucket, shape, poison=poison)
+    waits = derive_waits(made.accesses)
+    tasks = tuple(Task(index=index, waits=before, **fields) for index, (fields, before) in enumerate(zip(made.tasks, waits, strict=True)))
+    return Schedule(tasks, made.packets, shape)
+
+
+def expanded(spec: ModelSpec, plan: Plan, bucket: BucketPlan, shape: PassShape, *, poison: bool = False) -> Expansion:
+    """`expand` before its waits are derived and its tasks are made, which takes most of its time and not everybody needs."""
+    made = Expansion(spec, plan, bucket, shape, poison)
+    made.run()
+    return made
 
 
 @dataclass(frozen=True)
@@ -62,16 +72,18 @@ def _nothing(_mb: int) -> None:
 
 
 @dataclass
-class _Expansion:
+class Expansion:
+    """``tasks``: the fields of every `Task`, in serial order, but its index and waits."""
+
     spec: ModelSpec
     plan: Plan
     bucket: BucketPlan
     shape: PassShape
     poison: bool
-    tasks: list[dict[str, Any]] = field(default_factory=list)  # fields of `Task`; made once their waits are known
+    tasks: list[dict[str, Any]] = field(default_factory=list)
     valid: dict[int, set[Device]] = field(default_factory=dict)
 
-    def run(self) -> Schedule:
+    def run(self) -> None:
         self.packets = cut_packets(self.spec, self.plan, self.bucket)
         self.mbs = [mb for mb, groups in enumerate(self.shape) if any(groups)]
         self.ops: dict[tuple[int, str], OpSpec] = {(op.layer, op.name): op for op in self.spec.ops(self.plan.unit_rows)}
@@ -85,9 +97,11 @@ class _Expansion:
             self._attention(layer)
             self._mlp(layer)
         self._head()
-        waits = derive_waits([(fields["queue"], fields.get("reads", ()), fields.get("writes", ())) for fields in self.tasks])
-        tasks = tuple(Task(index=index, waits=before, **fields) for index, (fields, before) in enumerate(zip(self.tasks, waits, strict=True)))
-        return Schedule(tasks, self.packets, self.shape)
+
+    @property
+    def accesses(self) -> list[Accessing]:
+        """What `hazards` asks about every task."""
+        return [(fields["queue"], fields.get("reads", ()), fields.get("writes", ())) for fields in self.tasks]
 
     # -- building blocks ---------------------------------------------------------------------------------------------------------------
 

@@ -6,15 +6,17 @@ of how a plan is found or run.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.clock import Clock
-from twinpilots.plan.cost import CostModel, TaskCost
+from twinpilots.plan.cost import COSTS, CostModel, TaskCost
 from twinpilots.plan.driver import as_used, between_s
 from twinpilots.plan.load import PassLoad
+from twinpilots.plan.outline import Outline, outline_of
 from twinpilots.plan.plan import Plan
 from twinpilots.plan.tasks import QUEUES, Queue, Schedule
 
@@ -79,47 +81,51 @@ class PassTiming:
 
 
 def simulate(
-    schedule: Schedule, spec: ModelSpec, plan: Plan, profile: HardwareProfile, load: PassLoad, *, keep_timeline: bool = False, driver_s: float | None = None
+    schedule: Schedule | Outline, spec: ModelSpec, plan: Plan, profile: HardwareProfile, load: PassLoad, *, keep_timeline: bool = False,
+    driver_s: float | None = None,
 ) -> PassTiming:  # fmt: skip
     """Run ``schedule`` a few passes back to back on the virtual clock and report one in steady state. ``driver_s``: between two
     passes, if not the profile's."""
     if load.shape != schedule.shape:
         raise ValueError(f"load has shape {load.shape}, the schedule was made for {schedule.shape}")
-    profile = as_used(profile, plan)
+    profile, tasks = as_used(profile, plan), schedule if isinstance(schedule, Outline) else outline_of(schedule, spec)
     model = CostModel(spec, plan, profile, load)
-    costs = [model.cost(task) for task in schedule.tasks]
+    costs = [COSTS[task.kind](model, task) for task in tasks.examples]
+    alone = [costs[number].seconds for number in tasks.costs]
     if driver_s is None:
-        driver_s = between_s(profile, plan, load, sum(cost.seconds for cost in costs))  # exact where it matters: the CPU alone does one task after another
-    clock = Clock(schedule.tasks, [cost.seconds for cost in costs], [cost.memory_frac for cost in costs], profile, driver_s, _settled_pass(schedule, plan))
+        driver_s = between_s(profile, plan, load, sum(alone))  # exact where it matters: the CPU alone does one task after another
+    clock = Clock(tasks, alone, [cost.memory_frac for cost in costs], profile, driver_s, _settled_pass(tasks, plan))
     clock.run()
     begin_s, end_s = clock.pass_end[clock.reported - 1 : clock.reported + 1]
-    base = clock.reported * len(schedule.tasks)
+    base, count = clock.reported * tasks.num_tasks, tasks.num_tasks
+    start, end = clock.start[base : base + count], clock.end[base : base + count]
     busy_s: dict[str, float] = dict.fromkeys((*QUEUES, "link", *APART.values()), 0.0)
-    for task in schedule.tasks:
-        seconds = clock.end[base + task.index] - clock.start[base + task.index]
-        busy_s[task.queue] += seconds
-        if task.kind in APART:
-            busy_s[APART[task.kind]] += seconds
+    apart = [APART.get(task.kind) for task in tasks.examples]
+    for index, (number, queue) in enumerate(zip(tasks.costs, tasks.queues, strict=True)):
+        seconds = end[index] - start[index]
+        busy_s[QUEUES[queue]] += seconds
+        name = apart[number]
+        if name is not None:
+            busy_s[name] += seconds
     busy_s["link"] = clock.link_busy_s
-    alone_s: dict[str, float] = dict.fromkeys(QUEUES, 0.0)
-    for task in schedule.tasks:
-        alone_s[task.queue] += costs[task.index].seconds
+    alone_s: dict[str, float] = {name: sum(map(alone.__getitem__, order)) for name, order in zip(QUEUES, tasks.order, strict=True)}
     timeline = tuple(
-        TimelineEntry(task.queue, task.index, clock.start[base + task.index] - begin_s, clock.end[base + task.index] - begin_s)
-        for task in (schedule.tasks if keep_timeline else ())
+        TimelineEntry(QUEUES[tasks.queues[index]], index, start[index] - begin_s, end[index] - begin_s) for index in (range(count) if keep_timeline else ())
     )
     fill_s = clock.pass_end[0] + driver_s
-    return PassTiming(seconds=end_s - begin_s, fill_s=fill_s, busy_s=busy_s, bytes=_link_bytes(costs), alone_s=alone_s, driver_s=driver_s, timeline=timeline)
+    return PassTiming(
+        seconds=end_s - begin_s, fill_s=fill_s, busy_s=busy_s, bytes=_link_bytes(costs, tasks.costs), alone_s=alone_s, driver_s=driver_s, timeline=timeline
+    )  # fmt: skip
 
 
-def _settled_pass(schedule: Schedule, plan: Plan) -> int:
+def _settled_pass(tasks: Outline, plan: Plan) -> int:
     """The first pass in steady state: the second; the third when the ring is so large that link_in needs a pass to get as far ahead as it can."""
-    return 1 if sum(packet.num_bytes for packet in schedule.packets) > plan.ring_bytes else 2
+    return 1 if sum(packet.num_bytes for packet in tasks.packets) > plan.ring_bytes else 2
 
 
-def _link_bytes(costs: Sequence[TaskCost]) -> dict[str, float]:
+def _link_bytes(costs: Sequence[TaskCost], numbers: Sequence[int]) -> dict[str, float]:
     moved = {"weights": 0.0, "kv": 0.0, "activations": 0.0}
-    for cost in costs:
-        if cost.traffic:
-            moved[cost.traffic] += cost.link_bytes
+    for number, count in Counter(numbers).items():
+        if costs[number].traffic:
+            moved[costs[number].traffic] += count * costs[number].link_bytes
     return {f"link_{name}": num_bytes for name, num_bytes in moved.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Queue = Literal["cpu", "gpu", "link_in", "link_out"]
 Device = Literal["gpu", "cpu"]
@@ -18,8 +18,7 @@ NUM_GROUPS = 3
 GPU_KV, STREAMED_KV, HOST_KV = 0, 1, 2
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
+class Access(NamedTuple):  # a plan's task lists hold so many that what one costs to make counts
     """A region of a buffer: token rows of groups [glo, ghi) of micro-batch mb (-1: all rows), columns [lo, hi) (bytes for the ring, layers for KV)."""
 
     buffer: str
