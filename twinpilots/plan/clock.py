@@ -1,7 +1,8 @@
 """The simulator's event loop: when each task of a few passes, run back to back on the virtual clock, starts and ends.
 
-Owns `Clock`. Waits, hand-off latency, the driver's fence between passes, link_in running one pass ahead, and the slowdown of a processor while the link moves
-data or the other processor reads. Knows tasks by their seconds only: prices are `cost.py`'s, and what is reported of a pass is `simulate.py`'s.
+Owns `Clock`. Waits, hand-off latency, the driver's fence between passes, link_in and the disk running ahead of it, and the slowdown of a processor while the
+link moves data, the disk fills host memory, or the other processor reads. Knows tasks by their seconds only: prices are `cost.py`'s, and what is reported
+of a pass is `simulate.py`'s.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from collections.abc import Sequence
 from math import inf
 
 from twinpilots.hardware.profile import HardwareProfile
-from twinpilots.plan.tasks import QUEUES, Task
+from twinpilots.plan.tasks import AHEAD, QUEUES, Task
 
-ALL = CPU, GPU, LINK_IN, LINK_OUT = (0, 1, 2, 3)
+CPU, GPU, LINK_IN, LINK_OUT, DISK = (0, 1, 2, 3, 4)
+COPYING, READING = 1, 2  # what is under way beside the processors, as flags: copies over the link, reads from the disk
 
 
 class Clock:
@@ -35,16 +37,17 @@ class Clock:
         numbered = {frac: number for number, frac in enumerate(self.fracs)}
         self.frac_of = [numbered[frac] for frac in memory_frac]  # tasks alike share what is computed for them
         self.memory_share = (reads[CPU] / sum(reads), reads[GPU] / sum(reads))  # of the traffic when both read all the time
-        self.order: list[list[int]] = [[], [], [], []]
-        self.fenced = [task.kind != "load" for task in tasks]
         queue_of = [numbers[task.queue] for task in tasks]
+        self.order: list[list[int]] = [[] for _ in range(DISK + 1 if DISK in queue_of else DISK)]
+        self.fenced = [task.kind not in AHEAD for task in tasks]
         for task in tasks:
             self.order[queue_of[task.index]].append(task.index)
         self.waits = [
             [(w.task - self.count if w.previous else w.task, _handoff_s(profile, queue_of[task.index], queue_of[w.task])) for w in task.waits] for task in tasks
         ]
-        self.slowed: tuple[int, ...] = () if self._undisturbed else (CPU, GPU) if self.link_slowdown == 1.0 else ALL
-        self.factors: dict[tuple[int, int, int, bool], float] = {}
+        self.disk_share = _disk_share(profile) if DISK in queue_of else 0.0
+        self.slowed: tuple[int, ...] = () if self._undisturbed else (CPU, GPU) if self.link_slowdown == 1.0 else (CPU, GPU, LINK_IN, LINK_OUT)
+        self.factors: dict[tuple[int, int, int, int], float] = {}
         total = self.num_passes * self.count
         self.start, self.end = [inf] * total, [inf] * total
         self.pass_end = [inf] * self.num_passes
@@ -60,15 +63,16 @@ class Clock:
         """Until the reported pass is over. Every pass ends with its last task outside the weight loads, all of which are consumed by then."""
         order, end, start, count, frac_of = self.order, self.end, self.start, self.count, self.frac_of
         lengths = [len(queue) for queue in order]
-        place, passed = [0, 0, 0, 0], [self.num_passes if not length else 0 for length in lengths]  # of each queue's current task, and of its pass
+        place, passed = [0] * len(order), [self.num_passes if not length else 0 for length in lengths]  # of each queue's current task, and of its pass
         current = [queue[0] if queue else -1 for queue in order]
-        event = [inf] * 4  # when the current task starts or ends; infinity: blocked or done
-        running = [False] * 4
-        factors = [1.0] * 4  # how much slower than alone each queue's current task runs now
-        slow = 0  # link queues at work
+        queues = tuple(range(len(order)))
+        event = [inf] * len(order)  # when the current task starts or ends; infinity: blocked or done
+        running = [False] * len(order)
+        factors = [1.0] * len(order)  # how much slower than alone each queue's current task runs now
+        slow, reading = 0, 0  # link queues at work, and whether the disk is
         now, finished = 0.0, True
         while True:
-            for q in ALL if finished else ():
+            for q in queues if finished else ():
                 if event[q] == inf and passed[q] < self.num_passes:
                     event[q] = self._ready(current[q], passed[q], now)
             then = min(event)
@@ -84,39 +88,49 @@ class Clock:
                 if place[q] == lengths[q]:
                     place[q], passed[q] = 0, number + 1
                 current[q] = order[q][place[q]]
-                slow -= q >= LINK_IN
+                if q == DISK:
+                    reading = 0
+                else:
+                    slow -= q >= LINK_IN
                 if self._ends_pass(task, number, now) and number == self.reported:
                     return
             else:
                 running[q] = True
                 start[number * count + task] = now
-                slow += q >= LINK_IN
+                if q == DISK:
+                    reading = READING
+                else:
+                    slow += q >= LINK_IN
                 event[q] = now + self.seconds[task]
                 factors[q] = 1.0
             on_cpu, on_gpu = frac_of[current[CPU]] if running[CPU] else -1, frac_of[current[GPU]] if running[GPU] else -1
             for side in self.slowed:
                 if running[side]:
-                    factor = self._factor(side, on_cpu, on_gpu, slow > 0)
+                    factor = self._factor(side, on_cpu, on_gpu, (slow > 0) + reading)
                     if factor != factors[side]:
                         event[side] = now + (event[side] - now) * factor / factors[side]
                         factors[side] = factor
 
-    def _factor(self, side: int, on_cpu: int, on_gpu: int, link_at_work: bool) -> float:
-        """How much slower than alone what runs on a queue is beside the compute queues' present tasks (by what part of them reads; -1: none) and the link."""
-        key = side, on_cpu, on_gpu, link_at_work
+    def _factor(self, side: int, on_cpu: int, on_gpu: int, moving: int) -> float:
+        """How much slower than alone what runs on a queue is beside the compute queues' present tasks (by what part of them reads; -1: none) and what else
+        moves data (flags)."""
+        key = side, on_cpu, on_gpu, moving
         found = self.factors.get(key)
         if found is None:
-            found = self.factors[key] = self._computed_factor(side, (on_cpu, on_gpu), link_at_work)
+            found = self.factors[key] = self._computed_factor(side, (on_cpu, on_gpu), moving)
         return found
 
-    def _computed_factor(self, side: int, numbers: Sequence[int], link_at_work: bool) -> float:
+    def _computed_factor(self, side: int, numbers: Sequence[int], moving: int) -> float:
         """The processors' slow-down was measured with both reading all the time; with less traffic it is less, and it stretches only the part of a task's
-        time that goes to reading.
+        time that goes to reading. What the disk brings is written to host memory like what the link takes is read: of the CPU's slow-down by copies at the
+        link's rate it causes the part that its rate is of the link's.
         """
         fracs = [self.fracs[number] if number >= 0 else 0.0 for number in numbers]
         if side >= LINK_IN:
             return 1.0 + (self.link_slowdown - 1.0) * fracs[CPU]
-        reading, computing = self.copy_slowdown[side] if link_at_work else (1.0, 1.0)
+        reading, computing = self.copy_slowdown[side] if moving & COPYING else (1.0, 1.0)
+        if moving & READING and side == CPU:
+            reading, computing = (now + self.disk_share * (slowdown - 1.0) for now, slowdown in zip((reading, computing), self.copy_slowdown[CPU], strict=True))
         factor = reading if reading == computing else max(computing, fracs[side] * reading)
         if numbers[GPU - side] < 0:
             return factor
@@ -143,6 +157,10 @@ class Clock:
             return False
         self.pass_end[number] = now
         return True
+
+
+def _disk_share(profile: HardwareProfile) -> float:
+    return min(1.0, profile.disk_bytes_per_s / profile.link.up_bytes_per_s) if profile.link and profile.disk_bytes_per_s else 0.0
 
 
 def _handoff_s(profile: HardwareProfile, queue: int, other: int) -> float:
