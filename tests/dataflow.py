@@ -12,7 +12,7 @@ from random import Random
 import numpy as np
 
 from tests.random_plans import Case
-from twinpilots.plan.tasks import NUM_GROUPS, QUEUES, Schedule, Task
+from twinpilots.plan.tasks import AHEAD, NUM_GROUPS, QUEUES, Schedule, Task
 
 POISON = -1
 
@@ -37,7 +37,7 @@ class Machine:
         self.buffers = {f"{space}.{name}": np.full((len(self.rows), width), np.nan) for space in ("gpu", "host") for name, width in widths.items()}
         self.kv = {name: self.past.copy() for name in ("gpu.kv", "host.kv")}
         self.staging = np.full((2, len(self.rows), spec.kv_size), np.nan)
-        self.ring = np.full(case.plan.ring_bytes, POISON)
+        self.ring, self.host_staging = np.full(case.plan.ring_bytes, POISON), np.full(case.plan.staging_bytes, POISON)
         self.logits: list[np.ndarray] = []
 
     def run(self, task: Task, number: int) -> None:
@@ -59,12 +59,13 @@ class Machine:
         """The rows that the task multiplies with; a row from the ring must be there, whole."""
         key, op = (task.layer, task.op), self.ops[task.layer, task.op]
         split = self.case.bucket.splits[task.layer][task.op]
-        edges = {"resident": (0, split.resident), "ring": (split.resident, split.gpu), "host": (split.gpu, split.rows)}[task.source]
+        home = max(split.gpu, split.rows - self.case.plan.on_disk(*key))
+        edges = {"resident": (0, split.resident), "ring": (split.resident, split.gpu), "host": (split.gpu, home), "staged": (home, split.rows)}[task.source]
         assert edges[0] <= task.row0 < task.row1 <= edges[1], "a task computes rows that do not lie there"
-        if task.source == "ring":
+        if task.source in ("ring", "staged"):
             expected = np.repeat(self.tags[key][task.row0 : task.row1], op.row_bytes)
-            found = self.ring[task.ring_lo : task.ring_lo + len(expected)]
-            assert (found == expected).all(), f"ring bytes {task.ring_lo}.. do not hold rows of {key}"
+            found = (self.ring if task.source == "ring" else self.host_staging)[task.ring_lo : task.ring_lo + len(expected)]
+            assert (found == expected).all(), f"{task.source} bytes {task.ring_lo}.. do not hold rows of {key}"
         return self.weights[key][task.row0 : task.row1]
 
     def _linear(self, task: Task, number: int) -> None:
@@ -109,11 +110,29 @@ class Machine:
     _recv = _send
 
     def _load(self, task: Task, number: int) -> None:
+        """Rows whose home is the disk come out of the staging ring: from where the pass's reads have put them."""
         packet = self.schedule.packets[task.packet]
+        staged = {(s.layer, s.op, s.row0): (read.ring_lo + s.offset, s) for read in self.schedule.reads for s in read.segments}
         for segment in packet.segments:
             key, low = (segment.layer, segment.op), packet.ring_lo + segment.offset
             assert segment.offset + segment.num_bytes <= packet.num_bytes and packet.ring_lo == task.ring_lo and packet.num_bytes == task.columns
-            self.ring[low : low + segment.num_bytes] = np.repeat(self.tags[key][segment.row0 : segment.row1], self.ops[key].row_bytes)
+            home = self.ops[key].rows - self.case.plan.on_disk(*key)
+            assert segment.row1 <= home or segment.row0 >= home, "a segment comes from one place"
+            moved = np.repeat(self.tags[key][segment.row0 : segment.row1], self.ops[key].row_bytes)
+            if segment.row0 >= home:
+                at, of_read = staged[segment.layer, segment.op, segment.row0]
+                assert of_read.row1 == segment.row1
+                moved = self.host_staging[at : at + segment.num_bytes]
+            self.ring[low : low + segment.num_bytes] = moved
+
+    def _read(self, task: Task, number: int) -> None:
+        read = self.schedule.reads[task.packet]
+        assert read.ring_lo == task.ring_lo and read.num_bytes == task.columns
+        for segment in read.segments:
+            key, low = (segment.layer, segment.op), read.ring_lo + segment.offset
+            assert segment.offset + segment.num_bytes <= read.num_bytes
+            assert segment.row0 >= self.ops[key].rows - self.case.plan.on_disk(*key), "a read brings rows whose home is host memory"
+            self.host_staging[low : low + segment.num_bytes] = np.repeat(self.tags[key][segment.row0 : segment.row1], self.ops[key].row_bytes)
 
     def _load_kv(self, task: Task, number: int) -> None:
         where = self._where(task)
@@ -169,15 +188,15 @@ def run_serially(case: Case, schedule: Schedule) -> np.ndarray:
 
 
 def run_shuffled(case: Case, schedule: Schedule, passes: int, random: Random) -> list[np.ndarray]:
-    """Logits of each pass, tasks in a random order that queues and waits allow; link_in may run one pass ahead, all else is fenced."""
+    """Logits of each pass, tasks in a random order that queues and waits allow; link_in and the disk may run one pass ahead, all else is fenced."""
     machine, count = Machine(case, schedule, passes), len(schedule.tasks)
-    queues = {name: deque((number, task) for number in range(passes) for task in schedule.queue(name)) for name in QUEUES}
+    queues = {name: deque((number, task) for number in range(passes) for task in schedule.queue(name)) for name in QUEUES if schedule.queue(name)}
     done: set[int] = set()
-    left = [sum(task.kind != "load" for task in schedule.tasks)] * passes  # weight loads aside, whose consumers are among the rest
+    left = [sum(task.kind not in AHEAD for task in schedule.tasks)] * passes  # weight loads and reads aside, whose consumers are among the rest
     logits = []
 
     def ready(number: int, task: Task) -> bool:
-        fence = number - (2 if task.kind == "load" else 1)
+        fence = number - (2 if task.kind in AHEAD else 1)
         if fence >= 0 and left[fence]:
             return False
         targets = ((number - wait.previous) * count + wait.task for wait in task.waits)
@@ -190,7 +209,7 @@ def run_shuffled(case: Case, schedule: Schedule, passes: int, random: Random) ->
         number, task = queues[random.choices(open_, [weights[name] for name in open_])[0]].popleft()
         machine.run(task, number)
         done.add(number * count + task.index)
-        left[number] -= task.kind != "load"
+        left[number] -= task.kind not in AHEAD
         if not left[number] and len(logits) == number:
             logits.append(machine.buffers["host.logits"].copy())
     return logits

@@ -1,8 +1,9 @@
-"""Hypothesis strategies: tiny random models, unit-aligned splits that differ from op to op, rings that do not divide evenly, and pass shapes."""
+"""Hypothesis strategies: tiny random models, unit-aligned splits that differ from op to op, rings that do not divide evenly, rows on the disk, and pass
+shapes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 
@@ -68,3 +69,19 @@ def cases(draw: st.DrawFn, max_layers: int = 3) -> Case:
     )  # fmt: skip
     plan.check(spec)
     return Case(spec=spec, plan=plan, shape=shape)
+
+
+@st.composite
+def disk_cases(draw: st.DrawFn, max_layers: int = 3) -> Case:
+    """Cases whose rows that are not resident lie on the disk in part; staging rings from one read upwards that do not divide evenly."""
+    case = draw(cases(max_layers))
+    spec, plan, found = case.spec, case.plan, [dict[str, int]() for _ in range(case.spec.num_layers + 1)]
+    for op in spec.ops(plan.unit_rows):
+        split = case.bucket.splits[op.layer][op.name]
+        edges = [edge for edge in (*range(0, op.rows, op.unit_rows), op.rows) if edge >= split.resident]
+        found[op.layer][op.name] = op.rows - draw(st.sampled_from([edges[0], *edges]))  # all of it is frequent
+    one = smallest_ring(spec, plan.unit_rows, plan.packet_bytes, 1)
+    staging_bytes = one * draw(st.integers(1, 5)) + 64 * draw(st.integers(0, 3))
+    plan = replace(plan, disk_rows=tuple(found), staging_bytes=staging_bytes)
+    plan.check(spec)
+    return replace(case, plan=plan)

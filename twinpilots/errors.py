@@ -5,6 +5,7 @@
     |   +-- CheckpointError              a model file is missing, truncated, hostile or misshapen
     |   +-- UnsupportedModelError        an architecture or a feature of it that we do not run
     |   +-- LimitError                   a memory limit, or the model's own length limit, cannot be met
+    |   +-- NotRunnableError             a plan that can be predicted, but that this version does not run
     |   +-- DeviceUnavailableError       the asked-for device is not on this machine
     |   +-- ProfileMissingError          planning for this machine before it has been measured
     |   +-- RequestError                 a request in OpenAI's format is malformed, out of range, or asks for what we do not have
@@ -37,6 +38,10 @@ class UnsupportedModelError(UserError):
 
 class LimitError(UserError):
     """A limit (GPU memory, host memory, model length) cannot be met; the message names the smallest that would do."""
+
+
+class NotRunnableError(UserError):
+    """This version predicts such a plan and does not run it; the message names what is missing and what to do."""
 
 
 class DeviceUnavailableError(UserError):

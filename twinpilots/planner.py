@@ -24,7 +24,7 @@ from twinpilots.hardware.store import cache_dir
 from twinpilots.model.spec import ModelSpec
 from twinpilots.online import OnlinePlanner
 from twinpilots.plan.load import GroupLoad, PassLoad
-from twinpilots.plan.memory import plan_memory
+from twinpilots.plan.memory import check_runnable, plan_memory
 from twinpilots.plan.plan import Plan, Policy
 from twinpilots.plan.pricing import price_plan
 from twinpilots.plan.solver import Solution, solve
@@ -239,6 +239,7 @@ class Planner:
         return self._checked(plan)
 
     def _checked(self, plan: Plan) -> Plan:
+        check_runnable(self.spec, plan)
         use = plan_memory(self.spec, plan)
         for name, needed, limit in (("gpu", use.gpu.total, self.limits.gpu_bytes), ("host", use.host.total, self.limits.host_bytes)):
             if needed > limit:

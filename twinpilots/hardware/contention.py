@@ -16,7 +16,7 @@ from twinpilots.hardware.profile import ComputeProfile, LinkProfile
 from twinpilots.hardware.rig import Rig, instruction, work_s
 from twinpilots.kernels.abi import DTYPE_CODES, NULL, NormKind, Op
 from twinpilots.model.spec import ModelSpec
-from twinpilots.plan.tasks import STREAMED_KV, Queue
+from twinpilots.plan.tasks import STREAMED_KV, RunQueue
 
 PEERS: tuple[tuple[Side, Side], ...] = (("cpu", "gpu"), ("gpu", "cpu"))
 LINK_RUNS = 5
@@ -85,7 +85,7 @@ def _handoff_s(rig: Rig, near: int, far: int, columns: int, loads: list[tuple[ob
     return _half_turn_s(rig, {"link_in": loads, "gpu": gpu, "cpu": cpu}, "cpu")
 
 
-def _half_turn_s(rig: Rig, programs: dict[Queue, list[tuple[object, ...]]], answering: Queue) -> float:
+def _half_turn_s(rig: Rig, programs: dict[RunQueue, list[tuple[object, ...]]], answering: RunQueue) -> float:
     """What one of HANDOFFS turns between the GPU's compute queue and ``answering`` takes beside the work of both, halved."""
 
     def per_handoff() -> float:
@@ -118,7 +118,7 @@ def with_kv_copies(rig: Rig, bench: Bench, link: LinkProfile) -> LinkProfile:
     rows, _ = bench.linears(bench.most_common)
     gpu = [row[:7] + (i,) + row[8:] for i, row in enumerate(rows[:HANDOFFS])]  # each records its number
 
-    def beyond_packet_s(op: Op, queue: Queue, num_bytes: float, rate: float) -> float:
+    def beyond_packet_s(op: Op, queue: RunQueue, num_bytes: float, rate: float) -> float:
         copies = [instruction(op, args, waits=[i]) for i in range(len(gpu))]
         took_s = repeated_s(lambda: float(np.mean(work_s(rig.run({"gpu": gpu, queue: copies})[queue]))), 0.02, rig.clock)
         return max(0.0, took_s - link.packet_s - num_bytes / rate)
@@ -169,7 +169,7 @@ def _slowdown(rig: Rig, side: Side, rows: list[tuple[object, ...]], loads: list[
     return _beside(rig.run({"link_in": loads, side: rows}), rig.run({side: rows}), side, "link_in")
 
 
-def _beside(together: dict[Queue, np.ndarray], alone: dict[Queue, np.ndarray], side: Queue, other: Queue) -> float | None:
+def _beside(together: dict[RunQueue, np.ndarray], alone: dict[RunQueue, np.ndarray], side: RunQueue, other: RunQueue) -> float | None:
     trace = together[side]
     busy = (trace[:, 1] >= together[other][0, 1]) & (trace[:, 2] <= together[other][-1, 2])
     return float(work_s(trace)[busy].sum() / work_s(alone[side])[busy].sum()) if busy.mean() > 0.5 else None

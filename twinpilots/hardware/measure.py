@@ -23,7 +23,7 @@ from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
 from twinpilots.hardware.rig import Pilot, Rig
 from twinpilots.hardware.scaled import Anchors, scaled
 from twinpilots.model.spec import ModelSpec
-from twinpilots.plan.tasks import Queue
+from twinpilots.plan.tasks import RunQueue
 
 FULL_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUICK_GRID = (1, 2, 4, 8, 16, 64, 256)  # kernels walk few tokens in steps: what lies between two points there is no straight line
@@ -182,7 +182,7 @@ def _cuda_s(work: Callable[[], object], device: str) -> float:
 def _measure_step(rig: Rig, benches: dict[Side, Bench]) -> float:
     """The driver's cost of a pass outside the queues' work: submitting, waking and collecting one instruction per queue."""
     rig.set_tokens(1)
-    row: dict[Queue, list[tuple[object, ...]]] = {}
+    row: dict[RunQueue, list[tuple[object, ...]]] = {}
     for side, bench in benches.items():
         row[side] = [bench.norm()]
 

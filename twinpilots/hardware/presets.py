@@ -18,6 +18,7 @@ GB, GIB, MIB, TERA = 1e9, 1 << 30, 1 << 20, 1e12
 READ_FRAC, GPU_FLOPS_FRAC, CPU_FLOPS_FRAC = 0.85, 0.6, 0.7
 ATTENTION_FRAC = 0.5  # paged attention gathers: measured 13 of 27 GB/s on a core
 CONTEXT_BYTES = 600 * MIB  # driver reserve and CUDA context: never the planner's
+DISK_READ_S = 100e-6  # stated, not from a sheet: an NVMe drive's latency
 MAX_COPY_SLOWDOWN = 2.0  # measured: a bandwidth-bound linear next to a big copy, 1.7 to 2.0 times
 # Quantised weights: a GPU unpacks them to 16 bits. A CPU multiplies integers: with activations rounded to 16 bits at about its fp32 rate, with 8 bits faster.
 FAST_FLOPS_GAIN = 1.7  # what issue 3 asks of int4-fast
@@ -143,6 +144,7 @@ def from_sheet(name: str, sheet: Sheet) -> HardwareProfile:
         dram_bytes_per_s=sheet.dram,
         cpu_cores=sheet.cpu_cores,
         disk_bytes_per_s=sheet.disk,
+        disk_read_s=DISK_READ_S,
         step_overhead_s=0.3e-3,
         step_seq_s=20e-6,  # stated, not from a sheet: sampling and bookkeeping of a sequence, as measured on a Zen 4 core
         notes={"gpu": sheet.gpu, "host": sheet.host},

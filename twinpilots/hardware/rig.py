@@ -14,7 +14,7 @@ import numpy as np
 from twinpilots.device.base import GpuDevice
 from twinpilots.device.memory import HostArena
 from twinpilots.kernels.abi import ENTRY, EVENTS_OFFSET, INSN, MAX_WAITS, NULL, NUM_ARGS, NUM_FLOATS, Meta, Op, Space, address
-from twinpilots.plan.tasks import GPU_KV, Queue
+from twinpilots.plan.tasks import GPU_KV, RunQueue
 
 TIMEOUT_S = 60.0
 PROGRAM_BYTES = 4 << 20
@@ -119,7 +119,7 @@ class Rig:
         ):  # fmt: skip
             meta[meta[word] : meta[word] + len(values)] = values
 
-    def run(self, programs: dict[Queue, list[tuple[object, ...]]]) -> dict[Queue, np.ndarray]:
+    def run(self, programs: dict[RunQueue, list[tuple[object, ...]]]) -> dict[RunQueue, np.ndarray]:
         """Runs the instructions of all queues at once, to the end. Returns per queue int64 [count][3]: wait began, work began, work ended (ns)."""
         self._pass_id += 1
         position = self._programs

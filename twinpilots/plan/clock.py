@@ -1,7 +1,8 @@
 """The simulator's event loop: when each task of a few passes, run back to back on the virtual clock, starts and ends.
 
-Owns `Clock`. Waits, hand-off latency, the driver's fence between passes, link_in running one pass ahead, and the slowdown of a processor while the link moves
-data or the other processor reads. Knows tasks by their seconds only: prices are `cost.py`'s, and what is reported of a pass is `simulate.py`'s.
+Owns `Clock`. Waits, hand-off latency, the driver's fence between passes, link_in and the disk running ahead of it, and the slowdown of a processor while the
+link moves data, the disk fills host memory, or the other processor reads. Knows tasks by their seconds only: prices are `cost.py`'s, and what is reported
+of a pass is `simulate.py`'s.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from math import inf
 
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.plan.outline import Outline
+from twinpilots.plan.tasks import AHEAD, QUEUES
 
-ALL = CPU, GPU, LINK_IN, LINK_OUT = (0, 1, 2, 3)
+SLOWED = CPU, GPU, LINK_IN, LINK_OUT = (0, 1, 2, 3)
+DISK = 4
+COPYING, READING = 1, 2  # what is under way beside the processors, as flags: copies over the link, reads from the disk
 
 
 class Clock:
@@ -36,13 +40,14 @@ class Clock:
         numbers = [numbered[frac] for frac in memory_frac]
         self.frac_of = [numbers[cost] for cost in tasks.costs]  # tasks alike share what is computed for them
         self.memory_share = (reads[CPU] / sum(reads), reads[GPU] / sum(reads))  # of the traffic when both read all the time
-        self.order = tasks.order
-        loads = [task.kind == "load" for task in tasks.examples]
-        self.fenced = [not loads[cost] for cost in tasks.costs]
-        latency = [[_handoff_s(profile, queue, other) for other in ALL] for queue in ALL]
+        self.order = tasks.order if tasks.order[DISK] else tasks.order[:DISK]
+        ahead = [task.kind in AHEAD for task in tasks.examples]
+        self.fenced = [not ahead[cost] for cost in tasks.costs]
+        latency = [[_handoff_s(profile, queue, other) for other in range(len(QUEUES))] for queue in range(len(QUEUES))]
         self.waits = [[(target, latency[queue][other]) for target, other in waits] for queue, waits in zip(tasks.queues, tasks.waits, strict=True)]
-        self.slowed: tuple[int, ...] = () if self._undisturbed else (CPU, GPU) if self.link_slowdown == 1.0 else ALL
-        self.factors: dict[tuple[int, int, bool], list[float]] = {}
+        self.disk_share = _disk_share(profile) if tasks.order[DISK] else 0.0
+        self.slowed: tuple[int, ...] = () if self._undisturbed else (CPU, GPU) if self.link_slowdown == 1.0 else SLOWED
+        self.factors: dict[tuple[int, int, int], list[float]] = {}
         total = self.num_passes * self.count
         self.start, self.end = [inf] * total, [inf] * total
         self.pass_end = [inf] * self.num_passes
@@ -58,15 +63,16 @@ class Clock:
         """Until the reported pass is over. Every pass ends with its last task outside the weight loads, all of which are consumed by then."""
         order, end, start, count, frac_of = self.order, self.end, self.start, self.count, self.frac_of
         lengths = [len(queue) for queue in order]
-        place, passed = [0, 0, 0, 0], [self.num_passes if not length else 0 for length in lengths]  # of each queue's current task, and of its pass
+        place, passed = [0] * len(order), [self.num_passes if not length else 0 for length in lengths]  # of each queue's current task, and of its pass
         current = [queue[0] if queue else -1 for queue in order]
-        event = [inf] * 4  # when the current task starts or ends; infinity: blocked or done
-        running = [False] * 4
-        factors = [1.0] * 4  # how much slower than alone each queue's current task runs now
-        slow = 0  # link queues at work
+        queues = tuple(range(len(order)))
+        event = [inf] * len(order)  # when the current task starts or ends; infinity: blocked or done
+        running = [False] * len(order)
+        factors = [1.0] * len(order)  # how much slower than alone each queue's current task runs now
+        slow, reading = 0, 0  # link queues at work, and whether the disk is
         now, finished = 0.0, True
         while True:
-            for q in ALL if finished else ():
+            for q in queues if finished else ():
                 if event[q] == inf and passed[q] < self.num_passes:
                     event[q] = self._ready(current[q], passed[q], now)
             then = min(event)
@@ -82,37 +88,46 @@ class Clock:
                 if place[q] == lengths[q]:
                     place[q], passed[q] = 0, number + 1
                 current[q] = order[q][place[q]]
-                slow -= q >= LINK_IN
+                if q == DISK:
+                    reading = 0
+                else:
+                    slow -= q >= LINK_IN
                 if self._ends_pass(task, number, now) and number == self.reported:
                     return
             else:
                 running[q] = True
                 start[number * count + task] = now
-                slow += q >= LINK_IN
+                if q == DISK:
+                    reading = READING
+                else:
+                    slow += q >= LINK_IN
                 event[q] = now + self.seconds[task]
                 factors[q] = 1.0
             if self.slowed:
-                beside = frac_of[current[CPU]] if running[CPU] else -1, frac_of[current[GPU]] if running[GPU] else -1, slow > 0
+                beside = frac_of[current[CPU]] if running[CPU] else -1, frac_of[current[GPU]] if running[GPU] else -1, (slow > 0) + reading
                 found = self.factors.get(beside) or self._factors(*beside)
                 for side in self.slowed:
                     if running[side] and found[side] != factors[side]:
                         event[side] = now + (event[side] - now) * found[side] / factors[side]
                         factors[side] = found[side]
 
-    def _factors(self, on_cpu: int, on_gpu: int, link_at_work: bool) -> list[float]:
-        """How much slower than alone what runs on each queue is beside the compute queues' present tasks (by what part of them reads; -1: none) and the
-        link."""
-        found = self.factors[on_cpu, on_gpu, link_at_work] = [self._computed_factor(side, (on_cpu, on_gpu), link_at_work) for side in ALL]
+    def _factors(self, on_cpu: int, on_gpu: int, moving: int) -> list[float]:
+        """How much slower than alone what runs on each queue is beside the compute queues' present tasks (by what part of them reads; -1: none) and what else
+        moves data (flags)."""
+        found = self.factors[on_cpu, on_gpu, moving] = [self._computed_factor(side, (on_cpu, on_gpu), moving) for side in SLOWED]
         return found
 
-    def _computed_factor(self, side: int, numbers: Sequence[int], link_at_work: bool) -> float:
+    def _computed_factor(self, side: int, numbers: Sequence[int], moving: int) -> float:
         """The processors' slow-down was measured with both reading all the time; with less traffic it is less, and it stretches only the part of a task's
-        time that goes to reading.
+        time that goes to reading. What the disk brings is written to host memory like what the link takes is read: of the CPU's slow-down by copies at the
+        link's rate it causes the part that its rate is of the link's.
         """
         fracs = [self.fracs[number] if number >= 0 else 0.0 for number in numbers]
         if side >= LINK_IN:
             return 1.0 + (self.link_slowdown - 1.0) * fracs[CPU]
-        reading, computing = self.copy_slowdown[side] if link_at_work else (1.0, 1.0)
+        reading, computing = self.copy_slowdown[side] if moving & COPYING else (1.0, 1.0)
+        if moving & READING and side == CPU:
+            reading, computing = (now + self.disk_share * (slowdown - 1.0) for now, slowdown in zip((reading, computing), self.copy_slowdown[CPU], strict=True))
         factor = reading if reading == computing else max(computing, fracs[side] * reading)
         if numbers[GPU - side] < 0:
             return factor
@@ -139,6 +154,10 @@ class Clock:
             return False
         self.pass_end[number] = now
         return True
+
+
+def _disk_share(profile: HardwareProfile) -> float:
+    return min(1.0, profile.disk_bytes_per_s / profile.link.up_bytes_per_s) if profile.link and profile.disk_bytes_per_s else 0.0
 
 
 def _handoff_s(profile: HardwareProfile, queue: int, other: int) -> float:

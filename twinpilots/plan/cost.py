@@ -184,6 +184,17 @@ def _load(model: CostModel, task: Task) -> TaskCost:
     return TaskCost(model.link.packet_s + task.columns / model.link.up_bytes_per_s, task.columns, task.columns, "weights")
 
 
+def _read(model: CostModel, task: Task) -> TaskCost:
+    """From the disk into the staging ring, where it is written."""
+    return TaskCost(model.profile.disk_read_s + task.columns / disk_rate(model.profile), task.columns)
+
+
+def disk_rate(profile: HardwareProfile) -> float:
+    """Bytes per second that the disk gives."""
+    assert profile.disk_bytes_per_s is not None, "reading from the disk needs a profile with a disk"
+    return profile.disk_bytes_per_s
+
+
 def _load_kv(model: CostModel, task: Task) -> TaskCost:
     classes = [c for group in model.groups(task) for c in group.classes]
     num_bytes = sum(staged_kv_bytes(model.spec, c, model.plan.page_size, model.kv_dtype) for c in classes)
@@ -199,5 +210,5 @@ def _store_kv(model: CostModel, task: Task) -> TaskCost:
 
 COSTS: dict[Kind, Callable[[CostModel, Task], TaskCost]] = {
     "embed": _embed, "norm": _norm, "linear": _linear, "linear_in": _linear, "rope_append": _rope_append, "attend": _attend, "add": _add,
-    "send": _copy, "recv": _copy, "load": _load, "load_kv": _load_kv, "store_kv": _store_kv, "poison": _poison,
+    "send": _copy, "recv": _copy, "load": _load, "load_kv": _load_kv, "store_kv": _store_kv, "read": _read, "poison": _poison,
 }  # fmt: skip

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
-from twinpilots.plan.clock import CPU, GPU, LINK_IN
-from twinpilots.plan.cost import attention_s, linear_s, staged_kv_bytes
+from twinpilots.plan.clock import CPU, DISK, GPU, LINK_IN
+from twinpilots.plan.cost import attention_s, disk_rate, linear_s, staged_kv_bytes
 from twinpilots.plan.driver import as_used, between_s
 from twinpilots.plan.load import PassLoad
 from twinpilots.plan.memory import layer_templates
@@ -87,7 +87,7 @@ class PassEstimator:
     def _layers_s(self, timing: PassTiming, sample: int) -> float:
         """When the last layer's work ends."""
         layers = self.outlines[sample].layers
-        return max(entry.end_s for entry in timing.timeline if layers[entry.task] >= 0 and entry.queue != "link_in")
+        return max(entry.end_s for entry in timing.timeline if layers[entry.task] >= 0 and entry.queue not in ("link_in", "disk"))
 
     def _head_s(self, timing: PassTiming) -> float:
         """The head's work after the layers."""
@@ -128,7 +128,7 @@ class PassEstimator:
             layer = layer_of[entry.task]
             if layer >= 0:
                 busy[layer][QUEUES.index(entry.queue)] += entry.end_s - entry.start_s
-                if entry.queue != "link_in":
+                if entry.queue not in ("link_in", "disk"):
                     ends[layer] = max(ends[layer], entry.end_s)
         seen: dict[Hashable, list[list[float]]] = {}
         for i, layer in enumerate(layers):
@@ -189,9 +189,13 @@ def _layer_kinds(spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> list[int]:
             splits[id(layer)] = alike.setdefault(tuple(layer.items()), len(alike))
     kinds: dict[Hashable, int] = {}
     return [
-        kinds.setdefault((splits[id(bucket.splits[i])], layer.window, i in plan.host_kv_layers, spec.format_classes[i]), len(kinds))
+        kinds.setdefault((splits[id(bucket.splits[i])], layer.window, i in plan.host_kv_layers, spec.format_classes[i], _on_disk(plan, i)), len(kinds))
         for i, layer in enumerate(spec.layers)
     ]
+
+
+def _on_disk(plan: Plan, layer: int) -> Hashable:
+    return tuple(plan.disk_rows[layer].values()) if plan.disk_rows else None
 
 
 def _shorten(spec: ModelSpec, plan: Plan, bucket: BucketPlan, layers: tuple[int, ...]) -> tuple[ModelSpec, Plan, BucketPlan]:
@@ -201,6 +205,8 @@ def _shorten(spec: ModelSpec, plan: Plan, bucket: BucketPlan, layers: tuple[int,
     short_bucket = replace(bucket, splits=(*(bucket.splits[layer] for layer in layers), bucket.splits[-1]))
     host_kv_layers = tuple(i for i, layer in enumerate(layers) if layer in plan.host_kv_layers)
     short_plan = replace(plan, buckets=(short_bucket,), host_kv_layers=host_kv_layers)
+    if plan.disk_rows:
+        short_plan = replace(short_plan, disk_rows=(*(plan.disk_rows[layer] for layer in layers), plan.disk_rows[-1]))
     return spec.of_layers(layers), short_plan, short_bucket
 
 
@@ -230,7 +236,7 @@ def _layer_work(spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: Hardwa
     """The static seconds of each queue in one layer: linears, attention and weight or KV loads; small tasks are left out."""
     ops = layer_templates(spec, plan.unit_rows)[spec.format_classes[layer]]
     tokens = [load.tokens(mb) for mb in range(len(load.micro_batches))]
-    work = [0.0, 0.0, 0.0, 0.0]
+    work = [0.0] * len(QUEUES)
     for name, split in bucket.splits[layer].items():
         op = ops[name]
         for count in tokens:
@@ -240,6 +246,8 @@ def _layer_work(spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: Hardwa
                 work[GPU] += profile.gpu.task_s + linear_s(op, split.gpu, count, profile.gpu)
         if profile.link:
             work[LINK_IN] += split.streamed * op.row_bytes / profile.link.up_bytes_per_s
+        if plan.disk_rows:
+            work[DISK] += plan.on_disk(layer, name) * op.row_bytes / disk_rate(profile)
     for group in range(NUM_GROUPS):
         queue = CPU if group == HOST_KV or layer in plan.host_kv_layers else GPU
         processor = profile.cpu if queue == CPU else profile.gpu

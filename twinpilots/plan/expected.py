@@ -40,7 +40,8 @@ class ExpectedTime:
 
 
 def work_kind(task: Task, rate_keys: Mapping[tuple[int, str], str]) -> WorkKind | None:
-    """The kind that a task is counted under; None for work that the planner does not place (embeddings, poison)."""
+    """The kind that a task is counted under; None for work that the planner does not place (embeddings, poison) and that no engine
+    does yet (reads from the disk)."""
     if task.kind in ("send", "recv"):
         return WorkKind("link", COPIES)
     if task.queue in ("link_in", "link_out"):
@@ -48,7 +49,7 @@ def work_kind(task: Task, rate_keys: Mapping[tuple[int, str], str]) -> WorkKind 
     resource: Resource = "cpu" if task.queue == "cpu" else "gpu"
     if task.kind in ("linear", "linear_in"):
         return WorkKind(resource, rate_keys[task.layer, task.op], task.logit_rows)
-    if task.kind in ("embed", "poison"):
+    if task.kind in ("embed", "poison", "read"):
         return None
     return WorkKind(resource, ATTENTION if task.kind == "attend" else SMALL)
 

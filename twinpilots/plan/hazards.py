@@ -1,14 +1,14 @@
 """Derives the waits between queues from what tasks read and write, and checks independently that nothing conflicting is left unordered.
 
-A pass runs its queues concurrently, each in order. Passes are fenced from each other by the driver, except link_in, which may run one pass ahead
-with weight packets (not with KV, whose loads wait for the pass's metadata): so only ring accesses can conflict across passes.
+A pass runs its queues concurrently, each in order. Passes are fenced from each other by the driver, except link_in and the disk, which may run one pass
+ahead with weights (not with KV, whose loads wait for the pass's metadata): so only accesses to the two rings can conflict across passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from twinpilots.plan.tasks import QUEUES, Access, Queue, Task, Wait
+from twinpilots.plan.tasks import AHEAD, QUEUES, RINGS, Access, Queue, Task, Wait
 
 # Task number (negative: of the previous pass), region (lo, hi, mb, glo, ghi), writes, queue
 _Record = tuple[int, int, int, int, int, int, bool, int]
@@ -32,10 +32,11 @@ def ordering(tasks: Sequence[Accessing]) -> list[list[Order]]:
     accesses = _of_several_queues(tasks)
     for index, regions in enumerate(accesses):  # what the previous pass leaves behind: ring accesses, counted back from the end
         for key, record in regions:
-            if key[0] == "gpu.ring":
+            if key[0] in RINGS:
                 _remember(history, key, (index - shifted, *record[1:]))
     clocks: list[list[int]] = []  # by task, the latest task of each queue that is over when it is
-    last_of: list[list[int]] = [[-shifted - 1] * len(QUEUES) for _ in QUEUES]
+    num_queues = max((NUMBER_OF[name] for name, _, _ in tasks), default=0) + 1  # few plans use the disk, whose queue is the last
+    last_of: list[list[int]] = [[-shifted - 1] * num_queues for _ in range(num_queues)]
     result = []
     for index, (name, _, _) in enumerate(tasks):
         number = NUMBER_OF[name]
@@ -143,7 +144,7 @@ def _happens_before(tasks: Sequence[Task]) -> list[int]:
         previous = last_of.get(task.queue)
         if previous is not None:
             known |= before[previous] | 1 << previous
-        if shift and task.kind != "load":  # the driver's fence; only weight packets run ahead of it
+        if shift and task.kind not in AHEAD:  # the driver's fence; only weights run ahead of it
             known |= first_pass
         for wait in task.waits:
             target = wait.task + (0 if wait.previous and shift else shift) - (count if wait.previous and not shift else 0)

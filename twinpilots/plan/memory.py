@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from twinpilots.errors import NotRunnableError
 from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.packets import align
 from twinpilots.plan.plan import BucketPlan, Plan, Split
+from twinpilots.plan.reads import STAGING_DEPTH
 
 Device = Literal["gpu", "cpu"]
 Templates = tuple[Mapping[str, OpSpec], ...]  # by format class: the ops of one layer, and lm_head
@@ -47,21 +49,25 @@ class TierUse:
         return self.weights + self.kv + self.ring + self.staging + self.workspace
 
 
+NOTHING = TierUse(weights=0, kv=0, ring=0, staging=0, workspace=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
     gpu: TierUse
     host: TierUse
+    disk: TierUse = NOTHING
 
 
 def plan_memory(spec: ModelSpec, plan: Plan) -> MemoryUse:
     """What the runtime allocates for ``plan``, by tier and purpose."""
-    return MemoryUse(gpu=gpu_memory(spec, plan), host=host_memory(spec, plan))
+    return MemoryUse(gpu=gpu_memory(spec, plan), host=host_memory(spec, plan), disk=replace(NOTHING, weights=disk_bytes(spec, plan)))
 
 
 def gpu_memory(spec: ModelSpec, plan: Plan) -> TierUse:
     """The GPU's part alone, which the planner asks for most often."""
     if not plan.uses_gpu:
-        return TierUse(weights=0, kv=0, ring=0, staging=0, workspace=0)
+        return NOTHING
     return TierUse(
         weights=resident_bytes(spec, plan) + small_tensor_bytes(spec, plan.max_model_len),
         kv=gpu_kv_bytes(spec, plan),
@@ -78,7 +84,7 @@ def host_memory(spec: ModelSpec, plan: Plan) -> TierUse:
         weights=host_weight_bytes(spec, plan) + small,
         kv=host_kv_bytes(spec, plan),
         ring=0,
-        staging=0,
+        staging=align(plan.staging_bytes),
         workspace=activation_bytes(spec, plan, "cpu") + control_bytes(spec, plan),
     )
 
@@ -118,8 +124,11 @@ def activation_bytes(spec: ModelSpec, plan: Plan, device: Device) -> int:
 
 
 def tasks_allowance(spec: ModelSpec, plan: Plan, bucket: BucketPlan, templates: Templates | None = None) -> int:
-    """An upper estimate of the instructions of one pass: a fixed number per layer and micro-batch, and each packet's load and the linears that read it."""
+    """An upper estimate of the instructions of one pass: a fixed number per layer and micro-batch, and each packet's load and the linears that read it.
+    A load has its read, and the CPU's rows from the disk come in reads of their own, at most one more for each op."""
     packets = 0 if plan.packet_bytes == 0 else 2 * -(-streamed_bytes(spec, plan, bucket, templates) // plan.packet_bytes)
+    if plan.disk_rows:
+        packets += 2 * -(-STAGING_DEPTH * disk_bytes(spec, plan) // plan.staging_bytes) + len(spec.ops(plan.unit_rows))
     return (spec.num_layers + 1) * TASKS_PER_LAYER * bucket.micro_batches + packets * (1 + bucket.micro_batches)
 
 
@@ -175,7 +184,21 @@ def host_weight_bytes(spec: ModelSpec, plan: Plan) -> int:
     for op, split, count in _counted_splits(spec, plan, plan.buckets[0]):
         rows = op.rows if spec.tied and op.name == "lm_head" else split.rows - split.resident
         total += align(rows * op.row_bytes) * count
-    return total
+    return total - _saved_bytes(spec, plan) if plan.disk_rows else total
+
+
+def _saved_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """Host bytes that rows on the disk save: of each op the slice that is not resident ends earlier."""
+    saved = 0
+    for op, split, on_disk, count in _counted_homes(spec, plan):
+        rows = split.rows - split.resident
+        saved += (align(rows * op.row_bytes) - align((rows - on_disk) * op.row_bytes)) * count
+    return saved
+
+
+def disk_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """Bytes of the rows whose home is the disk: what every pass reads."""
+    return sum(on_disk * op.row_bytes * count for op, _, on_disk, count in _counted_homes(spec, plan)) if plan.disk_rows else 0
 
 
 def small_tensors(spec: ModelSpec) -> dict[str, int]:
@@ -209,6 +232,15 @@ def small_tensor_bytes(spec: ModelSpec, max_model_len: int) -> int:
     once = ("final_norm", "final_norm_bias")
     sizes = small_tensors(spec).items()
     return sum(align(size * FP32_BYTES) * (1 if name in once else spec.num_layers) for name, size in sizes) + rotary_bytes(spec, max_model_len)
+
+
+def check_runnable(spec: ModelSpec, plan: Plan) -> None:
+    """Raise NotRunnableError for a plan that this version only predicts: one that keeps weights on the disk."""
+    if plan.disk_rows:
+        raise NotRunnableError(
+            f"the plan keeps {disk_bytes(spec, plan)} bytes of {spec.name}'s weights on the disk, which this version plans and predicts but does not run; give "
+            "a plan without rows on the disk (`twinpilots plan` without --disk), with more --host-memory or --quantization if need be"
+        )
 
 
 # -- KV ------------------------------------------------------------------------------------------------------------------------------------
@@ -257,3 +289,16 @@ def _counted_splits(spec: ModelSpec, plan: Plan, bucket: BucketPlan, templates: 
         return [(templates[0][name], split, count) for key, count in Counter(map(id, bucket.splits)).items() for name, split in layers[key].items()]
     counts = Counter(zip(map(id, bucket.splits), (*spec.format_classes, 0), strict=True))
     return [(templates[number][name], split, count) for (key, number), count in counts.items() for name, split in layers[key].items()]
+
+
+def _counted_homes(spec: ModelSpec, plan: Plan) -> list[tuple[OpSpec, Split, int, int]]:
+    """(op, split, rows on the disk, number of layers that share them) of a plan that uses the disk."""
+    templates = layer_templates(spec, plan.unit_rows)
+    splits, homes = plan.buckets[0].splits, plan.disk_rows
+    alike: dict[tuple[int, int, int], tuple[int, int]] = {}  # by identities of the mappings and format class: (a layer, how many)
+    for layer, number in enumerate((*spec.format_classes, 0)):
+        key = id(splits[layer]), id(homes[layer]), number
+        alike[key] = layer, alike.get(key, (0, 0))[1] + 1
+    return [
+        (templates[number][name], split, homes[layer][name], count) for (_, _, number), (layer, count) in alike.items() for name, split in splits[layer].items()
+    ]  # fmt: skip

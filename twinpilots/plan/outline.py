@@ -30,6 +30,7 @@ class Outline:
     order: Sequence[Sequence[int]]
     packets: tuple[Packet, ...]
     shape: PassShape
+    reads: tuple[Packet, ...] = ()
 
     @property
     def num_tasks(self) -> int:
@@ -43,7 +44,7 @@ def outline_of(schedule: Schedule, spec: ModelSpec) -> Outline:
     waits = [tuple((wait.task - count if wait.previous else wait.task, queues[wait.task]) for wait in task.waits) for task in tasks]
     return Outline(
         queues=queues, layers=[task.layer for task in tasks], waits=waits, costs=costs, examples=[tasks[index] for index in firsts],
-        order=_in_order(queues), packets=schedule.packets, shape=schedule.shape,
+        order=_in_order(queues), packets=schedule.packets, shape=schedule.shape, reads=schedule.reads,
     )  # fmt: skip
 
 
@@ -56,6 +57,7 @@ def outline(spec: ModelSpec, plan: Plan, bucket: BucketPlan, shape: PassShape) -
         queues=queues, layers=[fields["layer"] for fields in made.tasks],
         waits=[tuple([each[:2] for each in needed]) for needed in ordering(made.accesses)],
         costs=costs, examples=[Task(index=index, **made.tasks[index]) for index in firsts], order=_in_order(queues), packets=made.packets, shape=shape,
+        reads=made.reads.packets,
     )  # fmt: skip
 
 

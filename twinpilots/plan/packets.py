@@ -50,8 +50,15 @@ def _streamed_pieces(spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> Iterato
         split = bucket.splits[op.layer][op.name]
         unit_bytes = op.unit_rows * op.row_bytes
         step = max(1, plan.packet_bytes // unit_bytes) * op.unit_rows
-        for row0 in range(split.resident, split.gpu, step):
-            yield op, row0, min(row0 + step, split.gpu)
+        for low, high in homes(plan, op, split.resident, split.gpu) if plan.disk_rows else ((split.resident, split.gpu),):
+            for row0 in range(low, high, step):
+                yield op, row0, min(row0 + step, high)
+
+
+def homes(plan: Plan, op: OpSpec, low: int, high: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows [low, high) of an op by their home: in host memory, on the disk."""
+    edge = max(low, min(high, op.rows - plan.on_disk(op.layer, op.name)))
+    return (low, edge), (edge, high)
 
 
 def smallest_ring(spec: ModelSpec, unit_rows: int, packet_bytes: int, depth: int) -> int:

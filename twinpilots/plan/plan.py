@@ -17,7 +17,7 @@ from twinpilots.model.spec import ModelSpec
 Policy = Literal["auto", "twinpilots", "flexgen", "hetegen", "layer-split", "stream", "cpu", "resident"]
 POLICIES: tuple[Policy, ...] = ("auto", "twinpilots", "flexgen", "hetegen", "layer-split", "stream", "cpu", "resident")
 Phase = Literal["prefill", "decode"]
-PLAN_SCHEMA = 1
+PLAN_SCHEMA = 2  # 2: the disk tier
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +66,10 @@ class Plan:
     Sizes in bytes, KV capacities in pages of ``page_size`` tokens (a page holds K and V of all layers for its tokens).
     The resident rows are the same in all buckets (checked). Buckets are sorted by (phase, max_tokens); look one up with `bucket_for`.
     ``max_pass_tokens`` is the largest number of tokens of one pass: decode tokens plus prefill chunk.
+
+    ``disk_rows[layer][op name]`` (the head last, as in ``splits``): so many of the op's last rows, none of them resident, have their home on the disk; empty
+    where nothing lies there. Every pass reads them through the host's staging ring of ``staging_bytes``, whoever computes them. The fact is the plan's, not a
+    bucket's: a home does not change from pass to pass.
     """
 
     model: str
@@ -85,7 +89,13 @@ class Plan:
     max_model_len: int
     host_kv_layers: tuple[int, ...] = ()  # layers whose KV lies in host memory even for GPU sequences (layer-split); then host_pages is 0
     kv_staging_pages: int = 0  # GPU pages of one staging slot for streamed host KV (two slots are held)
+    disk_rows: tuple[Mapping[str, int], ...] = ()
+    staging_bytes: int = 0
     schema: int = PLAN_SCHEMA
+
+    def on_disk(self, layer: int, name: str) -> int:
+        """Rows of an op whose home is the disk."""
+        return self.disk_rows[layer][name] if self.disk_rows else 0
 
     def bucket_for(self, phase: Phase, tokens: int) -> BucketPlan:
         """The smallest bucket of this phase that holds ``tokens`` tokens; the largest when none does."""
@@ -105,6 +115,8 @@ class Plan:
             if residency is not None and found != residency:
                 raise ValueError(f"resident rows of bucket {bucket.phase}/{bucket.max_tokens} differ from the first bucket's")
             residency = found
+        if self.disk_rows or self.staging_bytes:
+            _check_disk(self, spec)
 
     def with_policy(self, policy: Policy) -> Plan:
         return replace(self, policy=policy)
@@ -125,6 +137,7 @@ class Plan:
                 for raw in data.pop("buckets")
             )
             data["host_kv_layers"] = tuple(data.get("host_kv_layers", ()))
+            data["disk_rows"] = tuple(dict(layer) for layer in data.get("disk_rows", ()))
             return Plan(**data, buckets=buckets)
         except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a plan: {error}") from error
@@ -144,3 +157,19 @@ def _check_bucket(plan: Plan, bucket: BucketPlan, spec: ModelSpec) -> None:
                 raise ValueError(f"split of {op.name} of layer {op.layer} cuts a unit: {edge} is not a multiple of {op.unit_rows}")
         if (split.gpu and not plan.uses_gpu) or (split.cpu and not plan.uses_cpu):
             raise ValueError(f"split of {op.name} of layer {op.layer} uses a device that the plan excludes")
+
+
+def _check_disk(plan: Plan, spec: ModelSpec) -> None:
+    """Homes on the disk are whole units of rows that are not resident; a tied head is the embedding table, which stays in host memory."""
+    if not plan.staging_bytes or len(plan.disk_rows) != spec.num_layers + 1:
+        raise ValueError(f"plan has {len(plan.disk_rows)} layers of rows on the disk and {plan.staging_bytes} bytes to read them through, model {spec.name} "
+                         f"needs {spec.num_layers} and the head, or neither")  # fmt: skip
+    for op in spec.ops(plan.unit_rows):
+        on_disk, resident = plan.disk_rows[op.layer].get(op.name), plan.buckets[0].splits[op.layer][op.name].resident
+        where = f"{op.name} of layer {op.layer}"
+        if on_disk is None or not 0 <= on_disk <= op.rows - resident:
+            raise ValueError(f"{on_disk} rows of {where} on the disk, of {op.rows - resident} that are not resident")
+        if (op.rows - on_disk) % op.unit_rows and on_disk:
+            raise ValueError(f"rows of {where} on the disk begin inside a unit: {op.rows - on_disk} is not a multiple of {op.unit_rows}")
+        if on_disk and spec.tied and op.layer < 0:
+            raise ValueError(f"{where} is also the embedding table: it cannot lie on the disk")

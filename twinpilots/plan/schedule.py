@@ -9,7 +9,7 @@ a serial norm between the hand-offs). ``valid`` tracks which devices hold the cu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from twinpilots.model.spec import ModelSpec, OpSpec
 from twinpilots.plan.hazards import Accessing, derive_waits
 from twinpilots.plan.packets import cut_packets
 from twinpilots.plan.plan import BucketPlan, Plan, Split
-from twinpilots.plan.tasks import ALL_MICRO_BATCHES, HOST_KV, NUM_GROUPS, STREAMED_KV, Access, Device, PassShape, Schedule, Segment, Source, Task
+from twinpilots.plan.reads import Reads, cut_reads
+from twinpilots.plan.tasks import ALL_MICRO_BATCHES, HOST_KV, NUM_GROUPS, STREAMED_KV, Access, Device, Packet, PassShape, Schedule, Segment, Source, Task
 
 HOST_OF: dict[Device, str] = {"gpu": "gpu", "cpu": "host"}
 DEVICES: tuple[Device, ...] = ("gpu", "cpu")
@@ -32,7 +33,7 @@ def expand(spec: ModelSpec, plan: Plan, bucket: BucketPlan, shape: PassShape, *,
     made = expanded(spec, plan, bucket, shape, poison=poison)
     waits = derive_waits(made.accesses)
     tasks = tuple(Task(index=index, waits=before, **fields) for index, (fields, before) in enumerate(zip(made.tasks, waits, strict=True)))
-    return Schedule(tasks, made.packets, shape)
+    return Schedule(tasks, made.packets, shape, made.reads.packets)
 
 
 def expanded(spec: ModelSpec, plan: Plan, bucket: BucketPlan, shape: PassShape, *, poison: bool = False) -> Expansion:
@@ -55,13 +56,15 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows of an op that lie together: resident, in a packet of the ring (its number, and where the rows begin), or on the host."""
+    """Rows of an op that lie together: resident, in a packet of the ring (its number, and where the rows begin), on the host, or in a read of the
+    staging ring."""
 
     source: Source
     row0: int
     row1: int
     packet: int = -1
     ring_lo: int = 0
+    read: int = -1
 
 
 _Step = Callable[[int], None]  # something to do for one micro-batch
@@ -91,7 +94,8 @@ class Expansion:
         for number, packet in enumerate(self.packets):
             for segment in packet.segments:
                 self.segments.setdefault((segment.layer, segment.op), []).append((number, segment))
-        self.loaded = 0
+        self.reads = cut_reads(self.spec, self.plan, self.bucket, self.packets) if self.plan.disk_rows else Reads()
+        self.loaded = self.read = 0
         self._embed()
         for layer in range(self.spec.num_layers):
             self._attention(layer)
@@ -164,18 +168,37 @@ class Expansion:
 
     def _load_until(self, packet: int) -> None:
         while self.loaded <= packet:
-            spot = self.packets[self.loaded]
+            spot, read = self.packets[self.loaded], self.reads.of_load.get(self.loaded, -1)
+            self._read_until(read)
             self._emit(
                 queue="link_in", kind="load", layer=spot.segments[0].layer, mb=ALL_MICRO_BATCHES, packet=self.loaded, ring_lo=spot.ring_lo,
-                columns=spot.num_bytes, writes=(Access("gpu.ring", spot.ring_lo, spot.ring_lo + spot.num_bytes),),
+                columns=spot.num_bytes, reads=(self._staged(read),) if read >= 0 else (),
+                writes=(Access("gpu.ring", spot.ring_lo, spot.ring_lo + spot.num_bytes),),
             )  # fmt: skip
             self.loaded += 1
 
+    def _read_until(self, read: int) -> None:
+        while self.read <= read:
+            spot = self.reads.packets[self.read]
+            self._emit(
+                queue="disk", kind="read", layer=spot.segments[0].layer, mb=ALL_MICRO_BATCHES, packet=self.read, ring_lo=spot.ring_lo,
+                columns=spot.num_bytes, writes=(self._staged(self.read),),
+            )  # fmt: skip
+            self.read += 1
+
+    def _staged(self, read: int) -> Access:
+        spot = self.reads.packets[read]
+        return Access("host.staging", spot.ring_lo, spot.ring_lo + spot.num_bytes)
+
     def _pieces(self, job: _Job) -> list[_Piece]:
-        """This device's rows of one op: the host part, or the resident part and then each streamed segment."""
+        """This device's rows of one op: the host part and then what is read from the disk, or the resident part and then each streamed segment."""
         split = self._split(job.op.layer, job.op.name)
         if job.device == "cpu":
-            pieces = [_Piece("host", split.gpu, split.rows)]
+            staged = self.reads.of_cpu.get((job.op.layer, job.op.name), ())
+            pieces = [_Piece("host", split.gpu, staged[0][1].row0 if staged else split.rows)]
+            for number, segment in staged:
+                ring_lo = self.reads.packets[number].ring_lo + segment.offset
+                pieces.append(_Piece("staged", segment.row0, segment.row1, ring_lo=ring_lo, read=number))
         else:
             pieces = [_Piece("resident", 0, split.resident)]
             for number, segment in self.segments.get((job.op.layer, job.op.name), []):
@@ -184,11 +207,12 @@ class Expansion:
 
     def _linears(self, jobs: list[_Job], mbs: list[int], *, before: _Step = _nothing, after: _Step = _nothing) -> None:
         """One phase of linears for all micro-batches. Micro-batch by micro-batch, so that the first one's hand-offs overlap the second one's work;
-        but where the ring cannot hold all of the phase's packets at once, packet by packet: a packet is reused by every micro-batch before the next
+        but where a ring cannot hold all that the phase takes from it at once, packet by packet: a packet is reused by every micro-batch before the next
         one overwrites it."""
         pieces = [(job, self._pieces(job)) for job in jobs]
         packets = sorted({piece.packet for _, found in pieces for piece in found if piece.packet >= 0})
-        if self._all_live(packets) or len(mbs) == 1:
+        staged = sorted({piece.read for _, found in pieces for piece in found if piece.read >= 0})
+        if len(mbs) == 1 or (_all_live(self.packets, packets) and _all_live(self.reads.packets, staged)):
             for mb in mbs:
                 before(mb)
                 for job, found in pieces:
@@ -208,10 +232,6 @@ class Expansion:
         for mb in mbs:
             after(mb)
 
-    def _all_live(self, packets: list[int]) -> bool:
-        spans = sorted((self.packets[i].ring_lo, self.packets[i].ring_lo + self.packets[i].num_bytes) for i in packets)
-        return all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))
-
     def _linear(self, job: _Job, piece: _Piece, mb: int, *, accumulate: bool) -> None:
         space, op = HOST_OF[job.device], job.op
         inward = op.split_dim == "in"
@@ -221,6 +241,9 @@ class Expansion:
         if piece.packet >= 0:
             self._load_until(piece.packet)
             reads += (Access("gpu.ring", piece.ring_lo, piece.ring_lo + (piece.row1 - piece.row0) * op.row_bytes),)
+        elif piece.read >= 0:
+            self._read_until(piece.read)
+            reads += (Access("host.staging", piece.ring_lo, piece.ring_lo + (piece.row1 - piece.row0) * op.row_bytes),)
         self._emit(
             queue=job.device, kind="linear_in" if inward else "linear", layer=op.layer, mb=mb, logit_rows=op.layer < 0, op=op.name, row0=piece.row0,
             row1=piece.row1, source=piece.source, src=f"{space}.{job.src}", src_col=src_lo, dst=f"{space}.{job.dst}", dst_col=dst_lo,
@@ -362,6 +385,12 @@ class Expansion:
                 self._copy(OTHER[device], "head", ALL_MICRO_BATCHES, 0, hidden, logits=True, layer=-1)
         self._linears(self._jobs(-1, {"lm_head": 0}, "head", "logits"), [ALL_MICRO_BATCHES])
         self._copy("gpu", "logits", ALL_MICRO_BATCHES, 0, split.gpu, logits=True, layer=-1)
+
+
+def _all_live(packets: Sequence[Packet], wanted: Sequence[int]) -> bool:
+    """Whether the ring holds all of these at the same time."""
+    spans = sorted((packets[i].ring_lo, packets[i].ring_lo + packets[i].num_bytes) for i in wanted)
+    return all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))
 
 
 def _joined(parts: list[tuple[int, int, int]]) -> list[tuple[int, int]]:

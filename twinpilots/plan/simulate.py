@@ -1,4 +1,4 @@
-"""Prices one pass: an exact event simulation of the four queues that run a task list.
+"""Prices one pass: an exact event simulation of the queues that run a task list.
 
 Owns: `simulate` and `PassTiming`. The event loop is `clock.py`'s; rates come from `cost.py`; deep models have a fast estimate in `estimate.py`. Knows nothing
 of how a plan is found or run.
@@ -119,7 +119,9 @@ def simulate(
 
 
 def _settled_pass(tasks: Outline, plan: Plan) -> int:
-    """The first pass in steady state: the second; the third when the ring is so large that link_in needs a pass to get as far ahead as it can."""
+    """The first pass in steady state: the second; the third when a ring is so large that link_in or the disk needs a pass to get as far ahead as it can."""
+    if tasks.reads and sum(read.num_bytes for read in tasks.reads) <= plan.staging_bytes:
+        return 2
     return 1 if sum(packet.num_bytes for packet in tasks.packets) > plan.ring_bytes else 2
 
 

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Queue = Literal["cpu", "gpu", "link_in", "link_out"]
+RunQueue = Literal["cpu", "gpu", "link_in", "link_out"]  # what machines have today; plans that use the disk are predicted only
+Queue = Literal[RunQueue, "disk"]
 Device = Literal["gpu", "cpu"]
 Kind = Literal[
-    "embed", "norm", "linear", "linear_in", "rope_append", "attend", "add", "send", "recv", "load", "load_kv", "store_kv", "poison"
+    "embed", "norm", "linear", "linear_in", "rope_append", "attend", "add", "send", "recv", "load", "load_kv", "store_kv", "read", "poison"
 ]  # fmt: skip
-Source = Literal["resident", "ring", "host"]
-QUEUES: tuple[Queue, ...] = ("cpu", "gpu", "link_in", "link_out")
+Source = Literal["resident", "ring", "host", "staged"]
+QUEUES: tuple[Queue, ...] = ("cpu", "gpu", "link_in", "link_out", "disk")
+RINGS = ("gpu.ring", "host.staging")  # buffers that packets arrive in
+AHEAD: tuple[Kind, ...] = ("load", "read")  # what may run one pass ahead of the driver's fence: it touches nothing but rings
 ALL_MICRO_BATCHES = -1
 NUM_GROUPS = 3
 GPU_KV, STREAMED_KV, HOST_KV = 0, 1, 2
@@ -53,7 +56,8 @@ class Task:
     """One unit of work on one queue. ``index`` is its place in the serial order; unused fields keep their defaults.
 
     ``row0:row1`` are op rows (the split dimension); ``src``/``dst`` buffers start at columns ``src_col``/``dst_col``; ``columns`` is a copy's width.
-    ``ring_lo`` is a byte offset in the ring. ``logit_rows`` selects the rows whose logits are wanted instead of token rows.
+    ``ring_lo`` is a byte offset in the ring (of a read and of "staged" rows: in the host's staging ring); a read's ``packet`` counts reads.
+    ``logit_rows`` selects the rows whose logits are wanted instead of token rows.
     ``terms`` (add) names the partial sums to add, GPU's first. ``slot`` is a KV staging slot.
     """
 
@@ -100,7 +104,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """What one load moves into the ring at byte ``ring_lo``."""
+    """What one load moves into the ring at byte ``ring_lo``, or one read into the staging ring."""
 
     segments: tuple[Segment, ...]
     ring_lo: int
@@ -112,11 +116,12 @@ PassShape = tuple[tuple[bool, bool, bool], ...]  # per micro-batch: which groups
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """All tasks of one pass in serial order, and the weight packets that its link_in queue loads."""
+    """All tasks of one pass in serial order, the weight packets that its link_in queue loads, and what its disk queue reads."""
 
     tasks: tuple[Task, ...]
     packets: tuple[Packet, ...]
     shape: PassShape
+    reads: tuple[Packet, ...] = ()
 
     def queue(self, queue: Queue) -> Sequence[Task]:
         return [task for task in self.tasks if task.queue == queue]

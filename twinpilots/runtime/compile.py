@@ -30,6 +30,7 @@ from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.tasks import QUEUES, Queue, Schedule, Task
 from twinpilots.runtime.layout import Layout, page_bytes
 
+RUN_QUEUES: tuple[Queue, ...] = tuple(queue for queue in QUEUES if queue != "disk")  # `check_runnable` lets no plan pass that uses it
 _OPS: dict[str, Op] = {
     "embed": Op.EMBED, "norm": Op.NORM, "linear": Op.LINEAR, "linear_in": Op.LINEAR_IN, "rope_append": Op.ROPE_APPEND, "attend": Op.ATTEND, "add": Op.ADD,
     "send": Op.COPY, "recv": Op.COPY, "load": Op.LOAD, "load_kv": Op.LOAD_KV, "store_kv": Op.STORE_KV, "poison": Op.POISON,
@@ -66,7 +67,7 @@ class Compiler:
         ]
         first_segment = np.cumsum([0] + [len(packet.segments) for packet in schedule.packets])
         queues: dict[Queue, np.ndarray] = {}
-        for queue in QUEUES:
+        for queue in RUN_QUEUES:
             rows = [self._lower(task, schedule, slots, first_segment) for task in schedule.queue(queue)]
             queues[queue] = np.array(rows, INSN) if rows else np.zeros(0, INSN)
         table = np.array(segments, np.int64).reshape(-1, 3)

@@ -21,7 +21,7 @@ from twinpilots.kernels.abi import ENTRY, EVENT_START, Meta, Op, Space, address
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.driver import most_passes
 from twinpilots.plan.expected import WorkKind, kinds_on, rate_keys_of
-from twinpilots.plan.memory import gpu_layout_bytes, host_layout_bytes, kv_move_bytes
+from twinpilots.plan.memory import check_runnable, gpu_layout_bytes, host_layout_bytes, kv_move_bytes
 from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.schedule import expand
 from twinpilots.plan.tasks import PassShape, Queue
@@ -92,6 +92,7 @@ class Executor:
         load: Loader = load_weights,
     ) -> None:  # fmt: skip
         plan.check(spec)
+        check_runnable(spec, plan)
         self.spec, self.plan, self.pilot, self.gpu, self.poison, self.runner = spec, plan, pilot, gpu if plan.uses_gpu else None, poison, runner
         self.ledger = Ledger(dict(limits or {}))
         meta_words = metadata_words(plan)
