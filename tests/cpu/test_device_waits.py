@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu_steps import TokenTask, run_tokens
-from tests.cpu.async_streams import SlowKernels, SlowRuntime, SlowStream, SlowWords
+from tests.cpu.async_streams import FULL, SlowKernels, SlowRuntime, SlowStream, SlowWords
 from tests.cpu.test_cuda_standin import MIB, FakeEvent, FakeRuntime, FakeStream
 from tests.device_programs import entry, insn, load, weights
 from tests.hand_plans import random_plan
@@ -235,6 +235,18 @@ def test_launches_run_only_so_far_ahead_of_a_word(host: HostArena) -> None:
         host.events[20] = 1
         gpu.wait("gpu", 20.0)
         assert host.events[21] == 1
+
+
+def test_closing_frees_a_launch_that_is_stuck_all_the_same(host: HostArena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much a device's queue holds is nowhere written."""
+    monkeypatch.setattr(cuda_sync, "MOST_AHEAD", 1 << 30)
+    runtime = SlowRuntime()
+    with opened(host, runtime) as gpu:
+        gpu.submit("gpu", entry(host, fill(0, waits=(20,)), *[fill(200) for _ in range(1500)]))
+        until(lambda: runtime.compute.deepest == FULL)
+        began = time.monotonic()
+        gpu.close()
+        assert time.monotonic() - began < 5.0
 
 
 def test_waits_end_as_they_should() -> None:
