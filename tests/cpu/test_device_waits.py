@@ -201,7 +201,7 @@ def test_a_word_that_does_not_come_in_time_is_an_error(host: HostArena, monkeypa
             gpu.wait("gpu", 10.0)
 
 
-def test_a_failing_launch_lets_the_other_streams_go(host: HostArena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_after_a_failed_launch_lets_the_other_streams_go(host: HostArena, monkeypatch: pytest.MonkeyPatch) -> None:
     run, others_wait = SlowKernels.run, threading.Event()
 
     def failing(self: SlowKernels, machine: Machine, insn: Insn) -> bool:
@@ -256,8 +256,13 @@ def test_waits_end_as_they_should() -> None:
     assert sync.wait(3, 7, lambda: CANCELLED) == OK and words.calls == [("wait", EVENTS_OFFSET + 12, 7)]
     assert sync.drain(lambda: ABORTED) == ABORTED and host.events[3] == 7, "let go"
     assert sync.drain(lambda: ABORTED) == OK, "nothing is awaited any more"
+    assert sync.wait(6, 1, lambda: OK) == OK
+    sync.pace(MOST_AHEAD + 1, lambda: CANCELLED)
+    assert host.events[6] == 1 and sync.wait(7, 1, lambda: OK) == CANCELLED and len(words.calls) == 2, "once let go, nothing more is waited for"
+    assert sync.drain(lambda: OK) == CANCELLED
+    words.calls.clear()
     host.events[3] = 2**32 - 2
-    assert sync.wait(3, 2**32 - 3, lambda: CANCELLED) == OK and len(words.calls) == 1, "there"
+    assert sync.wait(3, 2**32 - 3, lambda: CANCELLED) == OK and not words.calls, "there"
     assert sync.wait(3, 2**32 + 1, lambda: CANCELLED) == OK and words.calls[-1] == ("wait", EVENTS_OFFSET + 12, 2**32 + 1)
     host.events[3] = 1
     assert sync.drain(lambda: ABORTED) == OK, "beyond the end of 32 bits"
