@@ -24,6 +24,7 @@ from twinpilots.runtime.interpreter import has_reached
 from twinpilots.runtime.machine import Insn, Machine
 from twinpilots.runtime.torch_ops import OPS
 
+FULL = 1000  # pieces of work that a stream holds; who brings another is stuck until one is done
 HANGS_S = 20.0  # no test keeps a stream waiting as long: whoever does has forgotten it
 
 
@@ -41,6 +42,7 @@ class SlowStream:
 
     def put(self, work: Callable[[], None]) -> None:
         with self._changed:
+            assert self._changed.wait_for(lambda: self._undone < FULL, HANGS_S), "a launch was stuck in a full queue"
             self._undone += 1
             self.deepest = max(self.deepest, self._undone)
         self._work.put(work)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.cpu.native_twin import KV_DTYPES, Machine, insn, mailbox_offset, native
+from tests.cpu.native_twin import KV_DTYPES, Batch, KvLayout, Machine, Seq, insn, mailbox_offset, native
 from tests.programs import (
     ARENA,
+    PAGE,
     Program,
     add,
     attention,
@@ -61,6 +64,37 @@ CASES = (embed, norm, linear, linear_in, attention, half_precision_attention, in
 def test_both_interpreters_leave_the_same_memory(program: Program, seed: int) -> None:
     native()
     agree(program, seed)
+
+
+class Copies(TorchDispatchMode):
+    """Counts torch's copies."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.copy_.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype, dim, stores", [(Dtype.FP32, 5, 2), (Dtype.INT8, 4, 3), (Dtype.INT8, 5, 2 * 5)])
+def test_streamed_pages_that_follow_each_other_cross_at_one_stroke(dtype: Dtype, dim: int, stores: int) -> None:
+    """A prompt of five pages, of which four are all its own: two copies per page where int8's pages are padded. Each copy costs a launch thread 10 us."""
+    seq = Seq(18, context=6, group=1, pages=(0, 1, 2, 3, 4, 5), home=(10, 11, 12, 13, 14, 15))
+    mine, theirs = (Machine(ARENA) for _ in range(2))
+    counts = []
+    for machine in (mine, theirs):
+        rng, stride = np.random.default_rng(3), KvLayout(1, PAGE, dim, dtype).page_bytes
+        home, staging = (machine.put(rng.integers(0, 256, 20 * stride, dtype=np.uint8), space) for space in (Space.HOST, Space.GPU))
+        for op in (Op.LOAD_KV, Op.STORE_KV):
+            insns = [insn(op, staging, home, stride, PAGE, 1, dim, dtype, glo=1, ghi=2)]
+            if machine is theirs:
+                assert machine.run(insns, Batch([seq], page_size=PAGE)) == 0
+                continue
+            with Copies() as copies:
+                assert run_program(machine.entry(insns, Batch([seq], page_size=PAGE)), machine.host, torch.from_numpy(machine.gpu)) == 0
+            counts.append(copies.count)
+    assert counts == [1, stores]
+    assert np.array_equal(mine.host, theirs.host) and np.array_equal(mine.gpu, theirs.gpu)
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)

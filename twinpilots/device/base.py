@@ -56,7 +56,8 @@ class GpuDevice(GpuMemory, Protocol):
         ...
 
     def submit(self, queue: QueueName, entry: np.void | NDArray[Any]) -> None:
-        """Append one ENTRY record to ``queue`` (copied; at most MAILBOX_ENTRIES unfinished ones)."""
+        """Append one ENTRY record to ``queue`` (copied; at most MAILBOX_ENTRIES unfinished ones). Of entries that run together the compute queue's comes
+        last: a device may have to know by then which events its own queues will record."""
         ...
 
     def cancel(self, queue: QueueName, pass_id: int) -> None:

@@ -231,9 +231,6 @@ class CudaGpu:
             self._failure = f"{queue} of {self.name} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             _LOG.exception("%s", self._failure)
             host.set_abort()
-        finally:
-            if queue == "gpu":
-                self._board.let_go()  # after an error: other streams wait for this one
 
     def submit(self, queue: QueueName, entry: np.void | NDArray[Any]) -> None:
         self._opened()
@@ -272,7 +269,7 @@ class CudaGpu:
                 mailbox.submit(quit_entry)
         for thread in self._threads:
             while thread.is_alive():
-                self._board.let_go()  # it may be launching into a queue that is full, and see nothing of the cancel
+                self._board.let_go()  # the compute queue's may have failed, or be stuck launching into a full queue, where it sees nothing of the cancel
                 thread.join(0.05)
         for mailbox in self._mailboxes.values():
             mailbox.request_cancel(0)

@@ -136,7 +136,7 @@ class Rig:
             entries[queue] = entry
             position = -(-(trace + 24 * len(insns)) // 64) * 64
         assert position <= self._programs + PROGRAM_BYTES
-        for queue, entry in entries.items():
+        for queue, entry in sorted(entries.items(), key=lambda item: item[0] == "gpu"):  # the compute queue last
             if queue != "cpu":
                 assert self.gpu is not None
                 self.gpu.submit(queue, entry)

@@ -38,7 +38,7 @@ from twinpilots.runtime.weights import OFFSET_MASK, Loader, TensorSource, load_w
 NUM_EVENTS = 1 << 16
 PASS_TIMEOUT_S = 600.0
 SPARE_BYTES = 1024  # left of the host arena: alignment, and the serial runner's scratch
-# In this order they are submitted: the compute queue last, so that a device knows by then which events its own queues will record.
+# As they are submitted: the compute queue last (`GpuDevice.submit`).
 GPU_QUEUES: tuple[Literal["gpu", "link_in", "link_out"], ...] = ("link_in", "link_out", "gpu")
 
 

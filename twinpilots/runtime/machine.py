@@ -40,6 +40,12 @@ class KvShape(NamedTuple):
         return -(-2 * self.kv_heads * self.page_size * self.row_bytes // SCALE_BYTES) * SCALE_BYTES
 
     @property
+    def is_dense(self) -> bool:
+        """Whether a page holds nothing but its tokens' rows and scales: int8's may be padded."""
+        rows = 2 * self.kv_heads * self.page_size
+        return self.dtype != Dtype.INT8 or (self.scales_offset == rows * self.row_bytes and self.page_bytes == self.scales_offset + rows * SCALE_BYTES)
+
+    @property
     def page_bytes(self) -> int:
         if self.dtype != Dtype.INT8:
             return 2 * self.kv_heads * self.page_size * self.row_bytes

@@ -9,9 +9,8 @@ Shapes: M rows (tokens or logits), K inputs, N outputs, P panels, D head_dim, G 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -271,26 +270,54 @@ def load_kv(m: Machine, insn: Insn) -> None:
     for index in m.sequences(insn, 1, 2):
         _, length, kv_len = m.sequence(index)
         count = -(-(kv_len - length) // page_size)
-        for to, fro in zip(m.pages(index, Meta.OFF_SEQ_PAGES, count), m.pages(index, Meta.OFF_SEQ_HOME, count), strict=True):
-            m.bytes_at(staging + to * page_stride, page_bytes).copy_(m.bytes_at(home + fro * page_stride, page_bytes), non_blocking=True)
+        pages = zip(m.pages(index, Meta.OFF_SEQ_PAGES, count), m.pages(index, Meta.OFF_SEQ_HOME, count), strict=True)
+        copy_pages(m, staging, home, page_stride, page_bytes, pages)
+
+
+def copy_pages(m: Machine, to: int, fro: int, page_stride: int, page_bytes: int, pages: Iterable[tuple[int, int]]) -> None:
+    """Whole pages, pairs of (number at ``to``, number at ``fro``). Those that follow each other on both sides cross at one stroke."""
+    runs: list[tuple[int, int, int]] = []
+    for target, source in pages:
+        first, other, count = runs[-1] if runs and page_stride == page_bytes else (-1, -1, 0)
+        if count and (first + count, other + count) == (target, source):
+            runs[-1] = first, other, count + 1
+        else:
+            runs.append((target, source, 1))
+    for target, source, count in runs:
+        num_bytes = count * page_bytes
+        m.bytes_at(to + target * page_stride, num_bytes).copy_(m.bytes_at(fro + source * page_stride, num_bytes), non_blocking=True)
 
 
 def store_kv(m: Machine, insn: Insn) -> None:
     """Only the rows of this pass's tokens: a page's other rows are not this pass's to write."""
     staging, home, page_stride, page_size, kv_heads, head_dim, dtype = insn.a[:7]
     shape = KvShape(page_size, kv_heads, head_dim, dtype)
-    lines = [(0, shape.row_bytes)] + ([(shape.scales_offset, SCALE_BYTES)] if dtype == Dtype.INT8 else [])  # where they begin, and bytes per token and head
     for index in m.sequences(insn, 1, 2):
         _, length, kv_len = m.sequence(index)
         count = -(-kv_len // page_size)
-        pages = list(zip(m.pages(index, Meta.OFF_SEQ_PAGES, count), m.pages(index, Meta.OFF_SEQ_HOME, count), strict=True))
-        for page in range((kv_len - length) // page_size, count):
-            fro, to = pages[page]
-            lo, hi = max(kv_len - length - page * page_size, 0), min(kv_len - page * page_size, page_size)
-            for head, (begin, num_bytes) in itertools.product(range(2 * kv_heads), lines):  # keys' heads, then values' heads
-                at, count_bytes = begin + (head * page_size + lo) * num_bytes, (hi - lo) * num_bytes
-                source = m.bytes_at(staging + fro * page_stride + at, count_bytes)
-                m.bytes_at(home + to * page_stride + at, count_bytes).copy_(source, non_blocking=True)
+        pages = list(zip(m.pages(index, Meta.OFF_SEQ_HOME, count), m.pages(index, Meta.OFF_SEQ_PAGES, count), strict=True))
+        first = (kv_len - length) // page_size
+        whole = range(-(-(kv_len - length) // page_size), kv_len // page_size) if shape.is_dense else range(0)
+        copy_pages(m, home, staging, page_stride, shape.page_bytes, (pages[page] for page in whole))
+        for page in (page for page in range(first, count) if page not in whole):
+            to, fro = home + pages[page][0] * page_stride, staging + pages[page][1] * page_stride
+            copy_rows(m, to, fro, shape, max(kv_len - length - page * page_size, 0), min(kv_len - page * page_size, page_size))
+
+
+def copy_rows(m: Machine, to: int, fro: int, shape: KvShape, lo: int, hi: int) -> None:
+    """Tokens [lo, hi) of one page, of all heads, keys and values, with their scales."""
+    lines = [(0, shape.row_bytes)] + ([(shape.scales_offset, SCALE_BYTES)] if shape.dtype == Dtype.INT8 else [])  # where they begin, bytes per token and head
+    for begin, num_bytes in lines:
+        target, source = to + begin + lo * num_bytes, fro + begin + lo * num_bytes
+        kind = torch.uint8 if (target | source | num_bytes) % 4 else torch.int32
+        size = (2 * shape.kv_heads, (hi - lo) * num_bytes // kind.itemsize)
+        stride = (shape.page_size * num_bytes // kind.itemsize, 1)
+        there, here = m.strided(target, kind, size, stride, aliased=True), m.strided(source, kind, size, stride)
+        if there.device == here.device:  # at one stroke: on a GPU by a kernel that writes pinned memory
+            there.copy_(here, non_blocking=True)
+        else:
+            for one, other in zip(there, here, strict=True):  # torch would stage a strided copy between devices in memory of its own
+                one.copy_(other, non_blocking=True)
 
 
 def poison(m: Machine, insn: Insn) -> None:
