@@ -57,7 +57,7 @@ def test_the_limits_named_do_and_nothing_smaller_does(kinds: list[Kind], limits:
 def test_a_plan_that_was_too_large_says_how_large_memory_must_be() -> None:
     """Two sizes to know that there is one, the one that it points to, and a step less."""
     tried: list[int] = []
-    kind = Kind(gpu_bytes=7 << 30, host_bytes=0, weight_bytes=0, unit_bytes=1)
+    kind = Kind(gpu_bytes=(7 << 30) - 5, host_bytes=0, weight_bytes=0, unit_bytes=1)
 
     def needs(given: Limits) -> list[Limits]:
         tried.append(given.gpu_bytes)
