@@ -1,7 +1,8 @@
 """`python -m benchmarks.limits`: random models, memory limits and lengths through the planner; no limit may be exceeded, and every refusal must be true.
 
 A refusal names the smallest limit that would do: planning again with it must work, and with one unit less it must not. Owns the random cases, the checks and
-the report. ``--runs`` also runs small cases on the emulated GPU, whose ledger refuses the first byte past a limit.
+the report. ``--runs`` also runs small cases on the emulated GPU, whose ledger refuses the first byte past a limit. Interrupted (Ctrl-C, SIGTERM), it reports on
+the cases that are done.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import random
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from twinpilots.errors import LimitError
 from twinpilots.hardware.presets import PRESETS
@@ -28,6 +34,8 @@ from twinpilots.plan.solver import solve
 from twinpilots.plan.workload import Limits, Workload
 
 UNITS = {"B": 0, "K": 10, "M": 20, "G": 30}
+TELL_S = 5.0  # between two words on how far it has come
+INTERRUPTED = 130
 NAMED = re.compile(r"--(gpu|host)-memory to (\d+)([KMG])iB")
 
 
@@ -156,11 +164,53 @@ def run_small(seed: int, number: int) -> str:
     return f"{limits}, {policy}: refused with the limits that it asked for"
 
 
-def report(found: Sequence[Outcome]) -> str:
+def outcomes(seed: int, numbers: Sequence[int], jobs: int) -> Iterator[Outcome]:
+    """In the order of their numbers, whoever is done first."""
+    if jobs == 1:
+        yield from (outcome(seed, number) for number in numbers)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_leave_interrupts) as pool:
+        try:
+            yield from pool.map(partial(outcome, seed), numbers)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _leave_interrupts() -> None:
+    """To the process that started this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def told(found: Iterator[Outcome], total: int) -> tuple[list[Outcome], bool]:
+    """All outcomes, or those until the interrupt, and whether there was one; stderr hears how far it has come, and of every broken promise at once."""
+    done: list[Outcome] = []
+    began = said = time.monotonic()
+    try:
+        for each in found:
+            done.append(each)
+            now = time.monotonic()
+            if each.wrong:
+                sys.stderr.write(words(each) + "\n")
+            if now - said >= TELL_S or each.wrong:
+                said = now
+                refused = sum(one.refusal is not None for one in done)
+                sys.stderr.write(f"{len(done)} of {total} cases, {refused} refused, {sum(bool(one.wrong) for one in done)} wrong, {now - began:.0f} s\n")
+                sys.stderr.flush()
+    except KeyboardInterrupt:
+        return done, True
+    return done, False
+
+
+def words(each: Outcome) -> str:
+    return f"case {each.number} ({each.model}, {each.machine}, {each.policy}, {each.limits}): {each.wrong}"
+
+
+def report(found: Sequence[Outcome], total: int) -> str:
     wrong = [each for each in found if each.wrong]
     refused = sum(each.refusal is not None for each in found)
-    lines = [f"{len(found)} cases: {len(found) - refused} planned, {refused} refused; {len(wrong)} broke a promise"]
-    return "\n".join([*lines, *(f"case {each.number} ({each.model}, {each.machine}, {each.policy}, {each.limits}): {each.wrong}" for each in wrong)])
+    of_all = "" if len(found) == total else f" of {total}, then interrupted"
+    lines = [f"{len(found)} cases{of_all}: {len(found) - refused} planned, {refused} refused; {len(wrong)} broke a promise"]
+    return "\n".join([*lines, *map(words, wrong)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,11 +218,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=1000, help="how many (default 1000)")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at work, for as many cores (default 1)")
     parser.add_argument("--runs", type=int, default=0, help="small cases to run on the emulated GPU as well")
     parser.add_argument("--json", action="store_true", help="print one JSON list of outcomes")
     options = parser.parse_args(arguments)
-    found = [outcome(options.seed, number) for number in range(options.first, options.first + options.cases)]
-    sys.stdout.write((json.dumps([asdict(each) for each in found], indent=1) if options.json else report(found)) + "\n")
+    if options.jobs < 1:
+        parser.error(f"--jobs takes a number of processes from 1 up, got {options.jobs}")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        numbers = range(options.first, options.first + options.cases)
+        found, interrupted = told(outcomes(options.seed, numbers, options.jobs), len(numbers))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    sys.stdout.write((json.dumps([asdict(each) for each in found], indent=1) if options.json else report(found, options.cases)) + "\n")
+    if interrupted:
+        return INTERRUPTED
     failed = [text for number in range(options.runs) if (text := run_small(options.seed, number))]
     sys.stderr.write("".join(f"run: {text}\n" for text in failed))
     return 1 if failed or any(each.wrong for each in found) else 0

@@ -10,6 +10,7 @@ from tests.machines import machine, processor, without_gpu
 from tests.planning import DEMO, RTX_4090, llama, llama_70b, memory_of, smollm2, workload
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
+from twinpilots.plan import what_if
 from twinpilots.plan.draft import PlanOptions
 from twinpilots.plan.explain import Explanation, dram_bytes, explain
 from twinpilots.plan.plan import Policy
@@ -118,6 +119,13 @@ def test_the_quick_answer_is_near_a_full_search_and_near_the_duals() -> None:
         assert answer.dual_ratio == pytest.approx(full, abs=0.1)
     memory = next(answer for answer in found.what_if if "GPU memory" in answer.change)
     assert memory.ratio > 1.005, "the CPU reads 1 GiB of 110 less in every step"
+
+
+def test_memory_is_filled_anew_only_where_there_is_more_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[int] = []
+    monkeypatch.setattr(what_if, "refilled", lambda altered, _plan: filled.append(altered.limits.gpu_bytes) or [])
+    explained(smollm2(), DEMO, workload())
+    assert filled == [memory_of(DEMO).gpu_bytes + GIB]
 
 
 def test_phases_say_who_is_busy_and_prices_add_up() -> None:

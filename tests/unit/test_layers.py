@@ -14,7 +14,7 @@ PACKAGE = "twinpilots"
 
 # The longest matching prefix gives a module's level. 1 holds the values that levels 2 and 3 both speak in.
 LEVELS = {
-    "errors": 0, "config": 0, "units": 0, "request": 0, "progress": 0, "background_worker": 0,
+    "errors": 0, "config": 0, "units": 0, "request": 0, "progress": 0, "stray_output": 0, "background_worker": 0,
     "model.spec": 1, "model.weight_format": 1, "model.quantization": 1, "model.families": 1, "model.config_reader": 1, "model.rope": 1, "model.dummy": 3,
     "hardware.profile": 1, "hardware.presets": 1, "hardware.scaled": 1, "plan.plan": 1, "plan.tasks": 1,
     "openai": 1, "openai.prompts": 4,

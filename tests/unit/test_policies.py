@@ -15,7 +15,7 @@ from twinpilots.plan import policies
 from twinpilots.plan.draft import PlanOptions, chunk_choices, pages_of, ring_rule, split_of, unit_edge
 from twinpilots.plan.memory import kv_page_bytes, layer_template, plan_memory
 from twinpilots.plan.plan import Plan, Policy, Split
-from twinpilots.plan.policies import BUILDERS, build_policy
+from twinpilots.plan.policies import FINDERS, build_policy
 from twinpilots.plan.problem import Problem
 from twinpilots.plan.workload import Limits, Workload
 
@@ -101,7 +101,7 @@ def test_layer_split_leaves_a_head_that_does_not_fit_to_the_cpu() -> None:
 
 def test_hetegen_splits_every_linear_by_one_ratio_that_balances() -> None:
     problem = Problem.of(llama_70b(), RTX_4090, workload(64, 512, 128), memory_of(RTX_4090), PlanOptions())
-    plan = policies.build_hetegen(problem.spec, problem.profile, problem.workload, problem.limits)
+    plan = build_policy("hetegen", problem.spec, problem.profile, problem.workload, problem.limits)
     alpha = policies.hetegen_alpha(problem, 1)
     assert alpha == pytest.approx(0.85 * 83.2 / (0.85 * 83.2 + 24), rel=0.01)  # at one token: shares as the CPU's and the link's rates
     for name, split in plan.bucket_for("decode", 1).splits[40].items():
@@ -111,7 +111,7 @@ def test_hetegen_splits_every_linear_by_one_ratio_that_balances() -> None:
 
 def test_twinpilots_places_whole_ops_as_balance_says_and_every_layer_alike() -> None:
     problem = Problem.of(smollm2(), DEMO, workload(), memory_of(DEMO), PlanOptions())
-    plan = policies.build_twinpilots(problem.spec, problem.profile, problem.workload, problem.limits)
+    plan = build_policy("twinpilots", problem.spec, problem.profile, problem.workload, problem.limits)
     assert rows(plan, "resident") == 0 and plan.gpu_pages == 0
     bucket = plan.bucket_for("decode", 16)
     placed = policies.balanced_ops(problem, 16, 16, 128 + 16, gpu_attention=bucket.host_attention == "gpu", cpu_attention=bucket.host_attention == "cpu")
@@ -174,7 +174,7 @@ def test_both_limits_are_named_when_both_are_short() -> None:
 
 def test_without_a_gpu_only_the_cpu_plans() -> None:
     bare = replace(DEMO, gpu=None, link=None, gpu_memory_bytes=0)
-    for policy in BUILDERS:
+    for policy in FINDERS:
         if policy == "cpu":
             build_policy(policy, smollm2(), bare, workload(), memory_of(bare))
         else:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.limits import Case, named_limits, outcome, random_case, untruth
+from benchmarks.limits import Case, Outcome, named_limits, outcome, outcomes, random_case, report, told, untruth
 from twinpilots.plan.draft import limit_step
 from twinpilots.plan.plan import POLICIES
 from twinpilots.plan.workload import Limits, Workload
@@ -63,3 +65,23 @@ def test_limits_are_named_in_steps_that_are_printed_exactly() -> None:
 
 def test_an_outcome_is_reproducible() -> None:
     assert outcome(0, 4) == outcome(0, 4) and not outcome(0, 4).wrong
+
+
+def test_two_processes_give_the_same_outcomes_in_the_same_order() -> None:
+    numbers = (7, 12, 16, 17)
+    assert list(outcomes(1, numbers, jobs=2)) == list(outcomes(1, numbers, jobs=1)) == [outcome(1, number) for number in numbers]
+
+
+def test_an_interrupt_leaves_what_is_done_and_every_broken_promise_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    first = outcome(1, 7)
+
+    def until_interrupted() -> Iterator[Outcome]:
+        yield first
+        yield replace(first, number=8, wrong="too large")
+        assert "too large" in capsys.readouterr().err
+        raise KeyboardInterrupt
+
+    found, interrupted = told(until_interrupted(), 5)
+    assert interrupted and [each.number for each in found] == [7, 8]
+    assert report(found, 5).startswith("2 cases of 5, then interrupted: 2 planned, 0 refused; 1 broke a promise\ncase 8")
+    assert report(found, 2).startswith("2 cases: ")

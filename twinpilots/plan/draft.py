@@ -6,8 +6,9 @@ and the search for the smallest limit that would do. Knows nothing of time: who 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,8 +29,11 @@ RING_SHARE = 32  # at most this fraction of GPU memory goes to the ring: a packe
 CHUNK_SHARE = 8  # and at most this one to activations
 CHUNK_TOKENS = (2048, 1024, 512, 256, 128, 64, 32, 16)
 TIGHT_CHUNK_TOKENS = (8, 4)  # where even the smallest of these leaves no room
+HUGE = 1 << 50  # bytes: more than any memory
+MOST_GUESSES = 12  # at the smallest limit that would do, before it is bisected
 Attention = Literal["cpu", "gpu"]
 Residency = tuple[Mapping[str, int], ...]  # resident rows by op, per layer, the head last (Split's order)
+Needs = Callable[[Limits], Sequence[Limits]]
 CpuShare = Callable[[Phase, int], Mapping[str, float]]  # (phase, tokens of the bucket) -> fraction of each op's rows that the CPU should compute
 
 
@@ -296,43 +300,67 @@ def most_sequences(cap: int, fits_with: Callable[[int], bool]) -> int:
     """The largest count in [0, cap] for which ``fits_with`` holds, by bisection (fewer sequences never need more)."""
     if fits_with(cap):
         return cap
-    low, high = 0, cap
+    if cap <= 1 or not fits_with(1):
+        return 0
+    low, high = 1, cap
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits_with(middle) else (low, middle)
     return low
 
 
-def shortage(possible: Callable[[Limits], bool], limits: Limits, policy: Policy) -> LimitError:
-    """The error that names the smallest GPU limit for which ``possible`` holds with this host limit; or else the smallest host limit; or both."""
-    huge = 1 << 50
-    gpu_need = _smallest(lambda size: possible(replace(limits, gpu_bytes=size)), limits.gpu_bytes, huge)
-    host_need = _smallest(lambda size: possible(replace(limits, host_bytes=size)), limits.host_bytes, huge) if gpu_need is None else None
+def taken(spec: ModelSpec, plan: Plan) -> Limits:
+    """The least limits that ``plan`` keeps."""
+    return Limits(gpu_bytes=gpu_memory(spec, plan).total, host_bytes=host_memory(spec, plan).total)
+
+
+def shortage(needs: Needs, limits: Limits, policy: Policy) -> LimitError:
+    """The error that names the smallest GPU limit that will do with this host limit; or else the smallest host limit; or both. ``needs``: what the plans
+    that may be tried under some limits take, whether these limits allow it or not."""
+    gpu_need = _smallest_of("gpu_bytes", needs, limits)
+    host_need = _smallest_of("host_bytes", needs, limits) if gpu_need is None else None
     for tier, flag, need, given in (("GPU", "--gpu-memory", gpu_need, limits.gpu_bytes), ("host", "--host-memory", host_need, limits.host_bytes)):
         if need is not None:
             size = size_text(need)
             return LimitError(f"policy {policy} needs at least {size} of {tier} memory, {size_text(given)} allowed; raise {flag} to {size}")
-    host_need = _smallest(lambda size: possible(Limits(gpu_bytes=huge, host_bytes=size)), limits.host_bytes, huge) or huge
-    gpu_need = _smallest(lambda size: possible(Limits(gpu_bytes=size, host_bytes=host_need)), limits.gpu_bytes, huge) or huge
+    host_need = _smallest_of("host_bytes", needs, replace(limits, gpu_bytes=HUGE)) or HUGE
+    gpu_need = _smallest_of("gpu_bytes", needs, replace(limits, host_bytes=host_need)) or HUGE
     return LimitError(
         f"policy {policy} needs at least {size_text(gpu_need)} of GPU and {size_text(host_need)} of host memory, {size_text(limits.gpu_bytes)} and "
         f"{size_text(limits.host_bytes)} allowed; raise --gpu-memory to {size_text(gpu_need)} and --host-memory to {size_text(host_need)}"
     )
 
 
-def _smallest(works: Callable[[int], bool], low: int, high: int) -> int | None:
-    """The smallest size above ``low`` that works, in whole KiB up to 16 MiB and whole MiB above, so that the printed figure is exact; None: none does."""
-    if not works(high):
+def _smallest_of(tier: str, needs: Needs, limits: Limits) -> int | None:
+    """The smallest limit of this tier that will do with the others as they are, in steps of `limit_step`, so that the printed figure is exact; None: none does.
+
+    By bisection, but first where plans that were too large point to: they would do with what they take of this tier and, moved here, what they take too much
+    of the others; and from a size that does some steps down.
+    """
+    low, high = getattr(limits, tier) // 1024 * 1024, HUGE
+    if not _pointing(tier, needs, limits, high)[0]:
         return None
-    step = 1024
-    low = low // step * step
-    while high - low > step:
-        middle = (low + high) // 2 // step * step
-        low, high = (low, middle) if works(middle) else (middle, high)
-        if low >= 16 << 20 and step == 1024:
-            step = 1 << 20
-            low, high = low // step * step, -(-high // step) * step
+    guesses, stride, guesses_left = _pointing(tier, needs, limits, low)[1], 1, MOST_GUESSES
+    while high - low > limit_step(high):
+        middle = min((size for size in guesses if low < size < high), default=0)
+        if not middle or not guesses_left:
+            middle = (low + high) // 2 if high < 4 * low else math.isqrt(max(low, 1024) * high)
+            middle = max(middle // limit_step(middle) * limit_step(middle), low + 1024)
+        guesses_left = max(0, guesses_left - 1)
+        does, guesses = _pointing(tier, needs, limits, middle)
+        if does:
+            high, guesses, stride = middle, [middle - stride * limit_step(middle)], 4 * stride
+        else:
+            low, stride = middle, 1
     return high
+
+
+def _pointing(tier: str, needs: Needs, limits: Limits, size: int) -> tuple[bool, list[int]]:
+    """Whether this size of the tier does, and which larger ones may."""
+    tried = replace(limits, **{tier: size})
+    found = needs(tried)
+    sizes = [getattr(need, tier) + need.beyond(replace(tried, **{tier: HUGE})) for need in found]
+    return any(need.beyond(tried) == 0 for need in found), [-(-each // limit_step(each)) * limit_step(each) for each in sizes]
 
 
 def limit_step(num_bytes: int) -> int:

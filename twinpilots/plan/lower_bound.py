@@ -62,12 +62,10 @@ class Pass:
         self.spec, self.profile = self.problem.spec, self.problem.profile
         assert self.profile.gpu is not None and self.profile.link is not None
         self.processor: dict[Device, ComputeProfile] = {"cpu": self.profile.cpu, "gpu": self.profile.gpu}
-        self.link = self.profile.link
-        self.kv_dtype = self.plan.kv_dtype
+        self.link, self.kv_dtype = self.profile.link, self.plan.kv_dtype
         self.zero: Floats = np.zeros((1,) * len(grid.shape))
         self.free: dict[Device, Floats] = dict.fromkeys(DEVICES, self.zero + self.profile.step_s(self.load.num_seqs))
-        self.stored = self.zero  # when the last new KV is back in host memory
-        self.streamed_bytes = self.zero
+        self.stored, self.streamed_bytes = self.zero, self.zero  # when the last new KV is back in host memory; weights so far
         self.kv_s = 0.0
         self.busy_s: dict[Device, Floats] = dict.fromkeys(DEVICES, self.zero)
         self.beside: dict[Device, Floats] = dict.fromkeys(DEVICES, self.zero)
@@ -183,8 +181,7 @@ class Pass:
         one = self._in_order(layer, names, before, after, by_batch=True)
         streamed = sum((self.rows[layer, name].streamed * self._op(layer, name).row_bytes for name in names), self.zero)
         if len(self.mbs) > 1 and np.any(streamed > 0):
-            free = self.free
-            self.free, self.x, self.valid = saved
+            free, (self.free, self.x, self.valid) = self.free, saved
             other = self._in_order(layer, names, before, after, by_batch=False)
             pick = streamed > 0
             self.free = {device: np.where(pick, np.minimum(free[device], self.free[device]), free[device]) for device in DEVICES}
@@ -226,11 +223,10 @@ class Pass:
         """What ``after`` says of every micro-batch when they take turns (``by_batch``), or when all of them take every piece in turn."""
         ready: dict[tuple[Device, int], Floats] = {}
         ends: dict[tuple[Device, str, int], Floats] = {}
-        normed: dict[int, Mapping[Device, Floats]] = {}
         if by_batch:
             for mb in self.mbs:
-                normed[mb] = before(mb)
-                ends |= {(d, name, mb): self._linear(d, layer, name, self.load.tokens(mb), normed[mb][d]) for d in DEVICES for name in names}
+                begun = before(mb)
+                ends |= {(d, name, mb): self._linear(d, layer, name, self.load.tokens(mb), begun[d]) for d in DEVICES for name in names}
                 ready |= {(d, mb): end for d, end in after(mb, {(d, name): ends[d, name, mb] for d in DEVICES for name in names}).items()}
             return ready
         normed = {mb: before(mb) for mb in self.mbs}
@@ -315,9 +311,7 @@ class Pass:
     def _attend_group(self, layer: int, mb: int, device: Device, group: int, ready: Floats) -> Floats:
         tokens, processor, window = self.load.tokens(mb, group, group + 1), self.processor[device], self.spec.layers[layer].window
         classes = [c for each in self.load.groups(mb, group, group + 1) for c in each.classes]
-        after = [(device, ready)]
-        if group == STREAMED_KV:
-            after.append((device, self._staged_kv(classes, layer, mb)))
+        after = [(device, ready), *([(device, self._staged_kv(classes, layer, mb))] if group == STREAMED_KV else [])]
         self._task(device, self._elementwise(device, rope_append_bytes(self.spec, tokens, self.kv_dtype)), after)
         seconds: Floats | float = sum(attention_s(self.spec, c, window, self.kv_dtype, processor) for c in classes)
         if self.played is not None and all(c.query_tokens == 1 for c in classes):
@@ -353,10 +347,9 @@ class Pass:
             crosses = gives[source] & keeps[OTHER[source]]
             arrived = self._copy(source, tokens, hidden, parts[source], crosses)
             ready[OTHER[source]] = np.maximum(ready[OTHER[source]], np.where(crosses, arrived, 0.0))
-        terms = gives["gpu"].astype(float) + gives["cpu"]
+        touched = (2 + gives["gpu"].astype(float) + gives["cpu"]) * ACTIVATION_BYTES * tokens * hidden  # x is read and written, each term read
         for device in DEVICES:
-            processor = self.processor[device]
-            add_s = processor.task_s + (2 + terms) * ACTIVATION_BYTES * tokens * hidden / processor.elementwise_bytes_per_s
+            add_s = self.processor[device].task_s + touched / self.processor[device].elementwise_bytes_per_s
             self.x[device, mb] = self._task(device, add_s, [(device, ready[device])], keeps[device])
             self.valid[device, mb] = keeps[device]
 

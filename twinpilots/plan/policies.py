@@ -1,16 +1,16 @@
 """The named policies: each chooses a plan by its own published rule, all within one plan space and one set of memory limits.
 
-Owns one ``build_...`` function per policy. Every policy takes as many sequences at once as fit (the rest wait: waves), sizes chunk and ring by the rules of
-`draft.py`, and either returns a Plan that keeps both limits or raises LimitError with the smallest limit that would do. Knows nothing of simulation.
+Owns one placement or search per policy. Every policy takes as many sequences at once as fit (the rest wait: waves), sizes chunk and ring by the rules of
+`draft.py`, and has either a Plan that keeps both limits or a refusal that names the smallest limit that would do. Knows nothing of simulation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import wraps
+from functools import lru_cache
 
-from twinpilots.errors import DeviceUnavailableError
+from twinpilots.errors import DeviceUnavailableError, UserError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.draft import Draft, PlanOptions, everything_resident, most_sequences, nothing_resident, shortage
@@ -23,53 +23,40 @@ from twinpilots.plan.problem import (
     Problem,
     attention_times,
     best_fit,
-    best_or_error,
     cpu_linear_s,
     fill,
     gpu_linear_s,
     load_s,
     no_cpu,
-    runs_one,
+    one_needs,
     sized,
 )
 from twinpilots.plan.workload import Limits, Workload
 
-Builder = Callable[..., Plan]  # (spec, profile, workload, limits, options=None)
+Find = Callable[[Problem], Plan | None]
 FLEXGEN_KV_ON_GPU = (1.0, 0.5, 0.0)
 FLEXGEN_BATCHES = (1, 2, 4)
 
 
 ONE_BATCH: Mapping[Phase, int] = {"prefill": 1, "decode": 1}
 RULES: dict[Policy, tuple[tuple[Draft, Place], ...]] = {}  # each policy's base draft and placement; several: the policy takes the better
-BUILDERS: dict[Policy, Builder] = {}
+FINDERS: dict[Policy, Find] = {}  # each policy's way to its plan; None where there is none within the limits
 
 
 def _rule(
     policy: Policy, *, gpu_seqs: int = 1, uses_gpu: bool = True, uses_cpu: bool = False, streams: bool = True, share_of_rest: bool = False
-) -> Callable[[Place], Builder]:
-    """Registers a placement (problem, draft, number of sequences) -> plan and turns it into the policy's builder."""
+) -> Callable[[Place], Place]:
+    """Registers a placement (problem, draft, number of sequences) -> plan as the policy's."""
     base = Draft(
         policy=policy, num_seqs=1, gpu_seqs=gpu_seqs, pass_tokens=1, micro_batches=ONE_BATCH, uses_gpu=uses_gpu, uses_cpu=uses_cpu, streams=streams,
         share_of_rest=share_of_rest,
     )  # fmt: skip
 
-    def register(place: Place) -> Builder:
-        @wraps(place)
-        def build(spec: ModelSpec, profile: HardwareProfile, workload: Workload, limits: Limits, options: PlanOptions | None = None) -> Plan:
-            problem = Problem.of(spec, profile, workload, limits, options or PlanOptions())
-            if uses_gpu:
-                need_gpu(problem, policy)
-            return best_or_error(problem, base, place)
-
-        RULES[policy], BUILDERS[policy] = ((base, place),), build
-        return build
+    def register(place: Place) -> Place:
+        RULES[policy], FINDERS[policy] = ((base, place),), lambda problem: best_fit(problem, base, place)
+        return place
 
     return register
-
-
-def need_gpu(problem: Problem, policy: Policy) -> None:
-    if problem.profile.gpu is None or problem.profile.link is None:
-        raise DeviceUnavailableError(f"policy {policy} needs a GPU, {problem.profile.name} has none; use policy cpu")
 
 
 @_rule("cpu", gpu_seqs=0, uses_gpu=False, uses_cpu=True, streams=False)
@@ -154,7 +141,7 @@ def build_twinpilots(problem: Problem, draft: Draft, count: int) -> Plan | None:
     return plan if problem.fits(plan) else _whole_ops(problem, sized(draft, count, 0))
 
 
-def _whole_ops(problem: Problem, draft: Draft) -> Plan | None:
+def _whole_ops(problem: Problem, draft: Draft) -> Plan:
     """`balance`'s plan for these sequences. Attention keeps to the CPU where a layer's KV does not fit GPU memory twice (two staging slots)."""
     workload = problem.workload
     residency = nothing_resident(problem.spec, problem.ops)
@@ -172,8 +159,8 @@ def _whole_ops(problem: Problem, draft: Draft) -> Plan | None:
 
         plan = problem.plan(placed, residency, share)
         if problem.fits(plan):
-            return plan
-    return None
+            break
+    return plan
 
 
 def _prompt_shape(workload: Workload, tokens: int) -> tuple[int, float]:
@@ -204,8 +191,14 @@ def balanced_ops(
     never = 10.0 * (sum(cpu_s) + sum(gpu_s) + on_cpu + on_gpu)  # dearer than any whole layer
     cpu_s.append(on_cpu if cpu_attention else never)
     gpu_s.append(on_gpu if gpu_attention else never)
-    device = balance(cpu_s, gpu_s).device
+    device = _balanced(tuple(cpu_s), tuple(gpu_s))
     return {**{op.name: device[i] for i, op in enumerate(ops)}, "attention": device[-1]}
+
+
+@lru_cache(maxsize=256)
+def _balanced(cpu_s: tuple[float, ...], gpu_s: tuple[float, ...]) -> tuple[int, ...]:
+    """The same few lists again and again: every size of memory that is tried asks for the plans of the same buckets."""
+    return balance(cpu_s, gpu_s).device
 
 
 def _flexgen_block(kv_on_gpu: float, batches: int) -> tuple[Draft, Place]:
@@ -221,28 +214,23 @@ def _flexgen_block(kv_on_gpu: float, batches: int) -> tuple[Draft, Place]:
     return base, place
 
 
-def build_flexgen(spec: ModelSpec, profile: HardwareProfile, workload: Workload, limits: Limits, options: PlanOptions | None = None) -> Plan:
+def find_flexgen(problem: Problem) -> Plan | None:
     """FlexGen (ICML 2023, section 4): percentages of weights and KV on GPU and CPU, CPU attention for host KV, and a zig-zag block of micro-batches.
 
     Its program picks the percentages for each block shape by T = max(link, GPU, CPU); as many of its variables are fixed here (no disk, activations stay),
     a grid over KV percentage and micro-batches with the rest of GPU memory given to weights is that program's whole search. Delegating attention to the
     CPU is for decoding (section 4.2); prompts are attended on the GPU, and their KV is then stored where it belongs.
     """
-    problem = Problem.of(spec, profile, workload, limits, options or PlanOptions())
-    need_gpu(problem, "flexgen")
     found = [best_fit(problem, *_flexgen_block(kv, batches)) for kv in FLEXGEN_KV_ON_GPU for batches in FLEXGEN_BATCHES]
-    feasible = [plan for plan in found if plan is not None]
-    if not feasible:
-        raise shortage(lambda limits: can_run(problem.within(limits), "flexgen"), limits, "flexgen")
-    return max(feasible, key=lambda plan: _flexgen_rate(problem, plan))
+    return max((plan for plan in found if plan is not None), key=lambda plan: _flexgen_rate(problem, plan), default=None)
 
 
-RULES["flexgen"], BUILDERS["flexgen"] = tuple(_flexgen_block(kv, 1) for kv in (0.0, 1.0)), build_flexgen
+RULES["flexgen"], FINDERS["flexgen"] = tuple(_flexgen_block(kv, 1) for kv in (0.0, 1.0)), find_flexgen
 
 
-def can_run(problem: Problem, policy: Policy) -> bool:
-    """Whether the policy can run one sequence at all within the limits."""
-    return any((problem.profile.gpu is not None or not base.uses_gpu) and runs_one(problem, base, place) for base, place in RULES[policy])
+def needs_of(problem: Problem, policy: Policy) -> list[Limits]:
+    """What the policy's plans for one sequence take, whether that is within the limits or not."""
+    return [need for base, place in RULES[policy] for need in one_needs(problem, base, place)]
 
 
 def _flexgen_rate(problem: Problem, plan: Plan) -> float:
@@ -259,8 +247,28 @@ def _flexgen_rate(problem: Problem, plan: Plan) -> float:
     return seqs / (max(link_s, gpu_s, cpu_s) if batches > 1 else max(link_s, gpu_s + cpu_s))
 
 
+def find_policy(problem: Problem, policy: Policy) -> Plan | None:
+    """The plan of one named policy (``auto`` is the solver's), or None where it has none: `refusal` says why."""
+    return FINDERS[policy](problem) if has_devices(problem, policy) else None
+
+
+def refusal(problem: Problem, policy: Policy) -> UserError:
+    """Why the policy has no plan: no GPU, or the smallest limit that would do."""
+    if not has_devices(problem, policy):
+        return DeviceUnavailableError(f"policy {policy} needs a GPU, {problem.profile.name} has none; use policy cpu")
+    return shortage(lambda limits: needs_of(problem.within(limits), policy), problem.limits, policy)
+
+
+def has_devices(problem: Problem, policy: Policy) -> bool:
+    return (problem.profile.gpu is not None and problem.profile.link is not None) or not RULES[policy][0][0].uses_gpu
+
+
 def build_policy(
     policy: Policy, spec: ModelSpec, profile: HardwareProfile, workload: Workload, limits: Limits, options: PlanOptions | None = None
 ) -> Plan:  # fmt: skip
-    """The plan of one named policy (``auto`` is the solver's). Raises LimitError or DeviceUnavailableError."""
-    return BUILDERS[policy](spec, profile, workload, limits, options)
+    """The plan of one named policy. Raises LimitError with the smallest limit that would do, or DeviceUnavailableError."""
+    problem = Problem.of(spec, profile, workload, limits, options or PlanOptions())
+    plan = find_policy(problem, policy)
+    if plan is None:
+        raise refusal(problem, policy)
+    return plan

@@ -28,7 +28,7 @@ from twinpilots.plan.draft import (
     most_sequences,
     nothing_resident,
     ring_rule,
-    shortage,
+    taken,
     tight_ring,
 )
 from twinpilots.plan.memory import Templates, gpu_memory, layer_templates
@@ -163,23 +163,15 @@ def _most_at_once(problem: Problem, choices: Iterable[Draft], place: Place) -> P
     return best
 
 
-def best_or_error(problem: Problem, base: Draft, place: Place) -> Plan:
-    """`best_fit`, or the LimitError that names the smallest limit with which one sequence runs in the smallest chunks and packets."""
-    plan = best_fit(problem, base, place)
-    if plan is None:
-        raise shortage(lambda limits: runs_one(problem.within(limits), base, place), problem.limits, base.policy)
-    return plan
-
-
-def runs_one(problem: Problem, base: Draft, place: Place) -> bool:
-    """Whether one sequence fits at all: in the smallest chunks, with a ring by the rule or the smallest one.
+def one_needs(problem: Problem, base: Draft, place: Place) -> list[Limits]:
+    """What one sequence takes: in the smallest chunks, with a ring by the rule or the smallest one.
 
     The smallest ring takes less of the GPU, but more of the host: it has more packets, and so more instructions. Nor is the smallest chunk always the least
     of both: what it leaves of the GPU may go to rows whose other copy the host then needs as well.
     """
     smallest = [list(choices)[-1] for choices in (drafts(problem, base), drafts(problem, base, smallest_ring=True))]
     plans = (place(problem, draft, 1) for draft in (*smallest, *tight_drafts(problem, base)))
-    return any(plan is not None and problem.fits(plan) for plan in plans)
+    return [taken(problem.spec, plan) for plan in plans if plan is not None]
 
 
 def sized(draft: Draft, count: int, gpu_seqs: int) -> Draft:

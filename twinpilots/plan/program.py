@@ -20,10 +20,13 @@ DRAM's limit is in the profiled op times and in d, the work that a processor los
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+
+from twinpilots.stray_output import muted
 
 INFINITE = float("inf")
 Resource = Literal["cpu", "gpu", "link", "link_out", "chain"]  # what bounds a phase's time from below; chain: one stage waiting for another
@@ -162,10 +165,12 @@ class Matrix:
         """The optimal point, or None when there is none."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
-        found = milp(
-            self.cost, integrality=self.binary, bounds=Bounds(self.low, self.high), constraints=LinearConstraint(self.a, self.row_low, self.row_high),
-            options={"mip_rel_gap": 1e-4},
-        )  # fmt: skip
+        # HiGHS says so, whatever its options, when it mends a point of whole numbers; relaxed programs have none, and most programs are relaxed.
+        with muted(b"HighsMip") if self.binary.any() else nullcontext():
+            found = milp(
+                self.cost, integrality=self.binary, bounds=Bounds(self.low, self.high),
+                constraints=LinearConstraint(self.a, self.row_low, self.row_high), options={"mip_rel_gap": 1e-4},
+            )  # fmt: skip
         return None if found.x is None else np.asarray(found.x)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from twinpilots.config import KvDtype
-from twinpilots.errors import LimitError, UserError
+from twinpilots.errors import LimitError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.auto import PHASES, first_layers, improve, least_memory, resolved_buckets, rounded_plans, with_small_buckets
@@ -19,10 +19,10 @@ from twinpilots.plan.enumeration import enumerated, searchable
 from twinpilots.plan.estimate import EXACT_LAYERS
 from twinpilots.plan.memory import MemoryUse, plan_memory
 from twinpilots.plan.plan import POLICIES, Plan, Policy
-from twinpilots.plan.policies import RULES, build_policy, can_run
+from twinpilots.plan.policies import RULES, find_policy, has_devices, needs_of, refusal
 from twinpilots.plan.polish import polish
 from twinpilots.plan.pricing import Price, phase_loads, price_plan, waves_of
-from twinpilots.plan.problem import Problem, best_fit, runs_one
+from twinpilots.plan.problem import Problem, best_fit, one_needs
 from twinpilots.plan.rebalance import can_move, options, with_bucket
 from twinpilots.plan.space import op_groups
 from twinpilots.plan.terms import decode_pass, prefill_pass
@@ -78,7 +78,8 @@ def solve(
     compare: bool = True,
     proportionate: bool = False,
 ) -> Solution:
-    """The plan of ``policy``, with its prediction and all other policies beside it (``compare=False``: a named policy alone, which is quicker).
+    """The plan of ``policy``, with its prediction and all other policies beside it (``compare=False``: a named policy alone, and no reasons why others
+    have none, which is quicker).
 
     ``proportionate``: the local search takes no longer than the workload itself is predicted to take, about.
 
@@ -88,10 +89,11 @@ def solve(
     options = PlanOptions(unit_rows=unit_rows or 64, kv_dtype=kv_dtype, max_model_len=max_model_len)
     problem = Problem.of(spec, profile, workload, limits, options)
     wanted = NAMED if compare or policy == "auto" else (policy,)
-    found = {name: _named(problem, name) for name in wanted}
-    if policy != "auto" and isinstance(found[policy], UserError):
-        raise found[policy]  # type: ignore[misc]
-    priced = {name: (plan, price_plan(spec, profile, workload, plan)) for name, plan in found.items() if isinstance(plan, Plan)}
+    asked = find_policy(problem, policy) if policy != "auto" else None
+    if policy != "auto" and asked is None:
+        raise refusal(problem, policy)
+    found = {name: asked if name == policy else find_policy(problem, name) for name in wanted}
+    priced = {name: (plan, price_plan(spec, profile, workload, plan)) for name, plan in found.items() if plan is not None}
     if compare or policy == "auto":
         auto = _auto(problem, priced, proportionate)
         if auto is not None:
@@ -103,7 +105,7 @@ def solve(
     points = {(*waves_of(each, workload), each.max_pass_tokens) for each, _ in priced.values()}
     return Solution(
         plan=plan, prediction=_prediction(problem, price, points), memory=plan_memory(spec, plan), price=price,
-        candidates={name: _candidate(name, priced, found) for name in POLICIES if name in priced or name in found},
+        candidates={name: _candidate(problem, name, priced) for name in POLICIES if name in priced or (compare and name in NAMED)},
     )  # fmt: skip
 
 
@@ -128,13 +130,6 @@ def resolve_buckets(spec: ModelSpec, profile: HardwareProfile, plan: Plan, workl
 
 
 # -- the parts of solve --------------------------------------------------------------------------------------------------------------------
-
-
-def _named(problem: Problem, policy: Policy) -> Plan | UserError:
-    try:
-        return build_policy(policy, problem.spec, problem.profile, problem.workload, problem.limits, problem.options)
-    except UserError as error:
-        return error
 
 
 def _auto(problem: Problem, named: Mapping[Policy, tuple[Plan, Price]], proportionate: bool) -> tuple[Plan, Price] | None:
@@ -197,17 +192,18 @@ def _programmed(problem: Problem) -> list[Plan]:
 def _nothing_fits(problem: Problem) -> LimitError:
     least = least_memory(problem) if problem.profile.gpu is not None else ()
 
-    def possible(limits: Limits) -> bool:
+    def needs(limits: Limits) -> list[Limits]:
         within = problem.within(limits)
-        return any(can_run(within, policy) for policy in RULES) or any(runs_one(within, *rule) for rule in least)
+        named = [need for policy in RULES if has_devices(problem, policy) for need in needs_of(within, policy)]
+        return named + [need for rule in least for need in one_needs(within, *rule)]
 
-    return shortage(possible, problem.limits, "auto")
+    return shortage(needs, problem.limits, "auto")
 
 
-def _candidate(name: Policy, priced: Mapping[Policy, tuple[Plan, Price]], found: Mapping[Policy, Plan | UserError]) -> Candidate:
+def _candidate(problem: Problem, name: Policy, priced: Mapping[Policy, tuple[Plan, Price]]) -> Candidate:
     if name in priced:
         return Candidate(tokens_per_s=priced[name][1].tokens_per_s, reason=None)
-    return Candidate(tokens_per_s=None, reason=str(found[name]))
+    return Candidate(tokens_per_s=None, reason=str(refusal(problem, name)))
 
 
 def _prediction(problem: Problem, price: Price, points: Iterable[tuple[int, int, int, int]]) -> Prediction:

@@ -115,22 +115,23 @@ def what_ifs(problem: Problem, plan: Plan, tokens_per_s: float, point: GridPoint
         if not takes_gpu or problem.profile.gpu is not None:
             altered = alter(problem)
             promised = _dual_ratio(altered, point)
-            again = _rate_again(altered, plan, tokens_per_s, tokens_per_s * (promised or 1.0))
+            again = _rate_again(problem, altered, plan, tokens_per_s, tokens_per_s * (promised or 1.0))
             note = SATURATED if alter is one_more_core and _read_gain(problem.profile) == 1.0 else ""
             found.append(WhatIf(change=name, tokens_per_s=again, ratio=again / tokens_per_s, dual_ratio=promised, note=note))
     return tuple(found)
 
 
-def _rate_again(altered: Problem, plan: Plan, least: float, promised: float) -> float:
+def _rate_again(problem: Problem, altered: Problem, plan: Plan, least: float, promised: float) -> float:
     """The simulated rate after solving again. The answer is searched on only where the duals promise more, and it is never under ``least``, the rate
-    without the change: what is there more need not be used."""
+    without the change: what is there more need not be used. Where there is more memory, the plan is priced with it filled, too."""
     if plan.policy != "auto":
         return max(least, _rate(altered, _by_rule(altered, plan)))
     trial = _solved_again(altered, plan)
     rate = 0.0 if trial is None else _rate(altered, trial.plan(altered))
     if trial is not None and rate < promised > GAIN * least:
         rate = max(rate, _rate(altered, nudged(altered, trial).plan(altered)))
-    return max(least, rate, *(_rate(altered, each) for each in (plan, *refilled(altered, plan))))
+    fuller = refilled(altered, plan) if altered.limits.gpu_bytes > problem.limits.gpu_bytes else []
+    return max(least, rate, *(_rate(altered, each) for each in (plan, *fuller)))
 
 
 def _rate(problem: Problem, plan: Plan) -> float:

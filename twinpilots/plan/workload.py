@@ -48,3 +48,7 @@ class Limits:
         for name in ("gpu_bytes", "host_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"Limits.{name} must not be negative, got {getattr(self, name)}")
+
+    def beyond(self, allowed: Limits) -> int:
+        """Bytes over what is allowed, of all tiers together."""
+        return max(0, self.gpu_bytes - allowed.gpu_bytes) + max(0, self.host_bytes - allowed.host_bytes)
