@@ -6,6 +6,8 @@ Owns when what is measured and stored. Knows nothing of how a rate is measured (
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from twinpilots.model.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
+QUICK_S = 3.0  # what a quick measurement may take: devices' start and end included
+REHEARSED_S, ALONE_S = 1.75, 1.2  # of it left to real passes: beside a GPU, and of the CPU alone
+CORRECTING_S = 0.2  # and then to what they say of the profile
 TYPICAL_MODEL = "dummy:smollm2-135m"  # the shapes a profile is measured in when no model is named: small enough for any GPU
 
 
@@ -25,17 +30,20 @@ def measure_machine(
 ) -> HardwareProfile:
     """Measure ``device`` in the shapes of ``spec``. A stored full profile also becomes `plan`'s default for this device.
 
-    A quick measurement is kept apart, so that it never displaces a full one. A cache that cannot be written is a warning.
+    A quick measurement is kept apart, so that it never displaces a full one, and takes `QUICK_S` at most where the box allows: each step does what it must
+    once, and goes on while its share lasts. A cache that cannot be written is a warning.
     """
+    until_s = time.perf_counter() + (QUICK_S if quick else math.inf)
     from twinpilots.hardware.measure import measure
     from twinpilots.hardware.store import save_profile
     from twinpilots.rehearsal import rehearse
 
     with open_machine(device, threads) as machine:
-        profile = measure(machine.pilot, machine.gpu, spec, quick=quick, progress=progress)
+        left_s = ALONE_S if machine.gpu is None else REHEARSED_S
+        profile = measure(machine.pilot, machine.gpu, spec, quick=quick, progress=progress, until_s=until_s - left_s)
     progress("passes of a short model: the driver, and work among its neighbours")
     try:
-        profile = rehearse(machine.device, threads, spec, profile, quick=quick)
+        profile = rehearse(machine.device, threads, spec, profile, quick=quick, until_s=until_s - CORRECTING_S)
     except (DeviceLostError, LimitError) as error:
         logger.warning("the profile could not be corrected by real passes, predictions will be some 20 %% too quick (%s)", error)
     if store:
@@ -69,14 +77,17 @@ def stored_profile(device: str, spec: ModelSpec, *, threads: int | None = None, 
 
 
 def load_or_measure(device: str, spec: ModelSpec, *, threads: int | None = None, tell: Callable[[str], None] = logger.warning) -> HardwareProfile:
-    """The stored full profile, else the stored quick one, else a quick measurement (a few seconds), which is said through ``tell``."""
+    """The stored full profile, else the stored quick one, else a quick measurement (some 3 s), which is said through ``tell``."""
     for quick in (False, True):
         found = stored_profile(device, spec, threads=threads, quick=quick)
         if found is not None:
             return found
-    name = resolve_device(device)
+    name, began_s = resolve_device(device), time.perf_counter()
     profile = measure_machine(device, spec, threads=threads, quick=True)
-    tell(f"no profile of {name} for models of these widths: measured it quickly (`twinpilots profile MODEL --device {name}` does it thoroughly)")
+    tell(
+        f"no profile of {name} for models of these widths: measured it quickly, in {time.perf_counter() - began_s:.1f} s "
+        f"(`twinpilots profile MODEL --device {name}` does it thoroughly)"
+    )
     return profile
 
 

@@ -7,12 +7,17 @@ profile (`corrected`). Knows nothing of names of devices or of where profiles ar
 
 from __future__ import annotations
 
+import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+import numpy as np
+
 from twinpilots.config import EngineConfig
+from twinpilots.device.memory import HostArena
 from twinpilots.errors import LimitError
 from twinpilots.hardware.profile import AloneProfile, ComputeProfile, Curve, HardwareProfile
 from twinpilots.model.dummy import DummyCheckpoint
@@ -28,6 +33,9 @@ from twinpilots.plan.rebalance import Option
 from twinpilots.plan.workload import Limits, Workload
 from twinpilots.planner import Planner
 from twinpilots.request import SamplingParams
+from twinpilots.runtime.executor import Executor
+from twinpilots.runtime.layout import Layout
+from twinpilots.runtime.weights import OFFSET_MASK, GpuWrite, TensorSource, load_small
 from twinpilots.session import Session
 from twinpilots.stats.correction import Medians, WorkTime
 from twinpilots.stats.correction import corrected as corrected_by
@@ -35,29 +43,42 @@ from twinpilots.stats.correction import corrected as corrected_by
 SHORT_BYTES, TABLE_BYTES = 80 << 20, 32 << 20  # of weights: more than caches hold, and quickly made; of them lm_head, which has as many rows as that allows
 CARD_BYTES = 1 << 30  # of a GPU's memory, at most
 RESIDENT = 0.4  # of the weights: some are streamed, some are the CPU's
-WARM_PASSES = 3  # of a stage, that wake everything up
-LEAST_PASSES, MOST_PASSES = 6, 16  # of a stage, beside those
 RUN_PASSES = 16  # that one step may run, at most
 ON_GPU = 8  # one sequence in so many keeps its KV on the GPU
 MIN_ROWS = 64
+WEIGHT_BYTE = 0x2C  # every format reads it as ordinary small numbers: denormals and NaN are slower than the truth
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """Which passes are rehearsed: ever more sequences that decode at once, with such prompts, for about so long."""
+    """Which passes are rehearsed: ever more sequences that decode at once, with such prompts, for about so long. Of a stage ``warm_passes`` wake everything
+    up; ``least_passes`` to ``most_passes`` follow."""
 
     num_seqs: tuple[int, ...] = (1, 4, 16, 64)
-    prompt_len: int = 32
+    prompt_lens: tuple[int, ...] = (32, 32, 32, 32)
     budget_s: float = 5.0
+    warm_passes: int = 3
+    least_passes: int = 6
+    most_passes: int = 16
+    least_stages: int = 2  # whatever the time
+
+    @property
+    def prompt_len(self) -> int:
+        """The longest."""
+        return max(self.prompt_lens)
 
     @property
     def workload(self) -> Workload:
-        output_len = (WARM_PASSES + MOST_PASSES + RUN_PASSES + LEAST_PASSES) * len(self.num_seqs)
+        output_len = (self.warm_passes + self.most_passes + RUN_PASSES + self.least_passes) * len(self.num_seqs)
         return Workload(num_requests=self.num_seqs[-1], input_len=self.prompt_len, output_len=output_len, max_num_seqs=self.num_seqs[-1])
 
 
-FULL, QUICK = Stages(), Stages(num_seqs=(1, 4, 16), budget_s=1.0)
-BESIDES = 4, 0.5  # tokens of a prompt and part of the time where passes of the CPU alone are rehearsed beside others: they show the driver, and decoding
+FULL = Stages()
+BESIDE = Stages(prompt_lens=(4, 4, 4, 4), budget_s=2.5)  # of the CPU alone, where passes beside a GPU were rehearsed: they show the driver, and decoding
+# The prompts are most of a quick one's time: many short ones make a pass as full as a few long ones.
+QUICK = Stages(num_seqs=(1, 16), prompt_lens=(32, 8), budget_s=1.0, warm_passes=2, least_passes=4, most_passes=8)
+QUICK_ALONE = Stages(num_seqs=(1, 4, 16), prompt_lens=(32, 32, 8), budget_s=1.0, warm_passes=2, least_passes=4)
+QUICK_BESIDE = Stages(num_seqs=(1, 16), prompt_lens=(4, 4), budget_s=0.4, warm_passes=2, least_passes=3, most_passes=8, least_stages=1)
 
 
 class _Nobody:
@@ -210,24 +231,28 @@ def _place(problem: Problem, draft: Draft, count: int) -> Plan | None:
 
 
 def rehearse(
-    device: str, threads: int | None, spec: ModelSpec, profile: HardwareProfile, *, quick: bool, clock: Callable[[], float] = time.perf_counter
-) -> HardwareProfile:
-    """``profile`` corrected by passes of a short model on ``device``; as it is where memory is too small for one."""
-    short, stages = short_model(spec), QUICK if quick else FULL
+    device: str, threads: int | None, spec: ModelSpec, profile: HardwareProfile, *, quick: bool, until_s: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
+) -> HardwareProfile:  # fmt: skip
+    """``profile`` corrected by passes of a short model on ``device``; as it is where memory is too small for one. ``until_s``: when, by the clock, no more
+    passes are begun than it takes."""
+    short = short_model(spec)
+    beside, stages = (QUICK_BESIDE, QUICK_ALONE if profile.gpu is None else QUICK) if quick else (BESIDE, FULL)
     checkpoint = DummyCheckpoint(short)
     passes: list[PassDone] = []
     plan = short_plan(short, profile, stages)
     if plan is not None:
-        passes += _rehearsed(device, threads, profile, plan, stages, checkpoint, clock)
-        stages = replace(stages, prompt_len=BESIDES[0], budget_s=stages.budget_s * BESIDES[1])
+        passes += _rehearsed(device, threads, profile, plan, stages, checkpoint, clock, until_s - beside.budget_s)
+        stages = beside
     plan = alone_plan(short, profile, stages)
     if plan is not None:
-        passes += _rehearsed("cpu", profile.cpu_cores, profile, plan, stages, checkpoint, clock)
+        passes += _rehearsed("cpu", profile.cpu_cores, profile, plan, stages, checkpoint, clock, until_s)
     return corrected(short, profile, passes) if passes else profile
 
 
 def _rehearsed(
-    device: str, threads: int | None, profile: HardwareProfile, plan: Plan, stages: Stages, checkpoint: DummyCheckpoint, clock: Callable[[], float]
+    device: str, threads: int | None, profile: HardwareProfile, plan: Plan, stages: Stages, checkpoint: DummyCheckpoint, clock: Callable[[], float],
+    until_s: float,
 ) -> list[PassDone]:  # fmt: skip
     spec, seen = checkpoint.spec, list[PassDone]()
     config = EngineConfig.of(
@@ -236,45 +261,66 @@ def _rehearsed(
     )  # fmt: skip
     planner = Planner(config, spec, profile, checkpoint.fingerprint)
     planner.online = OnlinePlanner(spec, profile, _Nobody(), adapts=True, at_once=False, witness=seen.append)
-    session = Session(config, spec, profile, plan, checkpoint, None, planner, prepares=False)
+    make = functools.partial(Executor, load=_fill)
+    session = Session(config, spec, profile, plan, checkpoint, None, planner, make_executor=make, prepares=False)
     try:
-        return _passes(session, stages, seen, clock)
+        return _passes(session, stages, seen, clock, until_s)
     finally:
         session.close()
 
 
-def _passes(session: Session, stages: Stages, seen: list[PassDone], clock: Callable[[], float]) -> list[PassDone]:
+def _fill(
+    spec: ModelSpec, plan: Plan, source: TensorSource, host: Layout, memory: HostArena, gpu: Layout | None, gpu_write: GpuWrite | None,
+    progress: Callable[[int], None] | None,  # noqa: ARG001 a `Loader`
+) -> None:  # fmt: skip
+    """Weights that take as long to compute with as any others, in a tenth of the time that packing random ones takes."""
+    for op in spec.ops(plan.unit_rows):
+        for layout in (host, gpu):
+            if layout is None or (op.layer, op.name) not in layout.weights:
+                continue
+            offset, (first, last) = layout.weights[op.layer, op.name] & OFFSET_MASK, layout.rows[op.layer, op.name]
+            if layout is host:
+                memory.view(offset, np.uint8, (last - first) * op.row_bytes)[:] = WEIGHT_BYTE
+            elif gpu_write is not None:
+                gpu_write(offset, np.full((last - first) * op.row_bytes, WEIGHT_BYTE, np.uint8))
+    for name, num_bytes in (("embed", spec.table_bytes), ("positions", spec.position_bytes)):
+        if name in host.small:
+            memory.view(host.small[name] & OFFSET_MASK, np.uint8, num_bytes)[:] = WEIGHT_BYTE
+    load_small(spec, plan, source, host, memory, gpu, gpu_write)
+
+
+def _passes(session: Session, stages: Stages, seen: list[PassDone], clock: Callable[[], float], until_s: float) -> list[PassDone]:
     """Ever more sequences that decode: each stage begins with the new ones' prompts, and has its share of the time that is left. The passes of
     a first request, in which all memory is touched and all code is run for the first time, do not count."""
     found, running = list[PassDone](), 0
     counts = [count for count in stages.num_seqs if count <= session.plan.max_num_seqs]
     params = SamplingParams(temperature=0.0, max_tokens=session.plan.max_model_len - stages.prompt_len, ignore_eos=True)
 
-    def add(name: str, seed: int) -> None:
-        prompt = [(7 * seed + 13 * place) % session.engine.vocab_size for place in range(stages.prompt_len)]
+    def add(name: str, seed: int, length: int) -> None:
+        prompt = [(7 * seed + 13 * place) % session.engine.vocab_size for place in range(length)]
         session.engine.add_request(name, prompt, params)
 
     with session.driving():
-        add("first", len(counts))
-        for _ in range(WARM_PASSES + 1):
+        add("first", len(counts), stages.prompt_len)
+        for _ in range(stages.warm_passes + 1):
             session.step(partial=False)
             session.account()
         session.engine.abort("first")
-        until_s = clock() + stages.budget_s
-        for number, count in enumerate(counts):
-            if number > 1 and clock() > until_s:
+        until_s = min(until_s, clock() + stages.budget_s)
+        for number, (count, length) in enumerate(zip(counts, stages.prompt_lens, strict=False)):
+            if number >= stages.least_stages and clock() > until_s:
                 break
             stage_until_s = clock() + (until_s - clock()) / (len(counts) - number)
             for request in range(running, count):
-                add(str(request), request)
+                add(str(request), request, length)
             running = count
-            found += _stage(session, seen, count, stage_until_s, clock)
+            found += _stage(session, stages, seen, count, stage_until_s, clock)
         for request in range(running):
             session.engine.abort(str(request))
     return found
 
 
-def _stage(session: Session, seen: list[PassDone], num_seqs: int, until_s: float, clock: Callable[[], float]) -> list[PassDone]:
+def _stage(session: Session, stages: Stages, seen: list[PassDone], num_seqs: int, until_s: float, clock: Callable[[], float]) -> list[PassDone]:
     """Passes until the time is up, the prompts' among them; of the others, those in which everything wakes up are left out."""
     session.account()
     seen.clear()
@@ -282,13 +328,13 @@ def _stage(session: Session, seen: list[PassDone], num_seqs: int, until_s: float
     while computed < session.num_tokens[0]:  # until a pass without prompts: all of them decode
         computed = session.num_tokens[0]
         session.step(partial=False)
-    first = session.num_tokens[1]
-    while (passes := (session.num_tokens[1] - first) // num_seqs) < WARM_PASSES + LEAST_PASSES or (passes < WARM_PASSES + MOST_PASSES and clock() < until_s):
+    first, warm = session.num_tokens[1], stages.warm_passes
+    while (passes := (session.num_tokens[1] - first) // num_seqs) < warm + stages.least_passes or (passes < warm + stages.most_passes and clock() < until_s):
         session.step(partial=False)
     chainer, session.engine.chainer = session.engine.chainer, None
-    for _ in range(LEAST_PASSES if session.engine.last_passes > 1 else 0):  # passes that were chained until here, one by one
+    for _ in range(stages.least_passes if session.engine.last_passes > 1 else 0):  # passes that were chained until here, one by one
         session.step(partial=False)
     session.engine.chainer = chainer
     session.account()
     prompts = [done for done in seen if done.bucket.phase == "prefill"]
-    return [*prompts, *[done for done in seen if done.bucket.phase == "decode"][WARM_PASSES:]]
+    return [*prompts, *[done for done in seen if done.bucket.phase == "decode"][warm:]]

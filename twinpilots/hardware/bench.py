@@ -10,9 +10,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from twinpilots.config import KvDtype
 from twinpilots.device.base import GpuDevice
@@ -30,6 +32,7 @@ MOST_RUNS = 9
 MOST_INSTRUCTIONS = 5000  # per queue: what the rig has room for. Only tiny models have so many linears in a cycle, and theirs lie in cache in a pass, too
 GPU_CACHE_BYTES = 40 << 20
 PAGE = 16  # tokens
+OFFSET_MASK = (1 << 56) - 1
 MOST_FIXED = 0.5  # of an instruction's time that may be its fixed part
 FILL = {"fp32": 0x3C, "bf16": 0x3C, "int8": 0x3C}  # bytes that make ordinary small numbers in each format
 FILL_HALF = 0x2C  # in fp16, and in the fp16 scales of quantised formats
@@ -46,16 +49,18 @@ class Bench:
     side: Side
     spec: ModelSpec
     tokens: int
+    region_frac: float = 1.0
     weights: int = 0
     weight_bytes: int = 0
     filled: int = -1
     buffers: dict[str, int] = field(default_factory=dict)
     instructions: dict[tuple[str, int], float] = field(default_factory=dict)  # per weight, of the linears' experiments
+    first_s: dict[tuple[str, int], float] = field(default_factory=dict)  # what these took when they were made up
 
     def __post_init__(self) -> None:
         spec = self.spec
         alloc = self.rig.alloc_host if self.side == "cpu" else self.rig.alloc_gpu
-        self.weight_bytes = weight_region_bytes(self.rig.gpu is not None and self.side == "gpu", gpu_arena_bytes(self.rig.gpu))
+        self.weight_bytes = weight_region_bytes(self.rig.gpu is not None and self.side == "gpu", gpu_arena_bytes(self.rig.gpu), self.region_frac)
         self.weights = alloc(self.weight_bytes)
         self.fill_weights(spec.weight_dtype)
         widths = {"wide": max(spec.intermediate_size, spec.q_size + 2 * spec.kv_size), "hidden": spec.hidden_size, "out": spec.hidden_size, "attn": spec.q_size}
@@ -63,6 +68,12 @@ class Bench:
             self.buffers[name] = alloc(4 * width * self.tokens)
             self.rig.fill(self.buffers[name], 4 * width * self.tokens, FILL["fp32"])
         self.wide = widths["wide"]
+
+    @property
+    def region(self) -> NDArray[np.uint8]:
+        """The CPU's weight memory."""
+        assert self.side == "cpu"
+        return self.rig.host.view(self.weights & OFFSET_MASK, np.dtype(np.uint8), (self.weight_bytes,))
 
     def run(self, rows: list[tuple[object, ...]]) -> np.ndarray:
         return self.rig.run({self.side: rows})[self.side]
@@ -141,12 +152,12 @@ class Bench:
                     count -= cycle
                 self.instructions[key, tokens] = count / sum(elements[:count])
                 found[key, tokens] = functools.partial(self._weight_s, key.partition("/")[0], rows[:count], sum(elements[:count]), tokens)
-                weight_s = found[key, tokens]()
+                weight_s = self.first_s[key, tokens] = found[key, tokens]()
+        found["fixed", 0] = self._fixed_s
         for kv_dtype in self.kv_dtypes:
             for name, context in self._contexts(kv_dtype).items():
                 found[f"{kv_dtype}/{name}", context] = functools.partial(self._decode_attention_s, kv_dtype, context)
             found[f"{kv_dtype}/prefill", 0] = functools.partial(self._prefill_attention_s, kv_dtype)
-        found["fixed", 0] = self._fixed_s
         return found
 
     def curves(self, seconds: Mapping[tuple[str, int], float], grid: Sequence[int]) -> dict[str, Curve]:
@@ -242,10 +253,10 @@ class Bench:
         return instruction(Op.ATTEND, args, (spec.softmax_scale, 0.0))
 
 
-def weight_region_bytes(on_gpu: bool, gpu_budget_bytes: int) -> int:
+def weight_region_bytes(on_gpu: bool, gpu_budget_bytes: int, host_frac: float = 1.0) -> int:
     """How much weight memory an experiment cycles through: beyond the caches, but at most half of the GPU's memory."""
     if not on_gpu:
-        return host_region_bytes()
+        return int(host_frac * host_region_bytes())
     return min(max(GPU_CACHE_BYTES, gpu_budget_bytes // 4), gpu_budget_bytes // 2)  # a quarter of a GiB is more than any card's L2
 
 
@@ -253,22 +264,26 @@ def gpu_arena_bytes(gpu: GpuDevice | None) -> int:
     return 0 if gpu is None else min(gpu.memory_bytes, 1 << 30)
 
 
-def in_rounds(experiments: Mapping[K, Callable[[], float]], budget_s: float, clock: Callable[[], float] = time.perf_counter) -> dict[K, float]:
-    """What each experiment takes: all of them in turn, MIN_RUNS to MOST_RUNS times, within a time budget after those. A second in which a neighbour is
-    busy then costs each of them one run, not one of them all its runs."""
-    began = clock()
-    found: dict[K, list[float]] = {key: [] for key in experiments}
-    rounds = 0
-    while rounds < MIN_RUNS or (rounds < MOST_RUNS and clock() - began < budget_s):
+def in_rounds(
+    experiments: Mapping[K, Callable[[], float]], until_s: float, clock: Callable[[], float] = time.perf_counter, *, least: int = MIN_RUNS,
+    before: Mapping[K, float] = MappingProxyType({}),
+) -> dict[K, float]:  # fmt: skip
+    """What each experiment takes: all of them in turn, ``least`` to MOST_RUNS times, of which ``before`` has the first of some; beyond ``least`` until the
+    clock says ``until_s``. A second in which a neighbour is busy then costs each of them one run, not one of them all its runs."""
+    found: dict[K, list[float]] = {key: [before[key]] if key in before else [] for key in experiments}
+    for number in range(MOST_RUNS):
         for key, experiment in experiments.items():
+            if len(found[key]) > number:
+                continue
+            if number >= least and clock() >= until_s:
+                break
             found[key].append(experiment())
-        rounds += 1
     return {key: typical_s(runs) for key, runs in found.items()}
 
 
 def repeated_s(experiment: Callable[[], float], budget_s: float, clock: Callable[[], float] = time.perf_counter) -> float:
     """What one experiment takes, as `in_rounds`."""
-    return in_rounds({0: experiment}, budget_s, clock)[0]
+    return in_rounds({0: experiment}, clock() + budget_s, clock)[0]
 
 
 def typical_s(runs: Sequence[float]) -> float:

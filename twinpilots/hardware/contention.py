@@ -7,26 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from twinpilots.device.base import GpuDevice
 from twinpilots.hardware.bench import MOST_INSTRUCTIONS, PAGE, Bench, Side, repeated_s
-from twinpilots.hardware.profile import ComputeProfile, LinkProfile
+from twinpilots.hardware.profile import LinkProfile
 from twinpilots.hardware.rig import Rig, instruction, work_s
 from twinpilots.kernels.abi import DTYPE_CODES, NULL, NormKind, Op
 from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.tasks import STREAMED_KV, RunQueue
 
 PEERS: tuple[tuple[Side, Side], ...] = (("cpu", "gpu"), ("gpu", "cpu"))
-LINK_RUNS = 5
-SLOWDOWN_RUNS = 7
+LINK_RUNS = 3
+HANDOFF_RUNS = 7
 HANDOFFS = 100
 KV_PAGES = 8  # a short sequence
 CONTENTION_TOKENS = 1  # where the sides wait for memory most, and where sharing a pass gains least
 COMPUTING_TOKENS = 64  # where they compute: for as long as reading took
 PACKETS_BESIDE = 8
 PACKETS_PER_CARD = 128  # a plan's ring is a 32nd of GPU memory, in four packets
+
+
+class Slowdown(NamedTuple):
+    """What a busy link does to work that reads, and to work that computes: a factor on its time."""
+
+    reading: float
+    computing: float
 
 
 def packet_bytes(gpu: GpuDevice | None) -> int:
@@ -93,7 +101,7 @@ def _half_turn_s(rig: Rig, programs: dict[RunQueue, list[tuple[object, ...]]], a
         total_s = float(traces[answering][-1, 2] - traces["gpu"][0, 1]) * 1e-9
         return max(0.0, total_s - float(work_s(traces["gpu"]).sum() + work_s(traces[answering]).sum())) / (2 * HANDOFFS)
 
-    return float(np.median([per_handoff() for _ in range(SLOWDOWN_RUNS)]))
+    return float(np.median([per_handoff() for _ in range(HANDOFF_RUNS)]))
 
 
 def _queue_handoff_s(rig: Rig, near: int, columns: int, target: int, source: int) -> float:
@@ -129,11 +137,9 @@ def with_kv_copies(rig: Rig, bench: Bench, link: LinkProfile) -> LinkProfile:
     )  # fmt: skip
 
 
-def with_contention(
-    rig: Rig, benches: dict[Side, Bench], sides: dict[Side, ComputeProfile], link: LinkProfile
-) -> tuple[dict[Side, ComputeProfile], LinkProfile]:  # fmt: skip
+def with_contention(rig: Rig, benches: dict[Side, Bench], link: LinkProfile, runs: int) -> tuple[dict[Side, Slowdown], LinkProfile]:
     """Each side's slow-down while the link runs at its full rate, from memory out of the caches, in packets of the size that plans choose; and the link's
-    while the CPU reads."""
+    while the CPU reads. Middles of so many ``runs``."""
     assert rig.gpu is not None
     size = max(64 << 10, min(packet_bytes(rig.gpu), rig.gpu.memory_bytes // PACKETS_PER_CARD & -4096))
     target = rig.alloc_gpu(size)
@@ -148,19 +154,20 @@ def with_contention(
             rows = rows[: max(len(bench.ops(bench.most_common)), len(rows) * CONTENTION_TOKENS // tokens)]
             alone_s = repeated_s(lambda rows=rows, side=side: float(work_s(rig.run({side: rows})[side]).sum()), 0.05, rig.clock)  # type: ignore[misc]
             loads = _loads(rig, size, min(MOST_INSTRUCTIONS, 4 + int(3 * alone_s * link.up_bytes_per_s / size)), target, sources)
-            ratios = [ratio for _ in range(SLOWDOWN_RUNS) if (ratio := _slowdown(rig, side, rows, loads)) is not None]
+            ratios = [ratio for _ in range(runs) if (ratio := _slowdown(rig, side, rows, loads)) is not None]
             slow[tokens] = max(1.0, float(np.median(ratios))) if ratios else 1.0
-        found[side] = replace(sides[side], copy_slowdown=slow[CONTENTION_TOKENS], copy_slowdown_computing=slow[max(slow)])
+        found[side] = Slowdown(slow[CONTENTION_TOKENS], slow[max(slow)])
     rig.set_tokens(CONTENTION_TOKENS)
-    return found, replace(link, peer_slowdown=_link_slowdown(rig, region, _loads(rig, size, PACKETS_BESIDE, target, sources), size / link.up_bytes_per_s))
+    loads = _loads(rig, size, PACKETS_BESIDE, target, sources)
+    return found, replace(link, peer_slowdown=_link_slowdown(rig, region, loads, size / link.up_bytes_per_s, runs))
 
 
-def _link_slowdown(rig: Rig, cpu: Bench, loads: list[tuple[object, ...]], packet_s: float) -> float:
+def _link_slowdown(rig: Rig, cpu: Bench, loads: list[tuple[object, ...]], packet_s: float, runs: int) -> float:
     """How much longer packets take while the CPU reads its weights again and again."""
     rows, _ = cpu.linears(cpu.most_common)
     alone_s = repeated_s(lambda: float(work_s(rig.run({"cpu": rows})["cpu"]).sum()), 0.05, rig.clock)
     rows = (rows * max(1, round(2 * len(loads) * packet_s / alone_s)))[:MOST_INSTRUCTIONS]
-    ratios = [_beside(rig.run({"link_in": loads, "cpu": rows}), rig.run({"link_in": loads}), "link_in", "cpu") for _ in range(SLOWDOWN_RUNS)]
+    ratios = [_beside(rig.run({"link_in": loads, "cpu": rows}), rig.run({"link_in": loads}), "link_in", "cpu") for _ in range(runs)]
     return max(1.0, float(np.median([ratio or 1.0 for ratio in ratios])))
 
 
@@ -175,7 +182,7 @@ def _beside(together: dict[RunQueue, np.ndarray], alone: dict[RunQueue, np.ndarr
     return float(work_s(trace)[busy].sum() / work_s(alone[side])[busy].sum()) if busy.mean() > 0.5 else None
 
 
-def with_peers(rig: Rig, benches: dict[Side, Bench], sides: dict[Side, ComputeProfile]) -> dict[Side, ComputeProfile]:
+def peer_slowdowns(rig: Rig, benches: dict[Side, Bench], runs: int) -> dict[Side, float]:
     """Each side's slow-down while the other one reads its weights, too: they may share one memory."""
     rig.set_tokens(CONTENTION_TOKENS)
     rows = {side: bench.linears(bench.most_common)[0] for side, bench in benches.items()}
@@ -184,10 +191,10 @@ def with_peers(rig: Rig, benches: dict[Side, Bench], sides: dict[Side, ComputePr
         times = max(1, round(alone_s[other] / alone_s[side]))
         rows[side] = (rows[side] * times)[:MOST_INSTRUCTIONS]
     ratios: dict[Side, list[float]] = {"cpu": [], "gpu": []}
-    for _ in range(SLOWDOWN_RUNS):
+    for _ in range(runs):
         together = rig.run({"gpu": rows["gpu"], "cpu": rows["cpu"]})
         for side, other in PEERS:
             ratio = _beside(together, rig.run({side: rows[side]}), side, other)
             if ratio is not None:
                 ratios[side].append(ratio)
-    return {side: replace(found, peer_slowdown=max(1.0, float(np.median(ratios[side] or [1.0])))) for side, found in sides.items()}
+    return {side: max(1.0, float(np.median(found or [1.0]))) for side, found in ratios.items()}

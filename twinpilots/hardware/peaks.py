@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from twinpilots.device.cpu import pinned
 from twinpilots.device.numa import interleave
@@ -31,9 +32,10 @@ class Peaks(NamedTuple):
 
 
 class PeakMeter:
-    """The best (read bytes/s, FLOP/s) of ``threads`` threads over all samples so far; pinned to ``cores`` where there are as many. Close it."""
+    """The best (read bytes/s, FLOP/s) of ``threads`` threads over all samples so far; pinned to ``cores`` where there are as many. Close it.
+    ``memory``: what to read (`peak_memory`), where several meters share it."""
 
-    def __init__(self, threads: int, cores: Sequence[int] | None = None) -> None:
+    def __init__(self, threads: int, cores: Sequence[int] | None = None, memory: NDArray[np.uint8] | None = None) -> None:
         self.read_bytes_per_s = self.flops_per_s = 0.0
         self.num_samples = 0
         self._native = load_native()
@@ -42,9 +44,7 @@ class PeakMeter:
         if self._native is None:
             self._sample = _torch_sampler(threads)
             return
-        data = np.empty(host_region_bytes(), np.uint8)
-        interleave(data.ctypes.data, data.nbytes, memory_nodes(tuple(cores or allowed_cpus())))  # as weights are
-        data.fill(1)
+        data = peak_memory(cores) if memory is None else memory
         own = cores[:threads] if cores is not None and threads <= len(cores) else None
         self._caller = frozenset(own[:1]) if own else None
         self._pool = self._native.pool_create(threads, own)
@@ -71,6 +71,14 @@ class PeakMeter:
 
     def __exit__(self, *exc: Any) -> None:
         self.close()
+
+
+def peak_memory(cores: Sequence[int] | None = None) -> NDArray[np.uint8]:
+    """Memory that no cache holds, spread as weights are."""
+    data = np.empty(host_region_bytes(), np.uint8)
+    interleave(data.ctypes.data, data.nbytes, memory_nodes(tuple(cores or allowed_cpus())))
+    data.fill(1)
+    return data
 
 
 def host_region_bytes() -> int:
