@@ -201,12 +201,14 @@ def test_a_word_that_does_not_come_in_time_is_an_error(host: HostArena, monkeypa
             gpu.wait("gpu", 10.0)
 
 
-def test_closing_after_a_failed_launch_lets_the_other_streams_go(host: HostArena, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, others_wait = SlowKernels.run, threading.Event()
+@pytest.mark.parametrize("alone", [False, True])
+def test_closing_after_a_failed_launch_lets_all_streams_go(host: HostArena, monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
+    """Whether another launch thread waits for the stream that is held, or all have ended."""
+    run, go_on = SlowKernels.run, threading.Event()
 
     def failing(self: SlowKernels, machine: Machine, insn: Insn) -> bool:
         if insn.record == 22:
-            assert others_wait.wait(10.0)
+            assert go_on.wait(10.0)
             raise RuntimeError("out of something")
         return run(self, machine, insn)
 
@@ -214,12 +216,15 @@ def test_closing_after_a_failed_launch_lets_the_other_streams_go(host: HostArena
     with opened(host) as gpu:
         gpu.submit("gpu", entry(host, fill(0, waits=(20,), record=21), fill(200, record=22)))
         until(lambda: 21 in gpu._board.launched)
-        gpu.submit("link_out", entry(host, fill(400, waits=(21,))))
-        time.sleep(0.02)
+        if not alone:
+            gpu.submit("link_out", entry(host, fill(400, waits=(21,))))
+            time.sleep(0.02)
         began = time.monotonic()
-        others_wait.set()
+        go_on.set()
         with pytest.raises(DeviceLostError, match="gpu of cuda:0 failed: RuntimeError: out of something"):
             gpu.wait("gpu", 10.0)
+        if alone:
+            until(lambda: not any(thread.is_alive() for thread in gpu._threads))
     assert time.monotonic() - began < 3.0
 
 
