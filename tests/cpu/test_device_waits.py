@@ -231,7 +231,11 @@ def test_closing_after_a_failed_launch_lets_all_streams_go(host: HostArena, monk
 # -- how far ahead ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_launches_run_only_so_far_ahead_of_a_word(host: HostArena) -> None:
+@pytest.mark.parametrize("captures", [True, False])
+def test_launches_run_only_so_far_ahead_of_a_word(host: HostArena, monkeypatch: pytest.MonkeyPatch, captures: bool) -> None:
+    """Whether a launch thread comes by in the middle of a long part, or after each instruction."""
+    if not captures:
+        monkeypatch.setattr(SlowRuntime, "graphs", lambda self: None)
     runtime = SlowRuntime()
     with opened(host, runtime) as gpu:
         gpu.submit("gpu", entry(host, fill(0, waits=(20,)), *[fill(200) for _ in range(1000)], fill(400, record=21)))
@@ -240,6 +244,7 @@ def test_launches_run_only_so_far_ahead_of_a_word(host: HostArena) -> None:
         host.events[20] = 1
         gpu.wait("gpu", 20.0)
         assert host.events[21] == 1
+        assert captures or gpu.launches["host_ns"] < 200_000_000, "to be held is no part of what launching takes"
 
 
 def test_closing_frees_a_launch_that_is_stuck_all_the_same(host: HostArena, monkeypatch: pytest.MonkeyPatch) -> None:
