@@ -68,9 +68,12 @@ class SlowStream:
     def query(self) -> bool:
         return self._undone == 0
 
-    def synchronize(self) -> None:
+    def is_dry(self, within_s: float) -> bool:
         with self._changed:
-            assert self._changed.wait_for(lambda: self._undone == 0, HANGS_S), "a stream was left waiting"
+            return self._changed.wait_for(lambda: self._undone == 0, within_s)
+
+    def synchronize(self) -> None:
+        assert self.is_dry(HANGS_S), "a stream was left waiting"
         if self.error is not None:
             raise RuntimeError(f"in a stream: {self.error}")
 
@@ -195,7 +198,9 @@ class SlowRuntime(FakeRuntime):
         return HostView(alias=view.alias, words=self.words, reason="")
 
     def release(self, host: HostArena) -> None:
+        """Waits for all streams, as the real one does."""
         super().release(host)
+        assert self._fault or all(stream.is_dry(2.0) for stream in self.streams), "a stream was left waiting"
         if self.words is not None:
             self.words.given_up = True
         while self.streams:

@@ -201,12 +201,14 @@ def test_a_word_that_does_not_come_in_time_is_an_error(host: HostArena, monkeypa
             gpu.wait("gpu", 10.0)
 
 
-def test_closing_after_a_failed_launch_lets_the_other_streams_go(host: HostArena, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, others_wait = SlowKernels.run, threading.Event()
+@pytest.mark.parametrize("alone", [False, True])
+def test_closing_after_a_failed_launch_lets_all_streams_go(host: HostArena, monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
+    """Whether another launch thread waits for the stream that is held, or all have ended."""
+    run, go_on = SlowKernels.run, threading.Event()
 
     def failing(self: SlowKernels, machine: Machine, insn: Insn) -> bool:
         if insn.record == 22:
-            assert others_wait.wait(10.0)
+            assert go_on.wait(10.0)
             raise RuntimeError("out of something")
         return run(self, machine, insn)
 
@@ -214,19 +216,26 @@ def test_closing_after_a_failed_launch_lets_the_other_streams_go(host: HostArena
     with opened(host) as gpu:
         gpu.submit("gpu", entry(host, fill(0, waits=(20,), record=21), fill(200, record=22)))
         until(lambda: 21 in gpu._board.launched)
-        gpu.submit("link_out", entry(host, fill(400, waits=(21,))))
-        time.sleep(0.02)
+        if not alone:
+            gpu.submit("link_out", entry(host, fill(400, waits=(21,))))
+            time.sleep(0.02)
         began = time.monotonic()
-        others_wait.set()
+        go_on.set()
         with pytest.raises(DeviceLostError, match="gpu of cuda:0 failed: RuntimeError: out of something"):
             gpu.wait("gpu", 10.0)
+        if alone:
+            until(lambda: not any(thread.is_alive() for thread in gpu._threads))
     assert time.monotonic() - began < 3.0
 
 
 # -- how far ahead ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_launches_run_only_so_far_ahead_of_a_word(host: HostArena) -> None:
+@pytest.mark.parametrize("captures", [True, False])
+def test_launches_run_only_so_far_ahead_of_a_word(host: HostArena, monkeypatch: pytest.MonkeyPatch, captures: bool) -> None:
+    """Whether a launch thread comes by in the middle of a long part, or after each instruction."""
+    if not captures:
+        monkeypatch.setattr(SlowRuntime, "graphs", lambda self: None)
     runtime = SlowRuntime()
     with opened(host, runtime) as gpu:
         gpu.submit("gpu", entry(host, fill(0, waits=(20,)), *[fill(200) for _ in range(1000)], fill(400, record=21)))
@@ -235,6 +244,7 @@ def test_launches_run_only_so_far_ahead_of_a_word(host: HostArena) -> None:
         host.events[20] = 1
         gpu.wait("gpu", 20.0)
         assert host.events[21] == 1
+        assert captures or gpu.launches["host_ns"] < 200_000_000, "to be held is no part of what launching takes"
 
 
 def test_closing_frees_a_launch_that_is_stuck_all_the_same(host: HostArena, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,6 +172,24 @@ def test_a_stream_whose_word_never_comes_is_let_go(waiting: tuple[HostArena, Cud
     assert time.monotonic() - began < 5.0
 
 
+def test_launches_stop_before_the_devices_own_queue_is_full(device: tuple[HostArena, CudaGpu]) -> None:
+    """A launch thread that is stuck in a launch would not see the cancel."""
+    host, gpu = device
+    if gpu.device_waits != "yes":
+        pytest.skip(gpu.device_waits)
+    fills = [insn(Op.POISON, address(Space.GPU, 0), 100, record=22) for _ in range(3000)]
+    program = entry(host, insn(Op.POISON, address(Space.GPU, 0), 100, waits=(20,)), *fills)
+    program["trace"] = host.alloc(24 * 3001, "programs")
+    gpu.submit("gpu", program)
+    time.sleep(1.0)
+    launched = gpu.launches["launched"]
+    time.sleep(0.2)
+    assert 0 < launched == gpu.launches["launched"] < 100
+    began = time.monotonic()
+    gpu.cancel("gpu", 1)
+    assert time.monotonic() - began < 5.0
+
+
 def test_memory_that_somebody_else_has_pinned_is_used_and_stays_theirs() -> None:
     host, keeper = HostArena(64 * MIB, num_events=64), CudaRuntime(0)
     keeper.pin(host)

@@ -269,8 +269,9 @@ class CudaGpu:
                 mailbox.submit(quit_entry)
         for thread in self._threads:
             while thread.is_alive():
-                self._board.let_go()  # the compute queue's may have failed, or be stuck launching into a full queue, where it sees nothing of the cancel
+                self._board.let_go()  # the compute queue's may be stuck launching into a full queue, where it sees nothing of the cancel
                 thread.join(0.05)
+        self._board.let_go()  # or have failed and left its stream held, for which what follows would wait
         for mailbox in self._mailboxes.values():
             mailbox.request_cancel(0)
         self._host.set_polled(False)

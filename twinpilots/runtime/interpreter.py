@@ -171,21 +171,25 @@ class _Queue:
         def launch(index: int) -> bool:
             return self._execute(code.insns[index])
 
+        launches = KERNEL_LAUNCHES  # by the last instruction, or the replay
+
         def timed(index: int) -> bool:
-            if times is not None and index > part.start:
-                self._sync.mark(times[index], 0)
-                self._sync.mark(times[index], 1)
+            nonlocal launches
+            if index > part.start:
+                self._sync.pace(launches, lambda: self.stopped(pass_id))
+                if times is not None:
+                    self._sync.mark(times[index], 0)
+                    self._sync.mark(times[index], 1)
             taken = launch(index)
+            launches = KERNEL_LAUNCHES if taken else TORCH_LAUNCHES
             if times is not None:
                 self._sync.mark(times[index], 2)
-            self._sync.pace(KERNEL_LAUNCHES if taken else TORCH_LAUNCHES, lambda: self.stopped(pass_id))
             return taken
 
         each = None if times is None else times[part.start : part.stop]
-        if not self._replays.run(self._machine, code, part, each, launch, timed):
-            if each is not None:
-                self._sync.mark(each[-1], 2)
-            self._sync.pace(KERNEL_LAUNCHES, lambda: self.stopped(pass_id))
+        if not self._replays.run(self._machine, code, part, each, launch, timed) and each is not None:
+            self._sync.mark(each[-1], 2)
+        self._sync.pace(launches, lambda: self.stopped(pass_id))  # here, not in `timed`: to be held is no part of what launching takes
         record = code.insns[part.stop - 1].record
         if record >= 0:
             self._sync.record(record, pass_id)
