@@ -64,16 +64,16 @@ class PassDone:
 
 
 class OnlinePlanner:
-    """``adapts``: whether the plan may change; predictions and the tracker work either way. ``at_once``: whether a pass unlike those before it is simulated
-    when it comes, or priced by what `prepare` has simulated. ``witness`` is shown every pass."""
+    """``adapts``: whether the plan may change, with ``alarms`` also without a search; predictions and the tracker work either way. ``at_once``: whether a pass
+    unlike those before it is simulated when it comes, or priced by what `prepare` has simulated. ``witness`` is shown every pass."""
 
     def __init__(
-        self, spec: ModelSpec, profile: HardwareProfile, runner: Runner, *, adapts: bool, at_once: bool = True,
+        self, spec: ModelSpec, profile: HardwareProfile, runner: Runner, *, adapts: bool, alarms: bool = True, at_once: bool = True,
         witness: Callable[[PassDone], None] | None = None,
     ) -> None:  # fmt: skip
         self.spec, self.profile, self.adapts = spec, profile, adapts  # the profile as history corrects it
         self.tracker, self.witness = Tracker(profile), witness
-        self.adaptation = Adaptation(self.tracker, Resolver(spec), runner, price=self._price, glances=True)
+        self.adaptation = Adaptation(self.tracker, Resolver(spec), runner, price=self._price if alarms else None, glances=True)
         self._renewed_at: Snapshot = {}
         self._num_jumps = 0
         self.predictions = Predictions(spec, profile, at_once=at_once)
@@ -148,22 +148,31 @@ class OnlinePlanner:
 
     def records(self, done: PassDone) -> Iterable[WorkTime]:
         """Every kind of work against the offline profile. What the simulator adds for contention is expected, too, so that it is not learned twice."""
-        timing = self.predictions.timing(done.plan, done.bucket, done.load)
-        slowed = {queue: timing.busy_s[queue] / alone_s if alone_s > 0 else 1.0 for queue, alone_s in timing.alone_s.items()}
         for expected in self._expected_of(done):
             kind = expected.kind
             seconds = done.work_s.get(kind, 0.0)
-            expected_s = expected.seconds * slowed.get(LINK_QUEUES.get(kind.key, kind.resource), 1.0)
+            expected_s = expected.seconds * self.slowed(done, kind)
             yield WorkTime(resource=kind.resource, key=kind.key, size=expected.scale, expected_s=expected_s, seconds=seconds)
+
+    def slowed(self, done: PassDone, kind: WorkKind) -> float:
+        """How much longer the simulator expects this kind of work to take than alone on the machine."""
+        timing, queue = self.predictions.timing(done.plan, done.bucket, done.load), LINK_QUEUES.get(kind.key, kind.resource)
+        alone_s = timing.alone_s.get(queue, 0.0)
+        return timing.busy_s[queue] / alone_s if alone_s > 0 else 1.0
+
+    def work_of(self, done: PassDone) -> PassWork:
+        """What the pass's task list consists of."""
+        found = self._work.get(id(done.schedule))
+        if found is None or found[0] is not done.schedule:
+            found = self._work[id(done.schedule)] = done.schedule, PassWork(done.schedule, self.spec, done.plan)
+        return found[1]
 
     def _expected_of(self, done: PassDone) -> tuple[ExpectedTime, ...]:
         key = (id(done.schedule), done.load)
         if key not in self._expected:
             if len(self._expected) >= MOST_REMEMBERED:
                 self._expected.clear()
-            if id(done.schedule) not in self._work or self._work[id(done.schedule)][0] is not done.schedule:
-                self._work[id(done.schedule)] = done.schedule, PassWork(done.schedule, self.spec, done.plan)
-            self._expected[key] = self._work[id(done.schedule)][1].expected(self.tracker.offline, done.load)
+            self._expected[key] = self.work_of(done).expected(self.tracker.offline, done.load)
         return self._expected[key]
 
 

@@ -19,12 +19,13 @@ import numpy as np
 from twinpilots.config import EngineConfig
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import LimitError
+from twinpilots.fixed_costs import Fits
 from twinpilots.hardware.profile import AloneProfile, ComputeProfile, Curve, HardwareProfile
 from twinpilots.model.dummy import DummyCheckpoint
 from twinpilots.model.spec import ModelSpec
 from twinpilots.online import OnlinePlanner, PassDone
 from twinpilots.plan.draft import Draft, PlanOptions, fill_resident, nothing_resident
-from twinpilots.plan.expected import ATTENTION
+from twinpilots.plan.expected import ATTENTION, COPIES, SMALL
 from twinpilots.plan.memory import plan_memory
 from twinpilots.plan.plan import Phase, Plan
 from twinpilots.plan.policies import build_policy, hetegen_alpha
@@ -146,14 +147,18 @@ def corrected(spec: ModelSpec, profile: HardwareProfile, passes: Sequence[PassDo
         profile = replace(profile, step_overhead_s=driver.step_s, step_seq_s=driver.seq_s)
     by_cpu = [done for done in passes if not done.plan.uses_gpu]
     shown = [done for done in passes if done.plan.uses_gpu] or by_cpu
-    seen = Medians(record for record in _records(spec, profile, shown) if record.key != ATTENTION)
+    profile = Fits(_offline(spec, profile), shown).corrected()
+    fits = Fits(_offline(spec, profile), shown)
+    seen = Medians(record for record in _records(spec, profile, shown) if record.key not in (ATTENTION, SMALL, COPIES))
     found, alone = corrected_by(profile, seen), alone_driver(by_cpu)
     if alone is not None and shown is not by_cpu:
         alone = replace(alone, linear=_ratios(profile.cpu, seen, Medians(_records(spec, profile, by_cpu))))
-    found = replace(found, alone=alone)
-    decoded = list(_records(spec, profile, (done for done in shown if done.bucket.phase == "decode")))
-    gpu = None if found.gpu is None else _with_attention(spec, found.gpu, [each for each in decoded if (each.resource, each.key) == ("gpu", ATTENTION)])
-    return replace(found, cpu=_with_attention(spec, found.cpu, [each for each in decoded if (each.resource, each.key) == ("cpu", ATTENTION)]), gpu=gpu)
+    found = replace(found, alone=alone, cpu=_with_attention(found.cpu, fits.sequence_s("cpu")))
+    if found.gpu is None or found.link is None:
+        return found
+    copy_s = fits.copy_s()
+    link = found.link if copy_s is None else replace(found.link, copy_s=copy_s)
+    return replace(found, gpu=_with_attention(found.gpu, fits.sequence_s("gpu")), link=link)
 
 
 def _ratios(processor: ComputeProfile, beside: Medians, alone: Medians) -> dict[str, Curve]:
@@ -165,17 +170,17 @@ def _ratios(processor: ComputeProfile, beside: Medians, alone: Medians) -> dict[
     }  # fmt: skip
 
 
-def _with_attention(spec: ModelSpec, processor: ComputeProfile, records: Sequence[WorkTime]) -> ComputeProfile:
+def _with_attention(processor: ComputeProfile, sequence_s: float | None) -> ComputeProfile:
     """These contexts are short: what they take beyond the expected is a sequence's fixed cost, and says nothing of what long ones are read at."""
-    if not records:
-        return processor
-    ratio, context = median(record.seconds / record.expected_s for record in records), median(record.size for record in records)
-    expected_s = processor.attention_s(spec.kv_token_bytes(spec.weight_dtype) * context, spec.attention_flops(1, context))
-    return replace(processor, attention_seq_s=max(0.0, processor.attention_seq_s + (ratio - 1.0) * expected_s))
+    return processor if sequence_s is None else replace(processor, attention_seq_s=sequence_s)
+
+
+def _offline(spec: ModelSpec, profile: HardwareProfile) -> OnlinePlanner:
+    return OnlinePlanner(spec, profile, _Nobody(), adapts=False)
 
 
 def _records(spec: ModelSpec, profile: HardwareProfile, passes: Iterable[PassDone]) -> Iterable[WorkTime]:
-    offline = OnlinePlanner(spec, profile, _Nobody(), adapts=False)
+    offline = _offline(spec, profile)
     for done in passes:
         yield from offline.records(done)
 
@@ -260,7 +265,7 @@ def _rehearsed(
         policy="auto", plan=plan, threads=threads, seed=0, deterministic=False, unit_rows=None, enable_prefix_caching=False,
     )  # fmt: skip
     planner = Planner(config, spec, profile, checkpoint.fingerprint)
-    planner.online = OnlinePlanner(spec, profile, _Nobody(), adapts=True, at_once=False, witness=seen.append)
+    planner.online = OnlinePlanner(spec, profile, _Nobody(), adapts=True, alarms=False, at_once=False, witness=seen.append)
     make = functools.partial(Executor, load=_fill)
     session = Session(config, spec, profile, plan, checkpoint, None, planner, make_executor=make, prepares=False)
     try:

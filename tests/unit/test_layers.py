@@ -23,7 +23,7 @@ LEVELS = {
     "runtime.triton_ops": 3, "runtime.graphs": 3,
     "runtime": 4, "distributed": 4,
     "api": 5, "session": 5, "planner": 5, "online": 5, "adaptation": 5, "background": 5, "history": 5, "machine": 5, "profiling": 5, "trace": 5, "doctor": 5,
-    "kv_pricing": 5, "outcomes": 5, "predictions": 5, "rehearsal": 5, "expected_work": 5, "rounds": 5,
+    "kv_pricing": 5, "outcomes": 5, "predictions": 5, "fixed_costs": 5, "rehearsal": 5, "expected_work": 5, "rounds": 5,
     "batch": 5, "server": 5, "commands": 5, "benchmarks": 5, "demo": 5, "live": 5, "cli": 5, "__main__": 5,
 }  # fmt: skip
 # How plans are found and reported: the running half takes a finished Plan, and a `replan` callable from above.
