@@ -38,7 +38,7 @@ CLEAR_PASSES, CLEAR_LOSS = 4, 1.1  # or sooner, when it is so clear a loss
 SOLVING_FRAC = 0.01  # of the run's time that may go to solving anew, beside the devices but on the same machine
 GLANCE_S = 0.05  # taken for what a glance takes, before there was one
 MOST_CREDIT_S = 1.0  # what may be saved up, and, where rates have changed much, be owed
-DISTURBED = 1.6  # times as long a pass may take because of a search beside it
+DISTURBED, DISTURBED_S = 1.6, 0.02  # times as long, or so much longer, a pass may take because of a search beside it: one of few sequences takes 10 ms alone
 ALARM, ALARM_PASSES, ALARM_GAIN = 0.6, 3, 0.8  # log of measured / predicted that is one, in so many passes, where another plan takes at most this part of them
 HISTORY_LENGTH = 256
 
@@ -184,8 +184,8 @@ class Adaptation:
 
     def is_disturbed(self, measured_s: float, expected_s: float) -> bool:
         """Whether a search beside a pass has slowed it down: what it took then says nothing of the plan, nor of the rates. A search does not slow down by
-        more than `DISTURBED`."""
-        return self._asked is not None and self._runner.disturbs and measured_s < DISTURBED * expected_s
+        more than `DISTURBED` or `DISTURBED_S`."""
+        return self._asked is not None and self._runner.disturbs and measured_s < max(DISTURBED * expected_s, expected_s + DISTURBED_S)
 
     def expected_factor(self, bucket: BucketPlan) -> float:
         """Measured / predicted to expect of the next pass, predicted at the tracker's rates."""
@@ -248,8 +248,10 @@ class Adaptation:
         return None
 
     def _owes_search(self, state: BucketState, seen: PassSeen) -> bool:
-        """A glance is followed by a search as soon as the run has paid for it."""
+        """A glance is followed by a search as soon as the run has paid for it; where passes are slower beside one, when it is known what the glance brought."""
         waited = state.passes - state.asked_at
+        if self._judging is not None and self._runner.disturbs:
+            return False
         if not state.asked_why or waited < SETTLE_PASSES or seen.remaining < SETTLE_PASSES or 0 < self._unsettled < MOST_UNSETTLED:
             return False
         return self._credit_s >= min(self._cost_s, MOST_CREDIT_S)

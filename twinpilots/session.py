@@ -56,6 +56,7 @@ class _Step:
     records: list[PassRecord]
     began_ns: int
     ended_ns: int
+    switch_ns: int = 0  # the part before its first pass that a change of plan took, which says nothing of either plan's passes
 
     @property
     def seconds(self) -> float:
@@ -120,6 +121,7 @@ class Session:
         self._account_every_ns = ACCOUNT_EVERY_NS if plan.uses_gpu else ACCOUNT_ALONE_NS
         self._owed_ns = self._charge_ns = 0  # what accounting took and no pass was charged with yet, and what each of the next ones is
         self._moving_ns = 0  # of steps in which nothing but KV moved: the next pass is charged with them
+        self._switch_ns = 0  # of a change of plan that accounting has brought: the next pass is charged with it, but the planner does not count it as its
         self.last_pass: tuple[StepBatch, np.ndarray] | None = None  # its logits are a view, valid until the next pass
         self._trace: Recorder | None = None  # takes in every pass while there is one
 
@@ -160,9 +162,10 @@ class Session:
         if self._batch is not None and self._records:
             charge_ns = min(self._charge_ns * len(self._records), self._owed_ns)
             self._owed_ns -= charge_ns
-            self._unaccounted.append(_Step(self._batch, self._records, began_ns - charge_ns - self._moving_ns, ended_ns))
+            before_ns = charge_ns + self._moving_ns + self._switch_ns
+            self._unaccounted.append(_Step(self._batch, self._records, began_ns - before_ns, ended_ns, self._switch_ns))
             self._unaccounted_ns += ended_ns - began_ns
-            self._batch, self._records, self._moving_ns = None, [], 0
+            self._batch, self._records, self._moving_ns, self._switch_ns = None, [], 0, 0
         else:
             self._moving_ns += ended_ns - began_ns
         if self._trace is not None or self._unaccounted_ns >= self._account_every_ns or not self.engine.has_unfinished():
@@ -193,13 +196,13 @@ class Session:
 
         Some at a time, because the first is the dearest (`Executor.report`); what it takes is charged to as many passes that follow.
         """
-        began_ns, tracing_ns = time.perf_counter_ns(), 0
+        began_ns, tracing_ns, switched_ns = time.perf_counter_ns(), 0, self._switch_ns
         steps, self._unaccounted, self._unaccounted_ns = self._unaccounted, [], 0
         plan = self.plan
         for step in steps:
             tracing_ns += self._account(step, plan)
         if steps:
-            taken_ns = time.perf_counter_ns() - began_ns - tracing_ns
+            taken_ns = time.perf_counter_ns() - began_ns - tracing_ns - (self._switch_ns - switched_ns)
             self._owed_ns, self._charge_ns = self._owed_ns + taken_ns, taken_ns // sum([len(step.records) for step in steps])
 
     def _account(self, step: _Step, plan: Plan) -> int:
@@ -233,7 +236,7 @@ class Session:
         """The planner learns from every pass, and may answer with another plan. What was done around a chain's passes is charged to all of them alike."""
         batch, online = step.batch, self._planner.online
         spans_s = [span_seconds(record.times) for record in step.records]
-        driver_s = (step.seconds - sum(spans_s)) / len(spans_s)
+        driver_s = (step.seconds - step.switch_ns * 1e-9 - sum(spans_s)) / len(spans_s)
         remaining = self.scheduler.passes_left(batch.bucket.phase)
         for record, (load, prediction), work, span_s in zip(step.records, expected, work_s, spans_s, strict=True):
             done = PassDone(
@@ -244,7 +247,9 @@ class Session:
             if online.tracker.num_passes % STORE_PASSES == 0:
                 self._planner.store_history()
             if change is not None:
+                began_ns = time.perf_counter_ns()
                 self.set_plan(change.plan, change.reason)
+                self._switch_ns += time.perf_counter_ns() - began_ns
                 return
 
     def _trace_step(self, step: _Step, expected: list[tuple[PassLoad, PassPrediction]]) -> int:

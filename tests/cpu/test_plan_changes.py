@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 
 from tests.harness import PROMPTS
 from twinpilots import LLM, SamplingParams
+from twinpilots.adaptation import Change
+from twinpilots.online import PassDone, PassPrediction
 
 FIRST_LEN = 16  # tokens of the prompt and of the output that the first plan is made for: too short for what comes
 
@@ -62,3 +66,26 @@ def test_no_pass_waits_for_a_simulation(zoo_model: Any, balanced_machine: None) 
     assert simulated > 0
     assert online.predictions.num_simulated == simulated
     assert stats["tokens_per_s"]["predicted"] > 0
+
+
+def test_what_a_change_of_plan_takes_is_the_users_time_and_no_passs(zoo_model: Any, balanced_machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the new plan's passes look slower than the old one's, and the change is undone."""
+    switch_s = 0.5
+    seen_s: list[float] = []
+    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+
+    def after_pass(done: PassDone, _prediction: PassPrediction) -> Change | None:
+        seen_s.append(done.seconds)
+        return Change(plan=replace(llm.plan), reason="a test") if len(seen_s) == 1 else None
+
+    with LLM(str(zoo_model("llama").path), device="cpu", max_num_seqs=1) as llm:
+        llm.generate([[5]], params, use_tqdm=False)
+        set_plan = llm._open_session.set_plan
+        monkeypatch.setattr(llm._planner.online, "after_pass", after_pass)
+        monkeypatch.setattr(llm._open_session, "set_plan", lambda *arguments: (time.sleep(switch_s), set_plan(*arguments)))
+        before_s = llm.stats()["seconds"]
+        for _ in range(2):  # accounting may bring the change when the first prompt is done
+            llm.generate([[5]], params, use_tqdm=False)
+        stats = llm.stats()
+    assert stats["plan_changes"] == 1 and len(seen_s) > 1
+    assert max(seen_s) < switch_s < stats["seconds"] - before_s

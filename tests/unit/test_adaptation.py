@@ -171,16 +171,30 @@ class Late:
 
 
 @pytest.mark.parametrize("disturbs", [True, False])
-def test_passes_beside_a_search_that_slows_them_down_say_nothing_of_the_plan(disturbs: bool) -> None:
-    """The CPU alone is a tenth slower, and predicted so; beside the search two pilots take half as much again."""
-    driver = Driver(truth_s={"both": 1.0, "cpu": 1.1}, belief_s={"both": 1.0, "cpu": 1.1})
+@pytest.mark.parametrize(("pass_s", "beside_s"), [(1.0, 1.5), (0.01, 0.025)], ids=["half as long again", "15 ms longer"])
+def test_passes_beside_a_search_that_slows_them_down_say_nothing_of_the_plan(disturbs: bool, pass_s: float, beside_s: float) -> None:
+    """The CPU alone is a tenth slower, and predicted so."""
+    both = {"both": pass_s, "cpu": 1.1 * pass_s}
+    driver = Driver(truth_s=dict(both), belief_s=dict(both))
     driver.adaptation = Adaptation(driver.tracker, driver.solve, Late(12, disturbs=disturbs))
     driver.run(SETTLE_PASSES)
-    driver.truth_s["both"] = 1.5
+    driver.truth_s["both"] = beside_s
     driver.run(13)
-    driver.truth_s["both"] = 1.0
+    driver.truth_s["both"] = pass_s
     driver.run(30)
     assert bool(driver.changes) is not disturbs
+
+
+@pytest.mark.parametrize("disturbs", [True, False])
+def test_no_search_slows_down_the_passes_that_a_glance_is_judged_by(disturbs: bool) -> None:
+    driver = Driver(truth_s={"both": 1.0, "cpu": 0.8}, belief_s={"both": 1.0, "cpu": 0.8})
+    driver.adaptation = Adaptation(driver.tracker, driver.solve, Late(0, disturbs=disturbs), glances=True)
+    driver.run(SETTLE_PASSES + 1)
+    assert len(driver.changes) == 1 and [ask.thorough for ask in driver.asked] == [False]
+    driver.run(JUDGED_PASSES - 2)
+    assert [ask.thorough for ask in driver.asked] == ([False] if disturbs else [False, True])
+    driver.run(SETTLE_PASSES)
+    assert [ask.thorough for ask in driver.asked] == [False, True]
 
 
 def test_a_batch_that_drains_finds_the_cpu_alone_where_it_was_better_with_more_sequences() -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from benchmarks.adaptation_live import GOOD, LiveOutcome, Stretch, finalists
+from benchmarks import adaptation_live
+from benchmarks.adaptation_live import GOOD, Box, LiveOutcome, Stretch, finalists
+from tests.planning import DEMO, memory_of, smollm2, workload
+from twinpilots.plan.plan import Plan, Policy
+from twinpilots.plan.solver import solve
 
 
 def _stretch(adaptive_s: tuple[float, ...]) -> Stretch:
@@ -30,3 +36,23 @@ def test_the_plan_in_force_and_the_first_one_are_always_measured_again_and_count
     screened = {"in force": [9.0], "first": [8.0], "a": [3.0, 3.0], "b": [1.0, 7.0, 7.0], "c": [2.0], "d": [4.0]}
     assert finalists(screened, ["in force", "first"], 2) == ["in force", "first", "c", "a"]
     assert finalists({"in force": [1.0]}, ["in force", "in force"], 3) == ["in force"]
+
+
+def _box(plan: Plan, num_seqs: int) -> Box:
+    """Without an engine: all that the plans to compare with are made from."""
+    box = Box.__new__(Box)
+    items = [SimpleNamespace(end=100, sequence=SimpleNamespace(tier="host"))] * num_seqs
+    box.live = SimpleNamespace(session=SimpleNamespace(plan=plan, last_pass=(SimpleNamespace(items=items), None)))  # type: ignore[assignment]
+    box.llm = SimpleNamespace(spec=smollm2(), _profile=DEMO, _planner=SimpleNamespace(online=SimpleNamespace(profile=DEMO)))  # type: ignore[assignment]
+    box.first, box._running = plan, ["a sequence"] * num_seqs
+    return box
+
+
+@pytest.mark.parametrize(("policy", "others"), [("cpu", {"in force", "first"}), ("hetegen", {"in force", "first", "CPU 100%, 1 micro-batches"})])
+def test_a_plan_in_which_nothing_can_move_is_compared_with_itself_alone(monkeypatch: pytest.MonkeyPatch, policy: Policy, others: set[str]) -> None:
+    """Its memory holds no other: a grid over it would ask for rows and a ring that are not there."""
+    monkeypatch.setattr(adaptation_live, "options", lambda *_: ())
+    plan = solve(smollm2(), DEMO, workload(4, 64, 32), memory_of(DEMO), policy=policy, compare=False).plan
+    found = _box(plan, 4)._others()
+    assert others <= set(found) and (policy != "cpu" or set(found) == others)
+    assert all(any(bucket is each for each in plan.buckets) for name, bucket in found.items() if name in ("in force", "first"))
