@@ -14,7 +14,7 @@ from typing import Literal
 from twinpilots.config import KvDtype
 from twinpilots.errors import LimitError
 from twinpilots.model.spec import ModelSpec, OpSpec
-from twinpilots.plan.memory import Templates, gpu_memory, host_memory, layer_template
+from twinpilots.plan.memory import Templates, disk_bytes, gpu_memory, host_memory, layer_template
 from twinpilots.plan.packets import align, smallest_ring
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Policy, Split
 from twinpilots.plan.workload import Limits, Workload
@@ -289,6 +289,8 @@ def _grow(ops: Mapping[str, OpSpec], layer: Mapping[str, int], budget_bytes: int
 
 
 def fits(spec: ModelSpec, plan: Plan, limits: Limits) -> bool:
+    if plan.disk_rows and disk_bytes(spec, plan) > limits.disk_bytes:
+        return False
     return gpu_memory(spec, plan).total <= limits.gpu_bytes and host_memory(spec, plan).total <= limits.host_bytes
 
 
@@ -304,23 +306,30 @@ def most_sequences(cap: int, fits_with: Callable[[int], bool]) -> int:
 
 
 def shortage(possible: Callable[[Limits], bool], limits: Limits, policy: Policy) -> LimitError:
-    """The error that names the smallest GPU limit for which ``possible`` holds with this host limit; or else the smallest host limit; or both."""
+    """The error that names the smallest GPU limit for which ``possible`` holds with this host limit; or else the smallest host limit; or both. Where something
+    may lie on the disk, and more of it would do alone, how much."""
     huge = 1 << 50
-    gpu_need = _smallest(lambda size: possible(replace(limits, gpu_bytes=size)), limits.gpu_bytes, huge)
-    host_need = _smallest(lambda size: possible(replace(limits, host_bytes=size)), limits.host_bytes, huge) if gpu_need is None else None
+    gpu_need = smallest_limit(lambda size: possible(replace(limits, gpu_bytes=size)), limits.gpu_bytes, huge)
+    host_need = smallest_limit(lambda size: possible(replace(limits, host_bytes=size)), limits.host_bytes, huge) if gpu_need is None else None
     for tier, flag, need, given in (("GPU", "--gpu-memory", gpu_need, limits.gpu_bytes), ("host", "--host-memory", host_need, limits.host_bytes)):
         if need is not None:
             size = size_text(need)
-            return LimitError(f"policy {policy} needs at least {size} of {tier} memory, {size_text(given)} allowed; raise {flag} to {size}")
-    host_need = _smallest(lambda size: possible(Limits(gpu_bytes=huge, host_bytes=size)), limits.host_bytes, huge) or huge
-    gpu_need = _smallest(lambda size: possible(Limits(gpu_bytes=size, host_bytes=host_need)), limits.gpu_bytes, huge) or huge
+            more = _or_disk(possible, limits)
+            return LimitError(f"policy {policy} needs at least {size} of {tier} memory, {size_text(given)} allowed; raise {flag} to {size}{more}")
+    host_need = smallest_limit(lambda size: possible(replace(limits, gpu_bytes=huge, host_bytes=size)), limits.host_bytes, huge) or huge
+    gpu_need = smallest_limit(lambda size: possible(replace(limits, gpu_bytes=size, host_bytes=host_need)), limits.gpu_bytes, huge) or huge
     return LimitError(
         f"policy {policy} needs at least {size_text(gpu_need)} of GPU and {size_text(host_need)} of host memory, {size_text(limits.gpu_bytes)} and "
         f"{size_text(limits.host_bytes)} allowed; raise --gpu-memory to {size_text(gpu_need)} and --host-memory to {size_text(host_need)}"
     )
 
 
-def _smallest(works: Callable[[int], bool], low: int, high: int) -> int | None:
+def _or_disk(possible: Callable[[Limits], bool], limits: Limits) -> str:
+    need = smallest_limit(lambda size: possible(replace(limits, disk_bytes=size)), limits.disk_bytes, 1 << 50) if limits.disk_bytes else None
+    return f", or --disk to {size_text(need)} ({size_text(limits.disk_bytes)} allowed)" if need is not None else ""
+
+
+def smallest_limit(works: Callable[[int], bool], low: int, high: int) -> int | None:
     """The smallest size above ``low`` that works, in whole KiB up to 16 MiB and whole MiB above, so that the printed figure is exact; None: none does."""
     if not works(high):
         return None
