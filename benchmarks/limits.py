@@ -37,6 +37,7 @@ UNITS = {"B": 0, "K": 10, "M": 20, "G": 30}
 TELL_S = 5.0  # between two words on how far it has come
 INTERRUPTED = 130
 NAMED = re.compile(r"--(gpu|host)-memory to (\d+)([KMG])iB")
+NAMED_DISK = re.compile(r", or --(disk) to (\d+)([KMG])iB")  # instead of the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class Case:
         use = plan_memory(self.spec, solution.plan)
         assert use.gpu.total <= limits.gpu_bytes, f"{use.gpu.total} bytes of GPU memory planned, {limits.gpu_bytes} allowed"
         assert use.host.total <= limits.host_bytes, f"{use.host.total} bytes of host memory planned, {limits.host_bytes} allowed"
+        assert use.disk.total <= limits.disk_bytes, f"{use.disk.total} bytes on the disk planned, {limits.disk_bytes} allowed"
         assert sum(sequences_at_once(solution.plan, self.workload)) >= 1
         return None
 
@@ -71,7 +73,7 @@ class Outcome:
     model: str
     machine: str
     policy: str
-    limits: tuple[int, int]
+    limits: tuple[int, int, int]  # of GPU memory, host memory and the disk
     refusal: str | None
     wrong: str
 
@@ -92,7 +94,10 @@ def random_case(seed: int, number: int) -> Case:
     size = spec.linear_bytes + spec.embedding_bytes
     limits = Limits(gpu_bytes=log_uniform(rng, 1000 + size / 1000, 3e6 + 2 * size), host_bytes=log_uniform(rng, 1e6 + size / 50, 1e8 + 4 * size))
     policy = "auto" if rng.random() < 0.5 else rng.choice(POLICIES)
-    return Case(spec=spec, profile=PRESETS[rng.choice(sorted(PRESETS))], workload=work, limits=limits, policy=policy)
+    profile = PRESETS[rng.choice(sorted(PRESETS))]
+    if rng.random() < 0.25 and profile.disk_bytes_per_s is not None:
+        limits = replace(limits, disk_bytes=log_uniform(rng, 1000 + size / 20, 2 * size))
+    return Case(spec=spec, profile=profile, workload=work, limits=limits, policy=policy)
 
 
 def _small_model(rng: random.Random) -> ModelSpec:
@@ -115,21 +120,29 @@ def outcome(seed: int, number: int) -> Outcome:
     except AssertionError as error:
         wrong = str(error)
     return Outcome(
-        number=number, model=case.spec.name, machine=case.profile.name, policy=case.policy, limits=(case.limits.gpu_bytes, case.limits.host_bytes),
-        refusal=refusal, wrong=wrong,
+        number=number, model=case.spec.name, machine=case.profile.name, policy=case.policy,
+        limits=(case.limits.gpu_bytes, case.limits.host_bytes, case.limits.disk_bytes), refusal=refusal, wrong=wrong,
     )  # fmt: skip
 
 
 def named_limits(refusal: str) -> dict[str, int]:
     """The limits that a refusal asks for, in bytes: "gpu_bytes", "host_bytes"."""
-    return {f"{tier}_bytes": int(value) << UNITS[unit] for tier, value, unit in NAMED.findall(refusal)}
+    return _bytes_of(NAMED, refusal)
+
+
+def _bytes_of(pattern: re.Pattern[str], refusal: str) -> dict[str, int]:
+    return {f"{tier}_bytes": int(value) << UNITS[unit] for tier, value, unit in pattern.findall(refusal)}
 
 
 def untruth(case: Case, refusal: str) -> str:
-    """What is wrong about a refusal: it names no limit, its limit does not do, or a smaller one does."""
-    asked = named_limits(refusal)
+    """What is wrong about a refusal: it names no limit, its limit does not do, or a smaller one does. The same of the disk, if it names one to use instead."""
+    asked, on_disk = named_limits(refusal), _bytes_of(NAMED_DISK, refusal)
     if not asked:
         return "the refusal names no limit"
+    return _untrue(case, asked) or (_untrue(case, on_disk) if on_disk else "")
+
+
+def _untrue(case: Case, asked: dict[str, int]) -> str:
     enough = replace(case.limits, **asked)
     again = case.plans(enough)
     if again is not None:

@@ -135,6 +135,9 @@ def error_of(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int
         (["plan", "dummy:llama-3-8b", "--plot", "plan.gif"], "plan.gif"),
         (["plan", "dummy:llama-3-8b", "--hardware", "demo", "--quantization", "int4", "--keep", "head"], "--keep head"),
         (["plan", "dummy:llama-3-8b", "--hardware", "demo", "--input-len", "9000"], "9000"),
+        (["plan", "dummy:llama-3-8b", "--hardware", "rtx-3060", "--disk", "plenty"], "'plenty'"),
+        (["plan", "dummy:llama-3-8b", "--hardware", "rtx-3060", "--disk", "0"], "'0'"),
+        (["plan", "dummy:llama-3-8b", "--hardware", "demo", "--disk", "1GB"], "leave --disk away"),
         (["plan", "dummy:llama-3-8b", "--hardware", "demo", "--max-model-len", "9000"], "9000"),
         (["plan", "dummy:nothing", "--hardware", "demo"], "dummy:nothing"),
         (["plan", "/no/such/model", "--hardware", "demo"], "/no/such/model"),
@@ -338,6 +341,19 @@ def test_an_impossible_limit_names_one_that_works(capsys: pytest.CaptureFixture[
     line = error_of(capsys, ["plan", "dummy:smollm2-135m", "--hardware", "demo", "--host-memory", "1MiB"])
     assert "iB" in line
     assert "more than" in error_of(capsys, ["plan", "dummy:smollm2-135m", "--hardware", "demo", "--gpu-memory", "1TiB"])
+
+
+def test_a_model_that_memory_cannot_hold_is_planned_on_the_disk_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the flag the refusal says how much of the disk would do; with it there is a plan, in text and in JSON, that says that it is not run."""
+    command = ["plan", "dummy:llama-3-70b", "--hardware", "rtx-3060", "--policy", "stream", "--max-num-seqs", "1", "--input-len", "32", "--output-len", "4"]
+    line = error_of(capsys, command)
+    need = line.split("--disk ")[1].split()[0]
+    assert cli.main([*command, "--disk", need]) == 0
+    assert "this version does not run such plans" in " ".join(capsys.readouterr().out.split())
+    assert cli.main([*command, "--disk", "1TB", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["memory"]["disk"]["limit"] == 10**12 and document["memory"]["disk"]["weights"] > 0
+    assert document["prediction"]["bottleneck"] == "disk"
 
 
 def test_doctor_finds_and_prices(capsys: pytest.CaptureFixture[str]) -> None:

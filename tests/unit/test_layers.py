@@ -29,7 +29,7 @@ LEVELS = {
 # How plans are found and reported: the running half takes a finished Plan, and a `replan` callable from above.
 FINDS_PLANS = (
     "plan.solver", "plan.auto", "plan.policies", "plan.program", "plan.report", "plan.draft", "plan.bounds", "plan.pricing", "plan.problem", "plan.terms",
-    "plan.polish", "plan.explain", "plan.what_if", "plan.sensitivity", "plan.figures", "plan.picture",
+    "plan.polish", "plan.spill", "plan.explain", "plan.what_if", "plan.sensitivity", "plan.figures", "plan.picture",
 )  # fmt: skip
 PURE = (
     "model.spec", "model.weight_format", "model.quantization", "model.families", "model.config_reader", "model.rope", "hardware.profile", "plan", "stats",

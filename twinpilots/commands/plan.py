@@ -29,6 +29,10 @@ def register(subparsers: Any) -> None:
     group.add_argument("--hardware", metavar="NAME", help="demo, t4, a10g, rtx-3060, rtx-4090, a6000, h100 or a JSON file (default: this machine's profile)")
     group.add_argument("--input-len", type=options.positive_int, default=512, metavar="N", help="tokens of a prompt (default: 512)")
     group.add_argument("--output-len", type=options.positive_int, default=128, metavar="N", help="tokens to generate (default: 128)")
+    group.add_argument(
+        "--disk", type=options.size, default=0, metavar="SIZE",
+        help="how many bytes of the model may lie on the disk, e.g. 500GB; planned and predicted only: this version does not run such plans (default: none)",
+    )  # fmt: skip
     group.add_argument("--plot", type=plot_file, metavar="FILE", help="also draw policies and a pass (.png, .svg or .html)")
     options.add_planning_flags(parser)
     options.add_output_flags(parser)
@@ -64,6 +68,8 @@ def plan_document(args: argparse.Namespace) -> dict[str, Any]:
     """Solve for the model, hardware, workload and limits of the command line."""
     from twinpilots.commands.models import check_lengths, hardware, limit_bytes, model_spec
     from twinpilots.config import KV_DTYPES
+    from twinpilots.errors import LimitError
+    from twinpilots.plan.draft import size_text
     from twinpilots.plan.workload import Limits, Workload
 
     spec = model_spec(args.model, revision=args.revision, dtype=args.dtype, quantization=args.quantization, keep=args.keep, strict=args.strict)
@@ -72,17 +78,24 @@ def plan_document(args: argparse.Namespace) -> dict[str, Any]:
     limits = Limits(
         gpu_bytes=limit_bytes(args.gpu_memory, profile.gpu_memory_bytes, "--gpu-memory", profile.name),
         host_bytes=limit_bytes(args.host_memory, profile.host_memory_bytes, "--host-memory", profile.name),
+        disk_bytes=args.disk,
     )
     from twinpilots.plan.report import plan_document  # the planner and scipy load only once the input is known to be good
-    from twinpilots.plan.solver import solve
+    from twinpilots.plan.solver import least_disk, solve
 
-    kv_dtype = KV_DTYPES[args.kv_cache_dtype]
+    fixed: dict[str, Any] = {
+        "policy": args.policy, "unit_rows": args.unit_rows, "kv_dtype": KV_DTYPES[args.kv_cache_dtype], "max_model_len": args.max_model_len,
+    }  # fmt: skip
 
     def solved(num_seqs: int) -> tuple[Solution, Workload]:
         workload = Workload(num_requests=num_seqs, input_len=args.input_len, output_len=args.output_len, max_num_seqs=num_seqs)
-        return solve(
-            spec, profile, workload, limits, policy=args.policy, unit_rows=args.unit_rows, kv_dtype=kv_dtype, max_model_len=args.max_model_len,
-        ), workload  # fmt: skip
+        try:
+            return solve(spec, profile, workload, limits, **fixed), workload
+        except LimitError as error:
+            need = None if limits.disk_bytes else least_disk(spec, profile, workload, limits, **fixed)
+            if need is None:
+                raise
+            raise LimitError(f"{error}; or see what it would do with part of it on the disk: --disk {size_text(need)}") from None
 
     solution, workload = solved(args.max_num_seqs)
     document = plan_document(solution, spec, profile, workload, limits)

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from twinpilots.plan.cost import disk_rate
 from twinpilots.plan.draft import PAGE_TOKENS, Draft, Residency, chunk_choices, most_sequences, nothing_resident, pages_of, ring_rule, split_of, unit_edge
-from twinpilots.plan.memory import plan_memory
+from twinpilots.plan.memory import disk_bytes, plan_memory
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Split
-from twinpilots.plan.pricing import bucket_seconds, price_phase, prompts_at_once, used_bucket
+from twinpilots.plan.pricing import bucket_seconds, phase_loads, price_phase, prompts_at_once, used_bucket, waves_of
 from twinpilots.plan.problem import Place, Problem, fill, no_cpu, sized
-from twinpilots.plan.program import BLOCKS, Machine, PhaseTerms, Program, Shares, solve_program
+from twinpilots.plan.program import BLOCKS, Disk, Machine, PhaseTerms, Program, Shares, solve_program
+from twinpilots.plan.spill import most_on_disk, set_aside_bytes
 from twinpilots.plan.terms import Choice, MeanPass, decode_pass, planned_phases, planned_terms, prefill_pass
 
 HostKv = Literal["none", "cpu", "gpu"]
@@ -28,6 +30,7 @@ SCALES = (0.85, 1.15, 0.94, 1.06)  # factors tried on the CPU's shares, coarse t
 PHASES: tuple[Phase, ...] = ("decode", "prefill")  # in the order that the search takes them
 ROOMY = 1.05  # resident bytes beyond the program's by more than this are no rounding: memory does not bind
 GAIN = 1.002  # an improvement worth keeping
+DISK_BOUND = 1.01  # a time within this of what the disk needs is the disk's: the rest are the fixed costs of its reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +139,12 @@ def _kv_bytes(problem: Problem, draft: Draft) -> int:
 
 
 def _budgets(problem: Problem, draft: Draft) -> tuple[float, float]:
-    """What GPU and host have for rows of linears and KV pages, beside everything else that this draft takes."""
+    """What GPU and host have for rows of linears and KV pages, beside everything else that this draft takes; what using the disk takes is set aside."""
     empty = replace(draft, gpu_seqs=draft.num_seqs)
-    plan = problem.plan(empty, nothing_resident(problem.spec, problem.ops), no_cpu)
+    plan = problem.without_disk.plan(empty, nothing_resident(problem.spec, problem.ops), no_cpu)
     use = plan_memory(problem.spec, plan)
-    return problem.limits.gpu_bytes - (use.gpu.total - use.gpu.kv), problem.limits.host_bytes - (use.host.total - problem.spec.linear_bytes)
+    aside = set_aside_bytes(problem.spec, plan, problem.limits, problem.templates) if problem.limits.disk_bytes else 0
+    return problem.limits.gpu_bytes - (use.gpu.total - use.gpu.kv), problem.limits.host_bytes - aside - (use.host.total - problem.spec.linear_bytes)
 
 
 def _kv_fits(problem: Problem, base: Draft, count: int, decode_kv: str) -> bool:
@@ -149,15 +153,22 @@ def _kv_fits(problem: Problem, base: Draft, count: int, decode_kv: str) -> bool:
     kv_bytes = _kv_bytes(problem, draft)
     if decode_kv == "none" and kv_bytes > on_gpu:
         return False
-    return on_gpu >= 0 and on_host >= 0 and kv_bytes + problem.spec.linear_bytes <= on_gpu + on_host
+    spared = min(problem.limits.disk_bytes, most_on_disk(problem.spec))
+    return on_gpu >= 0 and on_host >= 0 and kv_bytes + problem.spec.linear_bytes - spared <= on_gpu + on_host
 
 
 def program_of(problem: Problem, draft: Draft, choice: Choice) -> Program:
     on_gpu, on_host = _budgets(problem, draft)
     return Program(
         phases=planned_phases(problem, choice), gpu_budget_bytes=on_gpu, host_budget_bytes=on_host, kv_capacity_bytes=_kv_bytes(problem, draft),
-        gpu_kv=1.0 if choice.decode_kv == "none" else None, machine=_machine(problem),
+        gpu_kv=1.0 if choice.decode_kv == "none" else None, machine=_machine(problem), disk=_disk(problem),
     )  # fmt: skip
+
+
+def _disk(problem: Problem) -> Disk | None:
+    if not problem.limits.disk_bytes:
+        return None
+    return Disk(budget_bytes=problem.limits.disk_bytes, bytes_per_s=disk_rate(problem.profile))
 
 
 def _machine(problem: Problem) -> Machine:
@@ -247,7 +258,7 @@ def improve(problem: Problem, trials: list[Trial]) -> Plan:
     search = Search(problem)
     best = min(trials, key=search.seconds)
     best_s = search.seconds(best)
-    for phase in PHASES:
+    for phase in () if waits_for_disk(problem, best.plan(problem), best_s) else PHASES:
         for move in MOVES:
             moved = move(best, phase)
             if moved is not None and problem.fits(moved.plan(problem)) and search.seconds(moved) * GAIN < best_s:
@@ -256,6 +267,15 @@ def improve(problem: Problem, trials: list[Trial]) -> Plan:
             while (scaled := _scaled(best, phase, factor)) is not None and search.seconds(scaled) * GAIN < best_s:
                 best, best_s = scaled, search.seconds(scaled)
     return with_small_buckets(problem, best.plan(problem))
+
+
+def waits_for_disk(problem: Problem, plan: Plan, seconds: float) -> bool:
+    """Whether the workload takes hardly longer than the disk reads in all its passes: then no other decision about the same resident rows shortens it."""
+    if not plan.disk_rows:
+        return False
+    passes = sum(count for phase in PHASES for _, _, count in phase_loads(problem.workload, plan, phase))
+    disk_s = waves_of(plan, problem.workload)[0] * passes * disk_bytes(problem.spec, plan) / disk_rate(problem.profile)
+    return seconds < DISK_BOUND * disk_s
 
 
 def nudged(problem: Problem, trial: Trial) -> Trial:

@@ -9,20 +9,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from twinpilots.config import KvDtype
 from twinpilots.errors import LimitError
 from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
 from twinpilots.model.spec import ModelSpec, OpSpec
-from twinpilots.plan.cost import attention_kv_bytes, linear_s
+from twinpilots.plan.cost import attention_kv_bytes, disk_rate, linear_s
 from twinpilots.plan.driver import least_between_s
 from twinpilots.plan.load import PassLoad, SeqClass
 from twinpilots.plan.workload import Limits
 
 MAX_MICRO_BATCHES = 8  # no plan cuts a pass into more
 BoundKind = Literal["plan", "hardware"]
-Line = Literal["cpu", "gpu", "link", "dram"]
+Line = Literal["cpu", "gpu", "link", "dram", "disk"]
 LinearTime = Callable[[OpSpec, float, ComputeProfile], float]  # (op, tokens) -> seconds of the whole op
 
 
@@ -35,7 +36,8 @@ class PassBound:
 
 
 def pass_bound(spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: PassLoad, kind: BoundKind, *, kv_dtype: KvDtype) -> PassBound:
-    """The least time of one pass over all shares resident | streamed | CPU of every op type and all places of the KV (the groups of ``load`` are ignored).
+    """The least time of one pass over all shares resident | streamed | CPU of every op type, all places of the KV (the groups of ``load`` are ignored), and,
+    where ``limits`` let weights lie on the disk, all parts of them that do.
 
     Raises LimitError when weights and this load's KV do not fit both memories together.
     """
@@ -55,7 +57,7 @@ def _bound(spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: Pass
     program = _Program(spec, profile, limits, load, kind, kv_dtype)
     answer = linprog(program.objective, A_ub=program.rows, b_ub=program.limits, A_eq=program.equal_rows, b_eq=program.equal_to, method="highs")
     if answer.status != 0:
-        need, given = program.bytes_needed, limits.gpu_bytes * (profile.gpu is not None) + limits.host_bytes
+        need, given = program.bytes_needed, limits.gpu_bytes * (profile.gpu is not None) + limits.host_bytes + limits.disk_bytes
         raise LimitError(f"weights and KV of this pass need {need} bytes, GPU and host memory offer {given}; raise a memory limit or run fewer sequences")
     prices = {name: abs(float(answer.ineqlin.marginals[i])) for i, name in enumerate(program.lines)}
     driver_s = least_between_s(profile, load.num_seqs) if kind == "plan" else 0.0
@@ -63,7 +65,8 @@ def _bound(spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: Pass
 
 
 class _Program:
-    """Variables: T, then (resident, streamed, CPU) seconds-free shares of each op type, then the KV's (GPU, host with CPU attention, host streamed)."""
+    """Variables: T, then (resident, streamed, CPU) seconds-free shares of each op type, then the KV's (GPU, host with CPU attention, host streamed), then the
+    part of all bytes that lies on the disk, if any may."""
 
     def __init__(self, spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: PassLoad, kind: BoundKind, kv_dtype: KvDtype) -> None:
         self.spec, self.profile, self.kind, self.kv_dtype = spec, profile, kind, kv_dtype
@@ -72,7 +75,8 @@ class _Program:
         short = spec.one_layer_per_class
         self.types = [(op, counts[op.layer], load.tokens()) for op in short.ops(64) if op.layer >= 0] + [(head, 1, load.logit_rows)]
         self.classes = [c for group in load.groups(-1, 0, 3) for c in group.classes]
-        self.width = 1 + 3 * len(self.types) + 3
+        self.uses_disk = limits.disk_bytes > 0
+        self.width = 1 + 3 * len(self.types) + 3 + self.uses_disk
         self.objective = [1.0] + [0.0] * (self.width - 1)
         self.lines: list[Line] = []
         self.rows: list[list[float]] = []
@@ -89,6 +93,16 @@ class _Program:
     def kv(self) -> int:
         """The place of the KV shares, after the op types."""
         return len(self.types)
+
+    @property
+    def on_disk(self) -> tuple[int, int]:
+        """The place of what lies on the disk, after the KV."""
+        return self.kv + 1, 0
+
+    @cached_property
+    def all_bytes(self) -> float:
+        """Of weights and KV: shares of the whole keep the program well conditioned."""
+        return max(1.0, sum(count * op.weight_bytes for op, count, _ in self.types) + self._kv_memory())
 
     @property
     def bytes_needed(self) -> int:
@@ -109,6 +123,8 @@ class _Program:
     def _add_lines(self) -> None:
         """One line per resource: T >= the seconds of work on it."""
         profile = self.profile
+        if self.uses_disk:
+            self._add_line("disk", {self.on_disk: self.all_bytes / disk_rate(profile)})
         on_cpu = {(i, 2): count * self._linear(op, tokens, profile.cpu) for i, (op, count, tokens) in enumerate(self.types)}
         on_cpu[self.kv, 1] = self._attention(profile.cpu)
         if profile.gpu is None or profile.link is None:
@@ -127,22 +143,28 @@ class _Program:
         self._add_dram()
 
     def _add_dram(self) -> None:
-        """Host memory feeds the link and the CPU. Only at the machine's peaks: profiled op times contain what DRAM allows, caches included."""
+        """Host memory feeds the link and the CPU, and takes what the disk gives. Only at the machine's peaks: profiled op times contain what DRAM allows,
+        caches included."""
         if self.kind == "hardware":
             per_s = self.profile.dram_bytes_per_s
             reads = {(i, share): count * op.weight_bytes / per_s for i, (op, count, _) in enumerate(self.types) for share in (1, 2)}
             reads[self.kv, 1], reads[self.kv, 2] = self._kv_read() / per_s, self._kv_earlier() / per_s
+            if self.uses_disk:
+                reads[self.on_disk] = self.all_bytes / per_s  # what is read is written there first
             self._add_line("dram", reads)
 
     def _add_memory(self, limits: Limits) -> None:
         weights = [count * op.weight_bytes for op, count, _ in self.types]
-        kv = self._kv_memory()
-        scale = max(1.0, sum(weights) + kv)  # shares of the whole keep the program well conditioned
+        kv, scale = self._kv_memory(), self.all_bytes
         self.rows.append(self._row({**{(i, 0): w / scale for i, w in enumerate(weights)}, (self.kv, 0): kv / scale}))
         self.limits.append(limits.gpu_bytes / scale)
         on_host = {(i, share): w / scale for i, w in enumerate(weights) for share in (1, 2)}
-        self.rows.append(self._row({**on_host, (self.kv, 1): kv / scale, (self.kv, 2): kv / scale}))
+        spared = {self.on_disk: -1.0} if self.uses_disk else {}
+        self.rows.append(self._row({**on_host, (self.kv, 1): kv / scale, (self.kv, 2): kv / scale, **spared}))
         self.limits.append(limits.host_bytes / scale)
+        if self.uses_disk:
+            self.rows += [self._row({self.on_disk: 1.0}), self._row({self.on_disk: 1.0, **{key: -value for key, value in on_host.items()}})]
+            self.limits += [limits.disk_bytes / scale, 0.0]
 
     def _linear(self, op: OpSpec, tokens: float, processor: ComputeProfile) -> float:
         if self.kind == "hardware":

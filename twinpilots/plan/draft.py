@@ -15,7 +15,7 @@ from typing import Literal
 from twinpilots.config import KvDtype
 from twinpilots.errors import LimitError
 from twinpilots.model.spec import ModelSpec, OpSpec
-from twinpilots.plan.memory import Templates, gpu_memory, host_memory, layer_template
+from twinpilots.plan.memory import Templates, disk_bytes, gpu_memory, host_memory, layer_template
 from twinpilots.plan.packets import align, smallest_ring
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Policy, Split
 from twinpilots.plan.workload import Limits, Workload
@@ -293,6 +293,8 @@ def _grow(ops: Mapping[str, OpSpec], layer: Mapping[str, int], budget_bytes: int
 
 
 def fits(spec: ModelSpec, plan: Plan, limits: Limits) -> bool:
+    if plan.disk_rows and disk_bytes(spec, plan) > limits.disk_bytes:
+        return False
     return gpu_memory(spec, plan).total <= limits.gpu_bytes and host_memory(spec, plan).total <= limits.host_bytes
 
 
@@ -311,27 +313,33 @@ def most_sequences(cap: int, fits_with: Callable[[int], bool]) -> int:
 
 def taken(spec: ModelSpec, plan: Plan) -> Limits:
     """The least limits that ``plan`` keeps."""
-    return Limits(gpu_bytes=gpu_memory(spec, plan).total, host_bytes=host_memory(spec, plan).total)
+    return Limits(gpu_bytes=gpu_memory(spec, plan).total, host_bytes=host_memory(spec, plan).total, disk_bytes=disk_bytes(spec, plan))
 
 
 def shortage(needs: Needs, limits: Limits, policy: Policy) -> LimitError:
-    """The error that names the smallest GPU limit that will do with this host limit; or else the smallest host limit; or both. ``needs``: what the plans
-    that may be tried under some limits take, whether these limits allow it or not."""
-    gpu_need = _smallest_of("gpu_bytes", needs, limits)
-    host_need = _smallest_of("host_bytes", needs, limits) if gpu_need is None else None
+    """The error that names the smallest GPU limit that will do with this host limit; or else the smallest host limit; or both. Where something may lie on
+    the disk, and more of it would do alone, how much. ``needs``: what the plans that may be tried under some limits take, whether these limits allow it or
+    not."""
+    gpu_need = smallest_limit("gpu_bytes", needs, limits)
+    host_need = smallest_limit("host_bytes", needs, limits) if gpu_need is None else None
     for tier, flag, need, given in (("GPU", "--gpu-memory", gpu_need, limits.gpu_bytes), ("host", "--host-memory", host_need, limits.host_bytes)):
         if need is not None:
-            size = size_text(need)
-            return LimitError(f"policy {policy} needs at least {size} of {tier} memory, {size_text(given)} allowed; raise {flag} to {size}")
-    host_need = _smallest_of("host_bytes", needs, replace(limits, gpu_bytes=HUGE)) or HUGE
-    gpu_need = _smallest_of("gpu_bytes", needs, replace(limits, host_bytes=host_need)) or HUGE
+            size, more = size_text(need), _or_disk(needs, limits)
+            return LimitError(f"policy {policy} needs at least {size} of {tier} memory, {size_text(given)} allowed; raise {flag} to {size}{more}")
+    host_need = smallest_limit("host_bytes", needs, replace(limits, gpu_bytes=HUGE)) or HUGE
+    gpu_need = smallest_limit("gpu_bytes", needs, replace(limits, host_bytes=host_need)) or HUGE
     return LimitError(
         f"policy {policy} needs at least {size_text(gpu_need)} of GPU and {size_text(host_need)} of host memory, {size_text(limits.gpu_bytes)} and "
         f"{size_text(limits.host_bytes)} allowed; raise --gpu-memory to {size_text(gpu_need)} and --host-memory to {size_text(host_need)}"
     )
 
 
-def _smallest_of(tier: str, needs: Needs, limits: Limits) -> int | None:
+def _or_disk(needs: Needs, limits: Limits) -> str:
+    need = smallest_limit("disk_bytes", needs, limits) if limits.disk_bytes else None
+    return f", or --disk to {size_text(need)} ({size_text(limits.disk_bytes)} allowed)" if need is not None else ""
+
+
+def smallest_limit(tier: str, needs: Needs, limits: Limits) -> int | None:
     """The smallest limit of this tier that will do with the others as they are, in steps of `limit_step`, so that the printed figure is exact; None: none does.
 
     By bisection, but first where plans that were too large point to: they would do with what they take of this tier and, moved here, what they take too much

@@ -125,11 +125,14 @@ def activation_bytes(spec: ModelSpec, plan: Plan, device: Device) -> int:
 
 def tasks_allowance(spec: ModelSpec, plan: Plan, bucket: BucketPlan, templates: Templates | None = None) -> int:
     """An upper estimate of the instructions of one pass: a fixed number per layer and micro-batch, and each packet's load and the linears that read it.
-    A load has its read, and the CPU's rows from the disk come in reads of their own, at most one more for each op."""
+    With a disk a load may have its read, an op a linear more where its rows' homes change, and the CPU's rows from there reads and linears of their own."""
     packets = 0 if plan.packet_bytes == 0 else 2 * -(-streamed_bytes(spec, plan, bucket, templates) // plan.packet_bytes)
-    if plan.disk_rows:
-        packets += 2 * -(-STAGING_DEPTH * disk_bytes(spec, plan) // plan.staging_bytes) + len(spec.ops(plan.unit_rows))
-    return (spec.num_layers + 1) * TASKS_PER_LAYER * bucket.micro_batches + packets * (1 + bucket.micro_batches)
+    tasks = (spec.num_layers + 1) * TASKS_PER_LAYER * bucket.micro_batches + packets * (1 + bucket.micro_batches)
+    if not plan.disk_rows:
+        return tasks
+    by_cpu = sum(min(on_disk, split.cpu) * op.row_bytes * count for op, split, on_disk, count in _counted_homes(spec, plan, bucket))
+    ops, pieces = len(spec.ops(plan.unit_rows)), 2 * -(-STAGING_DEPTH * by_cpu // plan.staging_bytes)
+    return tasks + packets + ops * bucket.micro_batches + (pieces + ops if by_cpu else 0) * (1 + bucket.micro_batches)
 
 
 def control_bytes(spec: ModelSpec, plan: Plan) -> int:
@@ -167,12 +170,12 @@ def kv_move_bytes(spec: ModelSpec, plan: Plan) -> int:
 
 def resident_bytes(spec: ModelSpec, plan: Plan) -> int:
     """Bytes of the rows of all linears that lie in GPU memory."""
-    return sum(align(split.resident * op.row_bytes) * count for op, split, count in _counted_splits(spec, plan, plan.buckets[0]))
+    return sum(align(split.resident * op.row_bytes) * count for op, split, count in counted_splits(spec, plan, plan.buckets[0]))
 
 
 def streamed_bytes(spec: ModelSpec, plan: Plan, bucket: BucketPlan, templates: Templates | None = None) -> int:
     """Bytes of weights that a pass of ``bucket`` moves to the GPU. ``templates``: `layer_templates`, where they are at hand."""
-    return sum(split.streamed * op.row_bytes * count for op, split, count in _counted_splits(spec, plan, bucket, templates))
+    return sum(split.streamed * op.row_bytes * count for op, split, count in counted_splits(spec, plan, bucket, templates))
 
 
 def host_weight_bytes(spec: ModelSpec, plan: Plan) -> int:
@@ -181,7 +184,7 @@ def host_weight_bytes(spec: ModelSpec, plan: Plan) -> int:
     With tied embeddings lm_head's tensor is the embedding table, and stays on the host as a whole.
     """
     total = align(spec.position_bytes) + align(spec.table_bytes)
-    for op, split, count in _counted_splits(spec, plan, plan.buckets[0]):
+    for op, split, count in counted_splits(spec, plan, plan.buckets[0]):
         rows = op.rows if spec.tied and op.name == "lm_head" else split.rows - split.resident
         total += align(rows * op.row_bytes) * count
     return total - _saved_bytes(spec, plan) if plan.disk_rows else total
@@ -190,7 +193,7 @@ def host_weight_bytes(spec: ModelSpec, plan: Plan) -> int:
 def _saved_bytes(spec: ModelSpec, plan: Plan) -> int:
     """Host bytes that rows on the disk save: of each op the slice that is not resident ends earlier."""
     saved = 0
-    for op, split, on_disk, count in _counted_homes(spec, plan):
+    for op, split, on_disk, count in _counted_homes(spec, plan, plan.buckets[0]):
         rows = split.rows - split.resident
         saved += (align(rows * op.row_bytes) - align((rows - on_disk) * op.row_bytes)) * count
     return saved
@@ -198,7 +201,7 @@ def _saved_bytes(spec: ModelSpec, plan: Plan) -> int:
 
 def disk_bytes(spec: ModelSpec, plan: Plan) -> int:
     """Bytes of the rows whose home is the disk: what every pass reads."""
-    return sum(on_disk * op.row_bytes * count for op, _, on_disk, count in _counted_homes(spec, plan)) if plan.disk_rows else 0
+    return sum(on_disk * op.row_bytes * count for op, _, on_disk, count in _counted_homes(spec, plan, plan.buckets[0])) if plan.disk_rows else 0
 
 
 def small_tensors(spec: ModelSpec) -> dict[str, int]:
@@ -281,7 +284,7 @@ def layer_template(spec: ModelSpec, unit_rows: int) -> dict[str, OpSpec]:
     return dict(layer_templates(spec, unit_rows)[0])
 
 
-def _counted_splits(spec: ModelSpec, plan: Plan, bucket: BucketPlan, templates: Templates | None = None) -> list[tuple[OpSpec, Split, int]]:
+def counted_splits(spec: ModelSpec, plan: Plan, bucket: BucketPlan, templates: Templates | None = None) -> list[tuple[OpSpec, Split, int]]:
     """(op, split, number of layers that share the split): layers of one class with one and the same mapping are counted, not visited."""
     templates = templates or layer_templates(spec, plan.unit_rows)
     layers: dict[int, Mapping[str, Split]] = dict(zip(map(id, bucket.splits), bucket.splits, strict=True))
@@ -291,10 +294,10 @@ def _counted_splits(spec: ModelSpec, plan: Plan, bucket: BucketPlan, templates: 
     return [(templates[number][name], split, count) for (key, number), count in counts.items() for name, split in layers[key].items()]
 
 
-def _counted_homes(spec: ModelSpec, plan: Plan) -> list[tuple[OpSpec, Split, int, int]]:
+def _counted_homes(spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> list[tuple[OpSpec, Split, int, int]]:
     """(op, split, rows on the disk, number of layers that share them) of a plan that uses the disk."""
     templates = layer_templates(spec, plan.unit_rows)
-    splits, homes = plan.buckets[0].splits, plan.disk_rows
+    splits, homes = bucket.splits, plan.disk_rows
     alike: dict[tuple[int, int, int], tuple[int, int]] = {}  # by identities of the mappings and format class: (a layer, how many)
     for layer, number in enumerate((*spec.format_classes, 0)):
         key = id(splits[layer]), id(homes[layer]), number

@@ -13,9 +13,10 @@ from functools import lru_cache
 from twinpilots.errors import DeviceUnavailableError, UserError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
+from twinpilots.plan.cost import disk_rate
 from twinpilots.plan.draft import Draft, PlanOptions, everything_resident, most_sequences, nothing_resident, shortage
 from twinpilots.plan.makespan import balance
-from twinpilots.plan.memory import gpu_memory, streamed_bytes
+from twinpilots.plan.memory import disk_bytes, gpu_memory, streamed_bytes
 from twinpilots.plan.plan import Phase, Plan, Policy
 from twinpilots.plan.pricing import prompts_at_once
 from twinpilots.plan.problem import (
@@ -36,6 +37,7 @@ from twinpilots.plan.workload import Limits, Workload
 Find = Callable[[Problem], Plan | None]
 FLEXGEN_KV_ON_GPU = (1.0, 0.5, 0.0)
 FLEXGEN_BATCHES = (1, 2, 4)
+READS_DISK: tuple[Policy, ...] = ("flexgen", "stream", "cpu")
 
 
 ONE_BATCH: Mapping[Phase, int] = {"prefill": 1, "decode": 1}
@@ -217,9 +219,9 @@ def _flexgen_block(kv_on_gpu: float, batches: int) -> tuple[Draft, Place]:
 def find_flexgen(problem: Problem) -> Plan | None:
     """FlexGen (ICML 2023, section 4): percentages of weights and KV on GPU and CPU, CPU attention for host KV, and a zig-zag block of micro-batches.
 
-    Its program picks the percentages for each block shape by T = max(link, GPU, CPU); as many of its variables are fixed here (no disk, activations stay),
-    a grid over KV percentage and micro-batches with the rest of GPU memory given to weights is that program's whole search. Delegating attention to the
-    CPU is for decoding (section 4.2); prompts are attended on the GPU, and their KV is then stored where it belongs.
+    Its program picks the percentages for each block shape by T = max(link, GPU, CPU); as many of its variables are fixed here (activations stay, the disk
+    takes what nothing else holds), a grid over KV percentage and micro-batches with the rest of GPU memory given to weights is that program's whole search.
+    Delegating attention to the CPU is for decoding (section 4.2); prompts are attended on the GPU, and their KV is then stored where it belongs.
     """
     found = [best_fit(problem, *_flexgen_block(kv, batches)) for kv in FLEXGEN_KV_ON_GPU for batches in FLEXGEN_BATCHES]
     return max((plan for plan in found if plan is not None), key=lambda plan: _flexgen_rate(problem, plan), default=None)
@@ -230,11 +232,13 @@ RULES["flexgen"], FINDERS["flexgen"] = tuple(_flexgen_block(kv, 1) for kv in (0.
 
 def needs_of(problem: Problem, policy: Policy) -> list[Limits]:
     """What the policy's plans for one sequence take, whether that is within the limits or not."""
+    problem = problem if policy in READS_DISK else problem.without_disk
     return [need for base, place in RULES[policy] for need in one_needs(problem, base, place)]
 
 
 def _flexgen_rate(problem: Problem, plan: Plan) -> float:
-    """Tokens/s of a decode step by FlexGen's cost model: the slowest of weights over the link, GPU, and CPU attention; one micro-batch does not overlap."""
+    """Tokens/s of a decode step by FlexGen's cost model: the slowest of the disk, weights over the link, GPU, and CPU attention; one micro-batch does not
+    overlap."""
     spec, workload = problem.spec, problem.workload
     seqs, context = plan.max_num_seqs, workload.input_len + workload.output_len / 2
     on_host = plan.host_pages / max(1, plan.host_pages + plan.gpu_pages)
@@ -244,12 +248,20 @@ def _flexgen_rate(problem: Problem, plan: Plan) -> float:
     batches = plan.bucket_for("decode", seqs).micro_batches
     gpu_s = sum(gpu_linear_s(problem, op, seqs / batches) * (spec.num_layers if op.layer >= 0 else 1) for op in problem.ops.values()) * batches
     cpu_s = attention_times(problem, seqs, seqs, context)[0] * spec.num_layers * on_host
-    return seqs / (max(link_s, gpu_s, cpu_s) if batches > 1 else max(link_s, gpu_s + cpu_s))
+    disk_s = disk_bytes(spec, plan) / disk_rate(problem.profile) if plan.disk_rows else 0.0
+    return seqs / max(disk_s, max(link_s, gpu_s, cpu_s) if batches > 1 else max(link_s, gpu_s + cpu_s))
 
 
 def find_policy(problem: Problem, policy: Policy) -> Plan | None:
-    """The plan of one named policy (``auto`` is the solver's), or None where it has none: `refusal` says why."""
-    return FINDERS[policy](problem) if has_devices(problem, policy) else None
+    """The plan of one named policy (``auto`` is the solver's), or None where it has none: `refusal` says why.
+
+    Rows go to the disk only where nothing else lets it run, and where the policy's paper or engine has a disk: FlexGen (section 4.1: percentages of weights on
+    GPU, CPU and disk), ``stream`` (ZeRO-Inference section 4: NVMe), ``cpu`` (what an engine that maps its file into memory does, at best).
+    """
+    if not has_devices(problem, policy):
+        return None
+    found = FINDERS[policy](problem.without_disk)
+    return FINDERS[policy](problem) if found is None and problem.limits.disk_bytes and policy in READS_DISK else found
 
 
 def refusal(problem: Problem, policy: Policy) -> UserError:

@@ -16,14 +16,16 @@ from twinpilots.plan.estimate import PassEstimator
 from twinpilots.plan.load import PassLoad, SeqClass, decode_load, pass_load
 from twinpilots.plan.memory import streamed_bytes
 from twinpilots.plan.plan import BucketPlan, Phase, Plan
+from twinpilots.plan.reads import STAGING_DEPTH
 from twinpilots.plan.simulate import PassTiming
-from twinpilots.plan.tasks import PassShape
+from twinpilots.plan.tasks import QUEUES, PassShape, Queue
 from twinpilots.plan.workload import Workload
 
 CONTEXTS = (0.25, 0.75)  # where in the output decode is priced: the mid-points of its halves
 QUICK_CONTEXTS = (0.5,)
 SAMPLES, QUICK_SAMPLES = (6, 3), (3, 2)  # layers that the estimator simulates
 PACKETS_PER_LAYER = 6  # more of them change the simulated time by less than a percent
+BOTTLENECKS: dict[str, Queue] = {"cpu": "cpu", "gpu": "gpu", "link": "link_in", "disk": "disk"}
 BUSY_ENOUGH = 0.6  # a queue that works less than this share of a step is not what holds it up
 
 
@@ -61,14 +63,15 @@ class Price:
     def busy_frac(self) -> Mapping[str, float]:
         """Share of the whole time that each queue works."""
         total = sum(p.seconds for p in self.passes)
-        return {queue: sum(p.count * p.timing.busy_s[queue] for p in self.passes) / total for queue in ("cpu", "gpu", "link_in", "link_out")}
+        return {queue: sum(p.count * p.timing.busy_s[queue] for p in self.passes) / total for queue in QUEUES}
 
     @property
     def bottleneck(self) -> str:
-        """The queue that is busiest in decode (in prefill when there is no decode): "cpu", "gpu", "link", or "hand-offs" when none is busy enough."""
+        """The queue that is busiest in decode (in prefill when there is no decode): "cpu", "gpu", "link", "disk", or "hand-offs" when none is busy
+        enough."""
         shown = [p for p in self.passes if p.phase == "decode"] or list(self.passes)
         seconds = sum(p.seconds for p in shown)
-        busy = {name: sum(p.count * p.timing.busy_s[queue] for p in shown) / seconds for name, queue in (("cpu", "cpu"), ("gpu", "gpu"), ("link", "link_in"))}
+        busy = {name: sum(p.count * p.timing.busy_s[queue] for p in shown) / seconds for name, queue in BOTTLENECKS.items()}
         name = max(busy, key=lambda key: busy[key])
         return name if busy[name] >= BUSY_ENOUGH else "hand-offs"
 
@@ -171,9 +174,11 @@ class _Pricer:
 
 
 def coarse_packet_bytes(spec: ModelSpec, plan: Plan, bucket: BucketPlan) -> int:
-    """The plan's packet, or a larger one that still cuts a mean layer's streamed rows in ``PACKETS_PER_LAYER`` and leaves four to the ring."""
-    per_layer = streamed_bytes(spec, plan, bucket) // (spec.num_layers * PACKETS_PER_LAYER)
-    return max(plan.packet_bytes, min(per_layer, plan.ring_bytes // 4))
+    """The plan's packet, or a larger one that still cuts a mean layer's streamed rows in ``PACKETS_PER_LAYER`` and leaves four to the rings."""
+    per_layer, most = streamed_bytes(spec, plan, bucket) // (spec.num_layers * PACKETS_PER_LAYER), plan.ring_bytes // 4
+    if plan.disk_rows:
+        most = min(most, plan.staging_bytes // STAGING_DEPTH)
+    return max(plan.packet_bytes, min(per_layer, most))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,7 @@ from twinpilots.plan.draft import (
 )
 from twinpilots.plan.memory import Templates, gpu_memory, layer_templates
 from twinpilots.plan.plan import Phase, Plan
+from twinpilots.plan.spill import spilled
 from twinpilots.plan.workload import Limits, Workload
 
 SMALL_RING_GAIN = 2  # the smallest ring must hold so many times the sequences
@@ -84,13 +85,18 @@ class Problem:
         return sum(count * op.weight_bytes for count, op in self.alike[name])
 
     def plan(self, draft: Draft, residency: Residency, cpu_share: CpuShare) -> Plan:
-        return make_plan(self.spec, self.workload, self.options, draft, residency, cpu_share)
+        plan = make_plan(self.spec, self.workload, self.options, draft, residency, cpu_share)
+        return spilled(self.spec, plan, self.limits, self.templates) if self.limits.disk_bytes else plan
 
     def fits(self, plan: Plan) -> bool:
         return fits(self.spec, plan, self.limits)
 
     def within(self, limits: Limits) -> Problem:
         return replace(self, limits=limits)
+
+    @property
+    def without_disk(self) -> Problem:
+        return self.within(self.limits.without_disk) if self.limits.disk_bytes else self
 
 
 Place = Callable[[Problem, Draft, int], Plan | None]

@@ -11,8 +11,12 @@ on the host attended by the CPU, on the host streamed to the GPU:
     gpu     T_k >= sum gpu_ik (1 - c_ik) + attention_gpu_k (g + t_k) + fixed_gpu_k + d_gpu * link_k
     chain   T_k >= (sum of e over stages + sum_b handoff_b y_bk) / m + (1 - 1 / m) R,   e >= the stage's CPU time, e >= its GPU time,
             R >= all CPU time, R >= all GPU time: with m micro-batches, 1 / m of every stage stands alone at its ends
-    memory  sum w_i r_i + g KV <= gpu budget,   sum w_i (1 - r_i) + (1 - g) KV <= host budget
+    memory  sum w_i r_i + g KV <= gpu budget,   sum w_i (1 - r_i) - D + (1 - g) KV <= host budget
     minimise sum_k passes_k T_k
+
+Where part of the weights may lie on the disk, D = sum w_i d_i bytes do; as every row asks for that sum alone, it is one column, D <= sum w_i (1 - r_i) and
+D <= disk budget. Then T_k >= D / B_disk, and of plans that wait for the disk alike the one that does the rest soonest is wanted: T'_k >= all but the disk's
+row, T_k >= T'_k, and the objective has LITTLE T'_k as well. What is read is written to host memory: cpu has d_cpu D / B_up, too.
 
 DRAM's limit is in the profiled op times and in d, the work that a processor loses per second of copying (1 - 1 / copy_slowdown).
 """
@@ -29,7 +33,8 @@ import numpy as np
 from twinpilots.stray_output import muted
 
 INFINITE = float("inf")
-Resource = Literal["cpu", "gpu", "link", "link_out", "chain"]  # what bounds a phase's time from below; chain: one stage waiting for another
+LITTLE = 1e-3
+Resource = Literal["cpu", "gpu", "link", "link_out", "chain", "disk"]  # what bounds a phase's time from below; chain: one stage waiting for another
 MLP_PAIRS = (("gate_up_proj", "down_proj"), ("fc1", "fc2"))
 # Stages follow one another when there is one micro-batch; ops of one stage may run side by side on the two devices.
 STAGES: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("attention",), ("o_proj",), ("gate_up_proj", "down_proj", "fc1", "fc2"), ("lm_head",))
@@ -76,8 +81,16 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Disk:
+    """What may lie on the disk, and how fast it comes from there."""
+
+    budget_bytes: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Program:
-    """``resident`` and ``gpu_kv`` freeze r and g; with a frozen r there are no memory rows."""
+    """``resident`` and ``gpu_kv`` freeze r and g; with a frozen r there are no memory rows, and the disk is left out."""
 
     machine: Machine
     phases: tuple[PhaseTerms, ...]
@@ -86,6 +99,7 @@ class Program:
     kv_capacity_bytes: float
     resident: Mapping[str, float] | None = None
     gpu_kv: float | None = None
+    disk: Disk | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +113,7 @@ class PhaseShares:
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """The optimum. ``seconds`` is the objective: all passes."""
+    """The optimum. ``seconds``: all passes."""
 
     seconds: float
     resident: Mapping[str, float]
@@ -201,7 +215,8 @@ def _in_units(program: Program, unit_s: float) -> Program:
     machine = replace(
         program.machine, up_bytes_per_s=program.machine.up_bytes_per_s * unit_s, down_bytes_per_s=program.machine.down_bytes_per_s * unit_s
     )  # fmt: skip
-    return replace(program, machine=machine, phases=tuple(_phase_in_units(phase, unit_s) for phase in program.phases))
+    disk = None if program.disk is None else replace(program.disk, bytes_per_s=program.disk.bytes_per_s * unit_s)
+    return replace(program, machine=machine, disk=disk, phases=tuple(_phase_in_units(phase, unit_s) for phase in program.phases))
 
 
 def _phase_in_units(terms: PhaseTerms, unit_s: float) -> PhaseTerms:
@@ -227,28 +242,42 @@ def _assemble(program: Program, *, relaxed: bool) -> _Assembled:
     frozen = program.resident
     resident = {name: rows.column(*((frozen[name],) * 2 if frozen else (0.0, 1.0))) for name in program.machine.op_bytes}
     gpu_kv = rows.column(*((program.gpu_kv,) * 2 if program.gpu_kv is not None else (0.0, 1.0)))
+    on_disk = rows.column(0.0, program.disk.budget_bytes / _scale(program)) if frozen is None and program.disk is not None else None
     if frozen is None:
-        _memory_rows(program, rows, resident, gpu_kv)
-    phases = tuple(_Phase(program, place, rows, resident, gpu_kv) for place in range(len(program.phases)))
-    return _Assembled(matrix=rows.matrix({phase.time: phase.terms.passes for phase in phases}), resident=resident, gpu_kv=gpu_kv, phases=phases)
+        _memory_rows(program, rows, resident, gpu_kv, on_disk)
+    phases = tuple(_Phase(program, place, rows, resident, gpu_kv, on_disk) for place in range(len(program.phases)))
+    cost = {column: part * phase.terms.passes for phase in phases for column, part in phase.cost.items()}
+    return _Assembled(matrix=rows.matrix(cost), resident=resident, gpu_kv=gpu_kv, phases=phases)
 
 
-def _memory_rows(program: Program, rows: _Rows, resident: Mapping[str, int], gpu_kv: int) -> None:
-    scale = max(program.kv_capacity_bytes, *program.machine.op_bytes.values())  # keeps coefficients near 1 for the solver
+def _scale(program: Program) -> float:
+    """The unit of bytes: keeps coefficients near 1 for the solver."""
+    return max(program.kv_capacity_bytes, *program.machine.op_bytes.values())
+
+
+def _memory_rows(program: Program, rows: _Rows, resident: Mapping[str, int], gpu_kv: int, on_disk: int | None) -> None:
+    scale = _scale(program)
     used = [(resident[name], size / scale) for name, size in program.machine.op_bytes.items()]
     rows.row([*used, (gpu_kv, program.kv_capacity_bytes / scale)], -INFINITE, program.gpu_budget_bytes / scale)
     saved = [(resident[name], size / scale) for name, size in program.machine.op_bytes.items() if name not in program.machine.host_fixed]
     everything = program.kv_capacity_bytes + sum(program.machine.op_bytes.values())
-    rows.row([*saved, (gpu_kv, program.kv_capacity_bytes / scale)], (everything - program.host_budget_bytes) / scale, INFINITE)
+    spared = [(gpu_kv, program.kv_capacity_bytes / scale), *([(on_disk, 1.0)] if on_disk is not None else [])]
+    rows.row([*saved, *spared], (everything - program.host_budget_bytes) / scale, INFINITE)
+    if on_disk is not None:
+        rows.row([*saved, (on_disk, 1.0)], -INFINITE, sum(program.machine.op_bytes[name] for name in program.machine.op_bytes
+                                                         if name not in program.machine.host_fixed) / scale)  # fmt: skip
 
 
 class _Phase:
     """The columns and rows of one phase."""
 
-    def __init__(self, program: Program, place: int, rows: _Rows, resident: Mapping[str, int], gpu_kv: int) -> None:
-        self.program, self.place, self.terms, self.rows, self.gpu_kv = program, place, program.phases[place], rows, gpu_kv
+    def __init__(self, program: Program, place: int, rows: _Rows, resident: Mapping[str, int], gpu_kv: int, on_disk: int | None) -> None:
+        self.program, self.place, self.terms, self.rows, self.gpu_kv, self.on_disk = program, place, program.phases[place], rows, gpu_kv, on_disk
         terms = self.terms
-        self.time = rows.column(0.0, INFINITE)
+        self.time = self.without_disk = rows.column(0.0, INFINITE)
+        self.cost = {self.time: 1.0}
+        if on_disk is not None:
+            self._disk_row(on_disk)
         self.streamed = {name: rows.column() for name in program.machine.op_bytes}
         self.cpu = {name: rows.column() for name in program.machine.op_bytes}
         self.host_cpu = rows.column(0.0, float(terms.cpu_attention))
@@ -263,6 +292,15 @@ class _Phase:
         self._devices()
         self._link_rows()
         self._chain()
+
+    def _disk_row(self, on_disk: int) -> None:
+        """A column more: the pass's time, of which the rows of everything but the disk ask no more than before."""
+        assert self.program.disk is not None
+        self.time = self.rows.column(0.0, INFINITE)
+        self.cost = {self.time: 1.0, self.without_disk: LITTLE}
+        self.rows.row([(self.time, 1.0), (self.without_disk, -1.0)], 0.0, INFINITE)
+        per_byte_s = _scale(self.program) / self.program.disk.bytes_per_s
+        self.rows.row([(self.time, 1.0), (on_disk, -per_byte_s)], 0.0, INFINITE, (self.place, "disk"))
 
     def _switches(self) -> dict[str, int]:
         """Columns y: whether the CPU takes part in a block, where that costs something."""
@@ -283,7 +321,7 @@ class _Phase:
 
     def _at_least(self, resource: Resource, seconds: Iterable[tuple[int, float]], fixed_s: float = 0.0) -> None:
         """T >= seconds + fixed."""
-        self.rows.row([(self.time, 1.0), *((column, -value) for column, value in seconds)], fixed_s, INFINITE, (self.place, resource))
+        self.rows.row([(self.without_disk, 1.0), *((column, -value) for column, value in seconds)], fixed_s, INFINITE, (self.place, resource))
 
     def _cpu_s(self, names: Iterable[str]) -> list[tuple[int, float]]:
         return [(self.cpu[name], self.terms.cpu_s[name]) for name in names]
@@ -302,6 +340,8 @@ class _Phase:
     def _devices(self) -> None:
         terms, names = self.terms, self.program.machine.op_bytes
         drag_cpu, drag_gpu = ([(column, value * drag) for column, value in self._link()] for drag in self.program.machine.link_drag)
+        if self.on_disk is not None:  # written at the disk's pace
+            drag_cpu = [*drag_cpu, (self.on_disk, self.program.machine.link_drag[0] * _scale(self.program) / self.program.machine.up_bytes_per_s)]
         self._at_least("cpu", _merged([*self._cpu_s(names), (self.host_cpu, terms.attention_cpu_s), *drag_cpu]), terms.fixed_cpu_s)
         columns, constant = self._gpu_s(names)
         self._at_least("gpu", _merged([*columns, *self._gpu_attention(), *drag_gpu]), constant + terms.fixed_gpu_s)

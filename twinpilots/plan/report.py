@@ -49,7 +49,7 @@ def plan_document(solution: Solution, spec: ModelSpec, profile: HardwareProfile,
         "kv": _kv(plan, workload),
         "memory": {
             "gpu": _tier(solution.memory.gpu, limits.gpu_bytes if profile.gpu else 0), "host": _tier(solution.memory.host, limits.host_bytes),
-            "disk": _tier(TierUse(weights=0, kv=0, ring=0, staging=0, workspace=0), 0),
+            "disk": _tier(solution.memory.disk, limits.disk_bytes),
         },
         "policies": {name: {"tokens_per_s": each.tokens_per_s, "reason": each.reason} for name, each in solution.candidates.items()},
         "explanation": _explanation(explain(spec, profile, workload, limits, plan, price)),
@@ -60,15 +60,17 @@ def _phase(plan: Plan, price: Price, phase: str) -> Document:
     passes = [p for p in price.passes if p.phase == phase]
     bucket = passes[0].bucket if passes else plan.bucket_for("decode", plan.max_num_seqs)
     tokens = passes[0].load.tokens() if passes else 0
-    return {"tokens_per_pass": tokens, "micro_batches": bucket.micro_batches, "operations": _operations(bucket)}
+    return {"tokens_per_pass": tokens, "micro_batches": bucket.micro_batches, "operations": _operations(plan, bucket)}
 
 
-def _operations(bucket: BucketPlan) -> list[Document]:
+def _operations(plan: Plan, bucket: BucketPlan) -> list[Document]:
+    """``disk``: of the rows that are streamed or the CPU's, those whose home is the disk."""
     last = len(bucket.splits) - 1
     return [
         {
             "layer": layer if layer < last else -1, "name": name,
             "resident": split.resident / split.rows, "streamed": split.streamed / split.rows, "cpu": split.cpu / split.rows,
+            "disk": plan.on_disk(layer if layer < last else -1, name) / split.rows,
         }
         for layer, splits in enumerate(bucket.splits) for name, split in splits.items()
     ]  # fmt: skip
@@ -85,7 +87,7 @@ def _kv(plan: Plan, workload: Workload) -> dict[str, float]:
 
 
 def _tier(use: TierUse, limit_bytes: int) -> dict[str, int]:
-    """``ring`` includes the staging slots of streamed KV."""
+    """``ring`` includes staging: on the GPU the slots of streamed KV, on the host the ring that the disk is read through."""
     return {"weights": use.weights, "kv": use.kv, "ring": use.ring + use.staging, "workspace": use.workspace, "total": use.total, "limit": limit_bytes}
 
 
@@ -133,17 +135,17 @@ def _prediction_lines(prediction: Mapping[str, Any], emulated: str) -> list[str]
     busy = prediction["busy_frac"]
     because = {
         "cpu": "the CPU works longest in a step", "gpu": "the GPU works longest in a step", "link": "the link moves weights or KV during most of a step",
-        "hand-offs": "no device is busy all the time: they wait for each other",
+        "disk": "the disk reads weights during most of a step", "hand-offs": "no device is busy all the time: they wait for each other",
     }[prediction["bottleneck"]]  # fmt: skip
     return [
         f"predicted{emulated}: {prediction['tokens_per_s']:.4g} tokens/s (prefill {prediction['prefill_s']:.4g} s, step {prediction['step_s'] * 1e3:.4g} ms)",
         f"  bounds: plan {prediction['plan_bound']:.4g}, hardware {prediction['hardware_bound']:.4g} tokens/s",
-        f"  busy: GPU {busy['gpu']:.0%}, CPU {busy['cpu']:.0%}, link {busy['link_in']:.0%}",
+        f"  busy: GPU {busy['gpu']:.0%}, CPU {busy['cpu']:.0%}, link {busy['link_in']:.0%}" + (f", disk {busy['disk']:.0%}" if busy["disk"] else ""),
         f"  bottleneck {prediction['bottleneck']}: {because}",
     ]
 
 
-RESOURCES = {"cpu": "CPU", "gpu": "GPU", "link": "link", "link_out": "link out", "dram": "DRAM", "chain": "one stage waiting for another"}
+RESOURCES = {"cpu": "CPU", "gpu": "GPU", "link": "link", "link_out": "link out", "dram": "DRAM", "disk": "disk", "chain": "one stage waiting for another"}
 
 
 def _limit_lines(limits: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -173,7 +175,14 @@ def _share_lines(document: Mapping[str, Any]) -> list[str]:
             mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("resident", "streamed", "cpu")}
             cells.append(f"{mean['resident']:>10.0%}{mean['streamed']:>10.0%}{mean['cpu']:>8.0%}")
         lines.append(f"  {name:14}{cells[0]}{'':6}{cells[1]}")
-    kv = document["kv"]
+    kv, on_disk = document["kv"], document["memory"]["disk"]
+    if on_disk["weights"]:
+        lines += _wrapped(
+            f"on the disk: {_size(on_disk['weights'])} of the weights, spread over all layers, read once in every pass by whoever computes them; "
+            "planned and predicted only: this version does not run such plans"
+        )
+    elif on_disk["limit"]:
+        lines += _wrapped("on the disk: nothing, memory holds it all")
     return [*lines, f"  KV: {kv['gpu']:.0%} on the GPU, {kv['host_cpu']:.0%} in host memory attended by the CPU, {kv['host_streamed']:.0%} streamed to the GPU"]
 
 
@@ -225,7 +234,7 @@ def _what_if_lines(answers: Sequence[Mapping[str, Any]], emulated: str) -> list[
 def _memory_lines(memory: Mapping[str, Mapping[str, int]]) -> list[str]:
     columns = ("weights", "kv", "ring", "workspace", "total", "limit")
     lines = ["memory    " + "".join(f"{column:>12}" for column in columns)]
-    for tier in ("gpu", "host"):
+    for tier in ("gpu", "host", "disk") if memory["disk"]["limit"] else ("gpu", "host"):
         lines.append(f"  {tier:8}" + "".join(f"{_size(memory[tier][column]):>12}" for column in columns))
     return lines
 

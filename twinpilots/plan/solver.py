@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from twinpilots.config import KvDtype
-from twinpilots.errors import LimitError
+from twinpilots.errors import DeviceUnavailableError, LimitError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
-from twinpilots.plan.auto import PHASES, first_layers, improve, least_memory, resolved_buckets, rounded_plans, with_small_buckets
+from twinpilots.plan.auto import PHASES, first_layers, improve, least_memory, resolved_buckets, rounded_plans, waits_for_disk, with_small_buckets
 from twinpilots.plan.bounds import BoundKind, pass_bound
-from twinpilots.plan.draft import PlanOptions, shortage
+from twinpilots.plan.draft import Needs, PlanOptions, shortage, smallest_limit
 from twinpilots.plan.enumeration import enumerated, searchable
 from twinpilots.plan.estimate import EXACT_LAYERS
 from twinpilots.plan.memory import MemoryUse, plan_memory
@@ -84,10 +84,12 @@ def solve(
     ``proportionate``: the local search takes no longer than the workload itself is predicted to take, about.
 
     Raises LimitError with the smallest limit that would do when the policy (for auto: every policy) cannot run one sequence, and
-    DeviceUnavailableError when it needs a GPU that the profile does not have.
+    DeviceUnavailableError when it needs a GPU, or may use a disk, that the profile does not have.
     """
     options = PlanOptions(unit_rows=unit_rows or 64, kv_dtype=kv_dtype, max_model_len=max_model_len)
     problem = Problem.of(spec, profile, workload, limits, options)
+    if limits.disk_bytes:
+        _need_disk(profile)
     wanted = NAMED if compare or policy == "auto" else (policy,)
     asked = find_policy(problem, policy) if policy != "auto" else None
     if policy != "auto" and asked is None:
@@ -132,11 +134,28 @@ def resolve_buckets(spec: ModelSpec, profile: HardwareProfile, plan: Plan, workl
 # -- the parts of solve --------------------------------------------------------------------------------------------------------------------
 
 
+def _need_disk(profile: HardwareProfile) -> None:
+    if profile.disk_bytes_per_s is None:
+        raise DeviceUnavailableError(
+            f"nobody has measured the disk of {profile.name}, so nothing can be planned on it; leave --disk away, or name --hardware that has disk_bytes_per_s"
+        )
+
+
 def _auto(problem: Problem, named: Mapping[Policy, tuple[Plan, Price]], proportionate: bool) -> tuple[Plan, Price] | None:
+    """The best plan without the disk; with it, where the work does not fit memory at once and a plan that uses it is faster, or the only one."""
+    in_memory = {name: pair for name, pair in named.items() if not pair[0].disk_rows}
+    best = _best(problem.without_disk, in_memory, proportionate)
+    if problem.limits.disk_bytes and (best is None or best[1].num_waves > 1):
+        other = _best(problem, named, proportionate)
+        best = max((pair for pair in (best, other) if pair is not None), key=lambda pair: pair[1].tokens_per_s, default=None)
+    return best
+
+
+def _best(problem: Problem, named: Mapping[Policy, tuple[Plan, Price]], proportionate: bool) -> tuple[Plan, Price] | None:
     """The best of the program's improved roundings and the named plans, and of what the local search makes of the best of these; None when there is none."""
     found = [*named.values(), *((plan, _priced(problem, plan)) for plan in _programmed(problem))]
-    if problem.profile.gpu is not None and found:
-        best_first = sorted(found, key=lambda pair: -pair[1].tokens_per_s)
+    best_first = sorted(found, key=lambda pair: -pair[1].tokens_per_s)
+    if problem.profile.gpu is not None and found and not waits_for_disk(problem, best_first[0][0], best_first[0][1].seconds):
         most_tasks = int(SIMULATED_TASKS_PER_S * best_first[0][1].seconds) if proportionate else None
         improved = [with_small_buckets(problem, plan) for plan in _improved(problem, [plan for plan, _ in best_first], best_first[0][1].seconds, most_tasks)]
         found += [(plan, _priced(problem, plan)) for plan in improved]
@@ -150,7 +169,7 @@ def _auto(problem: Problem, named: Mapping[Policy, tuple[Plan, Price]], proporti
 def _improved(problem: Problem, best_first: list[Plan], seconds: float, most_tasks: int | None) -> list[Plan]:
     """Better plans than the best, if all goes well: of the whole space where that is small, and what steps from the best lead to."""
     budget = SEARCH_TASKS if most_tasks is None else min(SEARCH_TASKS, most_tasks * 3 // 4)
-    groups = searchable(problem, budget)
+    groups = searchable(problem, budget) if not problem.limits.disk_bytes else None  # that space has no disk
     if groups is None:
         return polish(problem, best_first, most_tasks)
     plan = enumerated(problem, groups, seconds, budget)
@@ -190,14 +209,33 @@ def _programmed(problem: Problem) -> list[Plan]:
 
 
 def _nothing_fits(problem: Problem) -> LimitError:
+    return shortage(_needs(problem, "auto"), problem.limits, "auto")
+
+
+def _needs(problem: Problem, policy: Policy) -> Needs:
+    """What plans for one sequence take under other limits."""
+    if policy != "auto":
+        return lambda limits: needs_of(problem.within(limits), policy)
     least = least_memory(problem) if problem.profile.gpu is not None else ()
 
     def needs(limits: Limits) -> list[Limits]:
         within = problem.within(limits)
-        named = [need for policy in RULES if has_devices(problem, policy) for need in needs_of(within, policy)]
+        named = [need for each in RULES if has_devices(problem, each) for need in needs_of(within, each)]
         return named + [need for rule in least for need in one_needs(within, *rule)]
 
-    return shortage(needs, problem.limits, "auto")
+    return needs
+
+
+def least_disk(
+    spec: ModelSpec, profile: HardwareProfile, workload: Workload, limits: Limits, *, policy: Policy = "auto", unit_rows: int | None = None,
+    kv_dtype: KvDtype | None = None, max_model_len: int | None = None,
+) -> int | None:  # fmt: skip
+    """The smallest part of the weights that must lie on the disk so that ``policy`` fits these limits; None where no part is enough, or there is no disk."""
+    if profile.disk_bytes_per_s is None:
+        return None
+    options = PlanOptions(unit_rows=unit_rows or 64, kv_dtype=kv_dtype, max_model_len=max_model_len)
+    problem = Problem.of(spec, profile, workload, limits, options)
+    return smallest_limit("disk_bytes", _needs(problem, policy), limits)
 
 
 def _candidate(problem: Problem, name: Policy, priced: Mapping[Policy, tuple[Plan, Price]]) -> Candidate:

@@ -1,8 +1,8 @@
 """What more hardware would buy: the program's duals say it at first order, solving again says it for certain.
 
-Owns `CHANGES` (one more GiB, one more core, twice the link: how each alters machine and limits), `WhatIf` and `what_ifs`. Solving again is quick and no
-full search: at the plan's own chunk and micro-batches the program is solved for the changed machine, rounded and simulated; where the plan itself does
-better there, with more rows resident if there is room, it stays. Pure. Knows nothing of how answers are shown.
+Owns `CHANGES` and `ON_DISK` (one more GiB, one more core, twice the link, twice the disk: how each alters machine and limits), `WhatIf` and `what_ifs`.
+Solving again is quick and no full search: at the plan's own chunk and micro-batches the program is solved for the changed machine, rounded and simulated; where
+the plan itself does better there, with more rows resident if there is room, it stays. Pure. Knows nothing of how answers are shown.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from twinpilots.errors import UserError
 from twinpilots.hardware.profile import ComputeProfile, Curve, HardwareProfile
 from twinpilots.plan.auto import GAIN, MICRO_BATCHES, Trial, grid, nudged, program_of, rounded
+from twinpilots.plan.cost import disk_rate
 from twinpilots.plan.draft import Draft
 from twinpilots.plan.plan import Plan
 from twinpilots.plan.policies import build_policy
@@ -98,11 +99,16 @@ def _slowdown(now: float) -> float:
     return max(now, MOST_SLOWDOWN if lost >= 1 - 1 / MOST_SLOWDOWN else 1 / (1 - lost))
 
 
+def twice_the_disk(problem: Problem) -> Problem:
+    return replace(problem, profile=replace(problem.profile, disk_bytes_per_s=2 * disk_rate(problem.profile)))
+
+
 CHANGES: dict[str, tuple[Alter, bool]] = {  # how it alters the problem, and whether it takes a GPU
     "one more GiB of GPU memory": (more_gpu_memory, True),
     "one more CPU core": (one_more_core, False),
     "twice the link": (twice_the_link, True),
 }  # fmt: skip
+ON_DISK: dict[str, tuple[Alter, bool]] = {"twice the disk": (twice_the_disk, False)}  # where rows lie there
 
 
 # -- solving again ---------------------------------------------------------------------------------------------------------------------------
@@ -111,7 +117,7 @@ CHANGES: dict[str, tuple[Alter, bool]] = {  # how it alters the problem, and whe
 def what_ifs(problem: Problem, plan: Plan, tokens_per_s: float, point: GridPoint | None) -> tuple[WhatIf, ...]:
     """Every change that makes sense here, for a plan that the simulator gives ``tokens_per_s``."""
     found = []
-    for name, (alter, takes_gpu) in CHANGES.items():
+    for name, (alter, takes_gpu) in (CHANGES | ON_DISK if plan.disk_rows else CHANGES).items():
         if not takes_gpu or problem.profile.gpu is not None:
             altered = alter(problem)
             promised = _dual_ratio(altered, point)

@@ -5,7 +5,7 @@ Knows nothing of models, machines or plans.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +39,22 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bytes that a plan may use of GPU and of host memory: promises, not hints."""
+    """Bytes that a plan may use of GPU and of host memory: promises, not hints. ``disk_bytes``: of the weights that may lie on the disk, in plans that are only
+    predicted; 0 lets none."""
 
     gpu_bytes: int
     host_bytes: int
+    disk_bytes: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("gpu_bytes", "host_bytes"):
+        for name in ("gpu_bytes", "host_bytes", "disk_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"Limits.{name} must not be negative, got {getattr(self, name)}")
 
+    @property
+    def without_disk(self) -> Limits:
+        return replace(self, disk_bytes=0) if self.disk_bytes else self
+
     def beyond(self, allowed: Limits) -> int:
         """Bytes over what is allowed, of all tiers together."""
-        return max(0, self.gpu_bytes - allowed.gpu_bytes) + max(0, self.host_bytes - allowed.host_bytes)
+        return sum(max(0, getattr(self, tier) - getattr(allowed, tier)) for tier in ("gpu_bytes", "host_bytes", "disk_bytes"))
