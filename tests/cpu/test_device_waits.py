@@ -91,11 +91,11 @@ def test_the_stream_waits_and_the_launch_thread_goes_on(host: HostArena) -> None
         program["trace"] = trace
         gpu.submit("gpu", program)
         until(lambda: gpu.launches["waits_on_device"] == 2)
-        time.sleep(0.02)
+        time.sleep(0.1)
         assert host.events[21] == host.events[23] == 0 and not gpu.read(0, 600).any(), "all is launched, nothing is done"
         host.events[20] = 1
         until(lambda: host.events[21] == 1)
-        time.sleep(0.02)
+        time.sleep(0.1)
         assert host.events[23] == 0 and (gpu.read(200, 100) == 0xFF).all() and not gpu.read(400, 100).any()
         host.events[22] = 1
         gpu.wait("gpu", 10.0)
@@ -147,7 +147,7 @@ def test_hand_offs_keep_their_order_and_one_that_does_not_is_seen(monkeypatch: p
     wait = SlowWords.wait
     monkeypatch.setattr(SlowWords, "wait", lambda self, stream, offset, value: wait(self, stream, offset, value) if offset < EVENTS_OFFSET else None)
     with pytest.raises(AssertionError, match="came after the word"):
-        hand_offs(CudaGpu(0, SlowRuntime()), 1)
+        hand_offs(CudaGpu(0, SlowRuntime()), 5)
 
 
 # -- what never comes ------------------------------------------------------------------------------------------------------------------------
@@ -238,13 +238,15 @@ def test_launches_run_only_so_far_ahead_of_a_word(host: HostArena, monkeypatch: 
         monkeypatch.setattr(SlowRuntime, "graphs", lambda self: None)
     runtime = SlowRuntime()
     with opened(host, runtime) as gpu:
+        began = time.monotonic()
         gpu.submit("gpu", entry(host, fill(0, waits=(20,)), *[fill(200) for _ in range(1000)], fill(400, record=21)))
+        until(lambda: runtime.compute.deepest > 50)
         time.sleep(0.3)
-        assert 50 < runtime.compute.deepest <= MOST_AHEAD, "a launch into a full queue of the device's is stuck"
+        assert runtime.compute.deepest <= MOST_AHEAD, "a launch into a full queue of the device's is stuck"
         host.events[20] = 1
         gpu.wait("gpu", 20.0)
         assert host.events[21] == 1
-        assert captures or gpu.launches["host_ns"] < 200_000_000, "to be held is no part of what launching takes"
+        assert captures or 1e-9 * gpu.launches["host_ns"] < time.monotonic() - began - 0.25, "to be held is no part of what launching takes"
 
 
 def test_closing_frees_a_launch_that_is_stuck_all_the_same(host: HostArena, monkeypatch: pytest.MonkeyPatch) -> None:
