@@ -67,7 +67,8 @@ class Planner:
     def __init__(self, config: EngineConfig, spec: ModelSpec, profile: HardwareProfile, fingerprint: str) -> None:
         self.config, self.spec, self.fingerprint = config, spec, fingerprint
         self.limits = limits_of(config, profile)
-        self._solved: dict[tuple[Workload, int | None, bool], Solution] = {}  # by workload, and whether all policies were compared
+        # By workload, and whether all policies were compared: the rates that it was solved at, and the solution.
+        self._solved: dict[tuple[Workload, int | None, bool], tuple[HardwareProfile, Solution]] = {}
         self._background = Background()
         adapts = config.policy == "auto" and not self.is_fixed
         self.online = OnlinePlanner(spec, profile, self._background, adapts=adapts, at_once=False)
@@ -148,16 +149,17 @@ class Planner:
         input_len = max(1, min(length, longest // 2))
         return Workload(num_requests=num_seqs, input_len=input_len, output_len=max(1, min(length, longest - input_len)), max_num_seqs=num_seqs)
 
-    def solve(self, workload: Workload, *, longest: int | None = None, compare: bool = False) -> Solution:
-        """The solution for a workload in which one sequence may reach ``longest`` tokens, remembered. ``compare`` prices all other policies too (``auto``
-        always does): bounds over all their choices need it."""
+    def solve(self, workload: Workload, *, longest: int | None = None, compare: bool = False, at_present_rates: bool = False) -> Solution:
+        """The solution for a workload in which one sequence may reach ``longest`` tokens, remembered, unless ``at_present_rates`` those have changed since.
+        ``compare`` prices all other policies too (``auto`` always does): bounds over all their choices need it."""
         longest = self.config.max_model_len or longest
         key = workload, longest, compare or self.config.policy == "auto"
-        if key not in self._solved:
+        profile = self.profile
+        if key not in self._solved or (at_present_rates and self._solved[key][0] is not profile):
             began = time.perf_counter()
-            self._solved[key] = self._solve(*key)
+            self._solved[key] = profile, self._solve(*key)
             self._solve_s = time.perf_counter() - began
-        return self._solved[key]
+        return self._solved[key][1]
 
     def _solve(self, workload: Workload, max_model_len: int | None, compare: bool) -> Solution:
         config = self.config
@@ -172,6 +174,7 @@ class Planner:
 
         What came k times under the loaded plan is taken to come k times more, so that a small workload earns its search and loading, too, when it
         comes again and again: the ski-rental rule, by which waiting costs no more than changing (Karlin et al., "Competitive snoopy caching", 1988).
+        The search goes by the rates that the rounds have taught.
         What rounds took counts for more than what is predicted: a plan that disappoints is left again for the one that it replaced.
         """
         if self.is_fixed:
@@ -182,7 +185,7 @@ class Planner:
         rounds = self.rounds.come(workload)
         if rounds * self._about_s(current, workload) * MOST_GAIN < load_s + self._solve_s or not self.rounds.is_due(workload):
             return None  # not worth the search
-        found = self.solve(workload, longest=longest).plan
+        found = self.solve(workload, longest=longest, at_present_rates=True).plan
         changes = [change for plan, seen_s in self.rounds.others(workload, found) if (change := self._change(current, plan, seen_s, workload, load_s))]
         best = min(changes, key=lambda change: change.then_s, default=None)
         if best is None or best.now_s is None or best.then_s + load_s / rounds >= gain * best.now_s:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.planning import DEMO, llama, workload
@@ -90,3 +92,13 @@ def test_a_great_gain_is_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     planner, current = planner_of(monkeypatch, gain=0.9)
     monkeypatch.setattr(planner, "_solve_s", 0.0)
     assert planner.better_plan(current, SHORT, SHORT.seq_len, 0.05, 0.97) is not None
+
+
+def test_a_search_goes_by_the_rates_that_the_rounds_have_taught(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner, current = planner_of(monkeypatch, gain=0.1)
+    before = planner.solve(SHORT, longest=SHORT.seq_len)
+    assert planner.solve(SHORT, longest=SHORT.seq_len, at_present_rates=True) is before, "nothing was taught"
+    planner.online.profile = replace(planner.online.profile, cpu=planner.online.profile.cpu.with_attention(0.5, 0.5))
+    assert planner.solve(SHORT, longest=SHORT.seq_len) is before, "what is asked for other ends is remembered"
+    change = next(change for _ in range(64) if (change := planner.better_plan(current, SHORT, SHORT.seq_len, 1.0, 0.97)) is not None)
+    assert change.plan is not before.plan and change.plan is planner.solve(SHORT, longest=SHORT.seq_len).plan
