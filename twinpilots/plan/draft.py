@@ -223,7 +223,7 @@ def fill_resident(spec: ModelSpec, templates: Templates, budget_bytes: int, targ
     low, high = 0.0, 1.0
     if _even_bytes(sizes, 1.0) <= budget_bytes:
         low = 1.0
-    for _ in range(24 if low == 0.0 else 0):
+    for _ in range(24 if low == 0.0 and budget_bytes > 0 else 0):
         middle = (low + high) / 2
         low, high = (middle, high) if _even_bytes(sizes, middle) <= budget_bytes else (low, middle)
     base, head = _even_rows(ops, wanted, low)

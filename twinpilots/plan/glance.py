@@ -13,7 +13,7 @@ from twinpilots.plan.priced import Layout
 from twinpilots.plan.pricing import SAMPLES
 from twinpilots.plan.rebalance import SCALES, Option, Search, Sequences, can_move, scaled_mlp, side_of
 
-MOST_TASKS = 3000  # that a glance may simulate, in tasks whose list is there: about 15 us each
+MOST_TASKS = 3000  # that a glance may simulate, in tasks whose list is there: about 7 us each
 MAKING = 2.5  # times as many for a bucket whose list must be made,
 PRICING = 3  # and as many for each layer of the model at any price
 
