@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 QUICK_S = 3.0  # what a quick measurement may take: devices' start and end included
-REHEARSED_S, ALONE_S = 1.75, 1.2  # of it left to real passes: beside a GPU, and of the CPU alone
+REHEARSED_S, ALONE_S = 1.85, 1.2  # of it left to real passes: beside a GPU, and of the CPU alone
 CORRECTING_S = 0.2  # and then to what they say of the profile
 TYPICAL_MODEL = "dummy:smollm2-135m"  # the shapes a profile is measured in when no model is named: small enough for any GPU
 

@@ -19,7 +19,7 @@ import numpy as np
 from twinpilots.config import EngineConfig
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import LimitError
-from twinpilots.fixed_costs import Fits
+from twinpilots.fixed_costs import with_pieces, with_small_tasks
 from twinpilots.hardware.profile import AloneProfile, ComputeProfile, Curve, HardwareProfile
 from twinpilots.model.dummy import DummyCheckpoint
 from twinpilots.model.spec import ModelSpec
@@ -147,18 +147,13 @@ def corrected(spec: ModelSpec, profile: HardwareProfile, passes: Sequence[PassDo
         profile = replace(profile, step_overhead_s=driver.step_s, step_seq_s=driver.seq_s)
     by_cpu = [done for done in passes if not done.plan.uses_gpu]
     shown = [done for done in passes if done.plan.uses_gpu] or by_cpu
-    profile = Fits(_offline(spec, profile), shown).corrected()
-    fits = Fits(_offline(spec, profile), shown)
-    seen = Medians(record for record in _records(spec, profile, shown) if record.key not in (ATTENTION, SMALL, COPIES))
+    profile = with_small_tasks(_offline(spec, profile), shown)
+    offline = _offline(spec, profile)
+    seen = Medians(record for record in _records(offline, shown) if record.key not in (ATTENTION, SMALL, COPIES))
     found, alone = corrected_by(profile, seen), alone_driver(by_cpu)
     if alone is not None and shown is not by_cpu:
-        alone = replace(alone, linear=_ratios(profile.cpu, seen, Medians(_records(spec, profile, by_cpu))))
-    found = replace(found, alone=alone, cpu=_with_attention(found.cpu, fits.sequence_s("cpu")))
-    if found.gpu is None or found.link is None:
-        return found
-    copy_s = fits.copy_s()
-    link = found.link if copy_s is None else replace(found.link, copy_s=copy_s)
-    return replace(found, gpu=_with_attention(found.gpu, fits.sequence_s("gpu")), link=link)
+        alone = replace(alone, linear=_ratios(profile.cpu, seen, Medians(_records(offline, by_cpu))))
+    return with_pieces(offline, shown, replace(found, alone=alone))
 
 
 def _ratios(processor: ComputeProfile, beside: Medians, alone: Medians) -> dict[str, Curve]:
@@ -170,17 +165,11 @@ def _ratios(processor: ComputeProfile, beside: Medians, alone: Medians) -> dict[
     }  # fmt: skip
 
 
-def _with_attention(processor: ComputeProfile, sequence_s: float | None) -> ComputeProfile:
-    """These contexts are short: what they take beyond the expected is a sequence's fixed cost, and says nothing of what long ones are read at."""
-    return processor if sequence_s is None else replace(processor, attention_seq_s=sequence_s)
-
-
 def _offline(spec: ModelSpec, profile: HardwareProfile) -> OnlinePlanner:
     return OnlinePlanner(spec, profile, _Nobody(), adapts=False)
 
 
-def _records(spec: ModelSpec, profile: HardwareProfile, passes: Iterable[PassDone]) -> Iterable[WorkTime]:
-    offline = _offline(spec, profile)
+def _records(offline: OnlinePlanner, passes: Iterable[PassDone]) -> Iterable[WorkTime]:
     for done in passes:
         yield from offline.records(done)
 
