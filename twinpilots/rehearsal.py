@@ -62,6 +62,7 @@ class Stages:
     least_passes: int = 6
     most_passes: int = 16
     least_stages: int = 2  # whatever the time
+    opening_s: float = 0.2  # what starting and ending takes beside
 
     @property
     def prompt_len(self) -> int:
@@ -147,8 +148,9 @@ def corrected(spec: ModelSpec, profile: HardwareProfile, passes: Sequence[PassDo
         profile = replace(profile, step_overhead_s=driver.step_s, step_seq_s=driver.seq_s)
     by_cpu = [done for done in passes if not done.plan.uses_gpu]
     shown = [done for done in passes if done.plan.uses_gpu] or by_cpu
-    profile = with_small_tasks(_offline(spec, profile), shown)
-    offline = _offline(spec, profile)
+    offline = OnlinePlanner(spec, profile, _Nobody(), adapts=False)
+    offline = offline.at(with_small_tasks(offline, shown))
+    profile = offline.profile
     seen = Medians(record for record in _records(offline, shown) if record.key not in (ATTENTION, SMALL, COPIES))
     found, alone = corrected_by(profile, seen), alone_driver(by_cpu)
     if alone is not None and shown is not by_cpu:
@@ -163,10 +165,6 @@ def _ratios(processor: ComputeProfile, beside: Medians, alone: Medians) -> dict[
         key: Curve(x=tuple(sizes), y=tuple(alone.factor("cpu", key, size) / beside.factor("cpu", key, size) for size in sizes))
         for key, sizes in found.items() if sizes
     }  # fmt: skip
-
-
-def _offline(spec: ModelSpec, profile: HardwareProfile) -> OnlinePlanner:
-    return OnlinePlanner(spec, profile, _Nobody(), adapts=False)
 
 
 def _records(offline: OnlinePlanner, passes: Iterable[PassDone]) -> Iterable[WorkTime]:
@@ -236,7 +234,7 @@ def rehearse(
     passes: list[PassDone] = []
     plan = short_plan(short, profile, stages)
     if plan is not None:
-        passes += _rehearsed(device, threads, profile, plan, stages, checkpoint, clock, until_s - beside.budget_s)
+        passes += _rehearsed(device, threads, profile, plan, stages, checkpoint, clock, until_s - beside.budget_s - beside.opening_s)
         stages = beside
     plan = alone_plan(short, profile, stages)
     if plan is not None:
@@ -307,20 +305,21 @@ def _passes(session: Session, stages: Stages, seen: list[PassDone], clock: Calla
             stage_until_s = clock() + (until_s - clock()) / (len(counts) - number)
             for request in range(running, count):
                 add(str(request), request, length)
-            running = count
-            found += _stage(session, stages, seen, count, stage_until_s, clock)
+            prompt_tokens, running = (count - running) * length, count
+            found += _stage(session, stages, seen, count, prompt_tokens, stage_until_s, clock)
         for request in range(running):
             session.engine.abort(str(request))
     return found
 
 
-def _stage(session: Session, stages: Stages, seen: list[PassDone], num_seqs: int, until_s: float, clock: Callable[[], float]) -> list[PassDone]:
+def _stage(
+    session: Session, stages: Stages, seen: list[PassDone], num_seqs: int, prompt_tokens: int, until_s: float, clock: Callable[[], float]
+) -> list[PassDone]:  # fmt: skip
     """Passes until the time is up, the prompts' among them; of the others, those in which everything wakes up are left out."""
     session.account()
     seen.clear()
-    computed = -1
-    while computed < session.num_tokens[0]:  # until a pass without prompts: all of them decode
-        computed = session.num_tokens[0]
+    before = session.num_tokens[0]
+    while session.num_tokens[0] < before + prompt_tokens:  # then all of them decode
         session.step(partial=False)
     first, warm = session.num_tokens[1], stages.warm_passes
     while (passes := (session.num_tokens[1] - first) // num_seqs) < warm + stages.least_passes or (passes < warm + stages.most_passes and clock() < until_s):

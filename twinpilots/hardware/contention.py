@@ -20,8 +20,6 @@ from twinpilots.model.spec import ModelSpec
 from twinpilots.plan.tasks import STREAMED_KV, Queue
 
 PEERS: tuple[tuple[Side, Side], ...] = (("cpu", "gpu"), ("gpu", "cpu"))
-LINK_RUNS = 3
-HANDOFF_RUNS = 7
 HANDOFFS = 100
 KV_PAGES = 8  # a short sequence
 CONTENTION_TOKENS = 1  # where the sides wait for memory most, and where sharing a pass gains least
@@ -49,7 +47,8 @@ def _loads(rig: Rig, size: int, count: int, target: int, sources: Sequence[int])
     return [instruction(Op.LOAD, (table + 24 * (i % len(sources)), 1, size)) for i in range(count)]
 
 
-def measure_link(rig: Rig, spec: ModelSpec) -> LinkProfile:
+def measure_link(rig: Rig, spec: ModelSpec, runs: int) -> LinkProfile:
+    """Bandwidths and fixed costs, by the middle of so many ``runs``."""
     small, big = 64 << 10, packet_bytes(rig.gpu)
     source, target = rig.alloc_host(big), rig.alloc_gpu(big)
 
@@ -61,7 +60,7 @@ def measure_link(rig: Rig, spec: ModelSpec) -> LinkProfile:
             return float(trace[-1, 2] - trace[3, 2]) * 1e-9 / (len(rows) - 4)  # steady state: the link carries its deadline over from packet to packet
 
         # The middle: a throttled link that a neighbour stalls catches up afterwards, so its quickest runs are too quick.
-        return float(np.median([per_load() for _ in range(LINK_RUNS)]))
+        return float(np.median([per_load() for _ in range(runs)]))
 
     rate = big / load_s(big)
     columns, rows = spec.hidden_size, 64 if rig.gpu is None or rig.gpu.emulated else 512  # a real link takes 64 rows in a few microseconds
@@ -77,12 +76,12 @@ def measure_link(rig: Rig, spec: ModelSpec) -> LinkProfile:
     copy_fixed_s = max(copy_s(1, True) - 4 * columns / rate, 1e-7)
     return LinkProfile(
         up_bytes_per_s=rate, down_bytes_per_s=4 * columns * (rows - 1) / max(down_s - copy_s(1, True), 1e-9), packet_s=max(load_s(small) - small / rate, 0.0),
-        copy_s=copy_fixed_s, handoff_s=_handoff_s(rig, near, far, columns, _loads(rig, small, 40, target, [source])),
-        queue_handoff_s=_queue_handoff_s(rig, near, columns, target, source),
+        copy_s=copy_fixed_s, handoff_s=_handoff_s(rig, near, far, columns, _loads(rig, small, 40, target, [source]), runs),
+        queue_handoff_s=_queue_handoff_s(rig, near, columns, target, source, runs),
     )  # fmt: skip
 
 
-def _handoff_s(rig: Rig, near: int, far: int, columns: int, loads: list[tuple[object, ...]]) -> float:
+def _handoff_s(rig: Rig, near: int, far: int, columns: int, loads: list[tuple[object, ...]], runs: int) -> float:
     """From a record on one side to the waiting instruction's start on the other: half of a ping-pong's turn, work excluded, while the link is busy as
     in a real pass. On an emulated GPU the link's copies share the core that has to answer."""
     rig.set_tokens(1)
@@ -90,10 +89,10 @@ def _handoff_s(rig: Rig, near: int, far: int, columns: int, loads: list[tuple[ob
     norm = (spare, columns, far, columns, gain, NULL, columns, NormKind.RMS)
     gpu = [instruction(Op.COPY, (far, columns, near, columns, columns, 1), waits=[2 * i] if i else [], record=2 * i + 1) for i in range(HANDOFFS)]
     cpu = [instruction(Op.NORM, norm, (1e-5,), waits=[2 * i + 1], record=2 * i + 2) for i in range(HANDOFFS)]
-    return _half_turn_s(rig, {"link_in": loads, "gpu": gpu, "cpu": cpu}, "cpu")
+    return _half_turn_s(rig, {"link_in": loads, "gpu": gpu, "cpu": cpu}, "cpu", runs)
 
 
-def _half_turn_s(rig: Rig, programs: dict[Queue, list[tuple[object, ...]]], answering: Queue) -> float:
+def _half_turn_s(rig: Rig, programs: dict[Queue, list[tuple[object, ...]]], answering: Queue, runs: int) -> float:
     """What one of HANDOFFS turns between the GPU's compute queue and ``answering`` takes beside the work of both, halved."""
 
     def per_handoff() -> float:
@@ -101,10 +100,10 @@ def _half_turn_s(rig: Rig, programs: dict[Queue, list[tuple[object, ...]]], answ
         total_s = float(traces[answering][-1, 2] - traces["gpu"][0, 1]) * 1e-9
         return max(0.0, total_s - float(work_s(traces["gpu"]).sum() + work_s(traces[answering]).sum())) / (2 * HANDOFFS)
 
-    return float(np.median([per_handoff() for _ in range(HANDOFF_RUNS)]))
+    return float(np.median([per_handoff() for _ in range(runs)]))
 
 
-def _queue_handoff_s(rig: Rig, near: int, columns: int, target: int, source: int) -> float:
+def _queue_handoff_s(rig: Rig, near: int, columns: int, target: int, source: int, runs: int) -> float:
     """As `_handoff_s`, between the GPU's compute queue and a link queue: what streamed KV waits for."""
     rig.set_tokens(1)
     size = 4 << 10
@@ -113,7 +112,7 @@ def _queue_handoff_s(rig: Rig, near: int, columns: int, target: int, source: int
     norm = (near, columns, near, columns, near, NULL, columns, NormKind.RMS)
     gpu = [instruction(Op.NORM, norm, (1e-5,), waits=[2 * i] if i else [], record=2 * i + 1) for i in range(HANDOFFS)]
     link = [instruction(Op.LOAD, (table, 1, size), waits=[2 * i + 1], record=2 * i + 2) for i in range(HANDOFFS)]
-    return _half_turn_s(rig, {"link_in": link, "gpu": gpu}, "link_in")
+    return _half_turn_s(rig, {"link_in": link, "gpu": gpu}, "link_in", runs)
 
 
 def with_kv_copies(rig: Rig, bench: Bench, link: LinkProfile) -> LinkProfile:
