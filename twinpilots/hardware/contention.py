@@ -13,6 +13,7 @@ import numpy as np
 
 from twinpilots.device.base import GpuDevice
 from twinpilots.hardware.bench import MOST_INSTRUCTIONS, PAGE, Bench, Side, repeated_s
+from twinpilots.hardware.effort import Effort
 from twinpilots.hardware.profile import LinkProfile
 from twinpilots.hardware.rig import Rig, instruction, work_s
 from twinpilots.kernels.abi import DTYPE_CODES, NULL, NormKind, Op
@@ -136,9 +137,9 @@ def with_kv_copies(rig: Rig, bench: Bench, link: LinkProfile) -> LinkProfile:
     )  # fmt: skip
 
 
-def with_contention(rig: Rig, benches: dict[Side, Bench], link: LinkProfile, runs: int) -> tuple[dict[Side, Slowdown], LinkProfile]:
+def with_contention(rig: Rig, benches: dict[Side, Bench], link: LinkProfile, effort: Effort) -> tuple[dict[Side, Slowdown], LinkProfile]:
     """Each side's slow-down while the link runs at its full rate, from memory out of the caches, in packets of the size that plans choose; and the link's
-    while the CPU reads. Middles of so many ``runs``."""
+    while the CPU reads."""
     assert rig.gpu is not None
     size = max(64 << 10, min(packet_bytes(rig.gpu), rig.gpu.memory_bytes // PACKETS_PER_CARD & -4096))
     target = rig.alloc_gpu(size)
@@ -151,22 +152,22 @@ def with_contention(rig: Rig, benches: dict[Side, Bench], link: LinkProfile, run
         for tokens in (CONTENTION_TOKENS, min(COMPUTING_TOKENS, bench.tokens)):
             rig.set_tokens(tokens)
             rows = rows[: max(len(bench.ops(bench.most_common)), len(rows) * CONTENTION_TOKENS // tokens)]
-            alone_s = repeated_s(lambda rows=rows, side=side: float(work_s(rig.run({side: rows})[side]).sum()), 0.05, rig.clock)  # type: ignore[misc]
+            alone_s = repeated_s(lambda rows=rows, side=side: float(work_s(rig.run({side: rows})[side]).sum()), effort.alone_s, rig.clock)  # type: ignore[misc]
             loads = _loads(rig, size, min(MOST_INSTRUCTIONS, 4 + int(3 * alone_s * link.up_bytes_per_s / size)), target, sources)
-            ratios = [ratio for _ in range(runs) if (ratio := _slowdown(rig, side, rows, loads)) is not None]
+            ratios = [ratio for _ in range(effort.slowdown_runs) if (ratio := _slowdown(rig, side, rows, loads)) is not None]
             slow[tokens] = max(1.0, float(np.median(ratios))) if ratios else 1.0
         found[side] = Slowdown(slow[CONTENTION_TOKENS], slow[max(slow)])
     rig.set_tokens(CONTENTION_TOKENS)
     loads = _loads(rig, size, PACKETS_BESIDE, target, sources)
-    return found, replace(link, peer_slowdown=_link_slowdown(rig, region, loads, size / link.up_bytes_per_s, runs))
+    return found, replace(link, peer_slowdown=_link_slowdown(rig, region, loads, size / link.up_bytes_per_s, effort))
 
 
-def _link_slowdown(rig: Rig, cpu: Bench, loads: list[tuple[object, ...]], packet_s: float, runs: int) -> float:
+def _link_slowdown(rig: Rig, cpu: Bench, loads: list[tuple[object, ...]], packet_s: float, effort: Effort) -> float:
     """How much longer packets take while the CPU reads its weights again and again."""
     rows, _ = cpu.linears(cpu.most_common)
-    alone_s = repeated_s(lambda: float(work_s(rig.run({"cpu": rows})["cpu"]).sum()), 0.05, rig.clock)
+    alone_s = repeated_s(lambda: float(work_s(rig.run({"cpu": rows})["cpu"]).sum()), effort.alone_s, rig.clock)
     rows = (rows * max(1, round(2 * len(loads) * packet_s / alone_s)))[:MOST_INSTRUCTIONS]
-    ratios = [_beside(rig.run({"link_in": loads, "cpu": rows}), rig.run({"link_in": loads}), "link_in", "cpu") for _ in range(runs)]
+    ratios = [_beside(rig.run({"link_in": loads, "cpu": rows}), rig.run({"link_in": loads}), "link_in", "cpu") for _ in range(effort.slowdown_runs)]
     return max(1.0, float(np.median([ratio or 1.0 for ratio in ratios])))
 
 
@@ -181,16 +182,16 @@ def _beside(together: dict[Queue, np.ndarray], alone: dict[Queue, np.ndarray], s
     return float(work_s(trace)[busy].sum() / work_s(alone[side])[busy].sum()) if busy.mean() > 0.5 else None
 
 
-def peer_slowdowns(rig: Rig, benches: dict[Side, Bench], runs: int) -> dict[Side, float]:
+def peer_slowdowns(rig: Rig, benches: dict[Side, Bench], effort: Effort) -> dict[Side, float]:
     """Each side's slow-down while the other one reads its weights, too: they may share one memory."""
     rig.set_tokens(CONTENTION_TOKENS)
     rows = {side: bench.linears(bench.most_common)[0] for side, bench in benches.items()}
-    alone_s = {side: repeated_s(lambda side=side: float(work_s(rig.run({side: rows[side]})[side]).sum()), 0.02, rig.clock) for side in rows}  # type: ignore[misc]
+    alone_s = {side: repeated_s(lambda side=side: float(work_s(rig.run({side: rows[side]})[side]).sum()), effort.alone_s, rig.clock) for side in rows}  # type: ignore[misc]
     for side, other in PEERS:  # both at work for about as long
         times = max(1, round(alone_s[other] / alone_s[side]))
         rows[side] = (rows[side] * times)[:MOST_INSTRUCTIONS]
     ratios: dict[Side, list[float]] = {"cpu": [], "gpu": []}
-    for _ in range(runs):
+    for _ in range(effort.slowdown_runs):
         together = rig.run({"gpu": rows["gpu"], "cpu": rows["cpu"]})
         for side, other in PEERS:
             ratio = _beside(together, rig.run({side: rows[side]}), side, other)

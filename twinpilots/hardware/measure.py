@@ -107,8 +107,8 @@ def measure_scaled(
 def _measure_link(rig: Rig, benches: dict[Side, Bench], effort: Effort) -> tuple[LinkProfile, dict[Side, Slowdown], dict[Side, float]]:
     """The link, and what both sides lose beside it and beside each other."""
     link = with_kv_copies(rig, benches["gpu"], measure_link(rig, benches["gpu"].spec, effort.slowdown_runs))
-    slow, link = with_contention(rig, benches, link, effort.slowdown_runs)
-    return link, slow, peer_slowdowns(rig, benches, effort.slowdown_runs)
+    slow, link = with_contention(rig, benches, link, effort)
+    return link, slow, peer_slowdowns(rig, benches, effort)
 
 
 def _measure_compute(benches: dict[Side, Bench], effort: Effort, peaks: Peaks, clock: Callable[[], float], until_s: float) -> dict[Side, ComputeProfile]:
