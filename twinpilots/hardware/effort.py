@@ -11,9 +11,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """``grid``: tokens at which linears are timed. A linear's run takes about ``run_s`` at most; after ``least_runs`` of everything there are more while
-    ``rounds_s`` for each kind of linears and processor lasts. ``slowdown_runs``: of each experiment with the link or two devices, after about ``alone_s`` of one
-    alone. ``peak_runs``: of the peaks'. ``region_frac``: of the memory that no cache holds any of, what experiments cycle through: on a virtual machine, to touch
-    memory takes its time, too."""
+    ``rounds_s`` for each kind of linears and processor lasts. ``slowdown_runs``: of each experiment with the link or two devices, after about ``alone_s`` of
+    one alone. ``peak_runs``: of the peaks'. ``region_frac``: of the memory that no cache holds any of, what experiments cycle through: on a virtual machine,
+    to touch memory takes its time, too."""
 
     grid: tuple[int, ...]
     run_s: float
