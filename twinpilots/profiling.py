@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 QUICK_S = 3.0  # what a quick measurement may take: devices' start and end included
-REHEARSED_S, ALONE_S = 1.85, 1.2  # of it left to real passes: beside a GPU, and of the CPU alone
+REHEARSED_S, ALONE_S = 1.85, 2.1  # of it left to real passes: beside a GPU, and of the CPU alone
 ENDING_S = 0.45  # and of that to the passes that are under way when their time is up, and to what all of them say of the profile
 TYPICAL_MODEL = "dummy:smollm2-135m"  # the shapes a profile is measured in when no model is named: small enough for any GPU
 
