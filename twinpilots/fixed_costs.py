@@ -6,13 +6,15 @@ they are large; passes of different sizes tell the two apart. Owns those fits. K
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from twinpilots.hardware.profile import ComputeProfile, HardwareProfile
+from twinpilots.hardware.profile import ComputeProfile, HardwareProfile, LinkProfile
 from twinpilots.online import OnlinePlanner, PassDone
 from twinpilots.plan.expected import ATTENTION, COPIES, SMALL, Resource, WorkKind
+from twinpilots.plan.load import PassLoad
+from twinpilots.plan.plan import Phase
 
 LEAST_FACTOR, MOST_FACTOR = 0.2, 5.0  # on the part in proportion to tokens: more is no rate, but a disturbance
 
@@ -48,53 +50,68 @@ def piece_and_rest(points: Sequence[Point]) -> tuple[float, float] | None:
     return max(0.0, (ny - factor * nr) / nn), factor
 
 
-class Fits:
-    """Fits of one profile against passes."""
-
-    def __init__(self, offline: OnlinePlanner, passes: Sequence[PassDone]) -> None:
-        self._offline, self._passes = offline, passes
-
-    def corrected(self) -> HardwareProfile:
-        """The profile with the fixed costs that its passes had."""
-        profile = self._offline.profile
-        gpu = None if profile.gpu is None else self._processor("gpu", profile.gpu)
-        return replace(profile, cpu=self._processor("cpu", profile.cpu), gpu=gpu)
-
-    def _processor(self, resource: Resource, processor: ComputeProfile) -> ComputeProfile:
-        found = piece_and_rest(self._points(WorkKind(resource, SMALL), lambda cost_s: _with(self._offline.profile, resource, task_s=cost_s)))
-        if found is None:
-            return processor
-        return replace(processor, task_s=found[0], elementwise_bytes_per_s=processor.elementwise_bytes_per_s / found[1])
-
-    def sequence_s(self, resource: Resource) -> float | None:
-        """Of one sequence in one layer's attention, by decoding passes: short contexts say nothing of what long ones are read at."""
-        return piece_s(self._points(WorkKind(resource, ATTENTION), lambda cost_s: _with(self._offline.profile, resource, attention_seq_s=cost_s), "decode"))
-
-    def copy_s(self) -> float | None:
-        """Of one activation copy."""
-        profile = self._offline.profile
-        if profile.link is None:
-            return None
-        link = profile.link
-        return piece_s(self._points(WorkKind("link", COPIES), lambda cost_s: replace(profile, link=replace(link, copy_s=cost_s))))
-
-    def _points(self, kind: WorkKind, at: Callable[[float], HardwareProfile], phase: str = "") -> list[Point]:
-        """``at``: the profile with a piece's cost. Seconds count as if nobody slowed the work down."""
-        free, dear = at(0.0), at(1.0)
-        alike: dict[tuple[object, ...], list[Point]] = {}
-        for done in self._passes:
-            if phase in ("", done.bucket.phase) and done.work_s.get(kind):
-                work = self._offline.work_of(done)
-                rest_s, most_s = (sum(each.seconds for each in work.expected(profile, done.load) if each.kind == kind) for profile in (free, dear))
-                point = Point(count=most_s - rest_s, rest_s=rest_s, seconds=done.work_s[kind] / self._offline.slowed(done, kind), pass_s=done.seconds)
-                alike.setdefault((id(done.bucket), done.load.num_seqs, done.load.tokens()), []).append(point)
-        return [Point(**{name: median(getattr(each, name) for each in found) for name in ("count", "rest_s", "seconds", "pass_s")}) for found in alike.values()]
+Points = Mapping[tuple[WorkKind, Phase], Sequence[Point]]
 
 
-def _with(profile: HardwareProfile, resource: Resource, **changes: float) -> HardwareProfile:
-    """With another cost of a processor's."""
-    if resource == "gpu" and profile.gpu is not None:
-        gpu = replace(profile.gpu, **changes, kv_attention={}) if "attention_seq_s" in changes else replace(profile.gpu, **changes)  # type: ignore[arg-type]
-        return replace(profile, gpu=gpu)
-    cpu = replace(profile.cpu, **changes, kv_attention={}) if "attention_seq_s" in changes else replace(profile.cpu, **changes)  # type: ignore[arg-type]
-    return replace(profile, cpu=cpu)
+def with_small_tasks(offline: OnlinePlanner, passes: Sequence[PassDone]) -> HardwareProfile:
+    """The planner's profile with what a task costs, and what small tasks take for each byte, as these passes had it."""
+    points = _points(offline, passes, lambda processor, cost_s: replace(processor, task_s=cost_s), lambda link, _: link)
+
+    def fitted(resource: Resource, processor: ComputeProfile) -> ComputeProfile:
+        found = piece_and_rest([point for (kind, _), each in points.items() if kind == WorkKind(resource, SMALL) for point in each])
+        return processor if found is None else replace(processor, task_s=found[0], elementwise_bytes_per_s=processor.elementwise_bytes_per_s / found[1])
+
+    return _changed(offline.profile, fitted, lambda link: link)
+
+
+def with_pieces(offline: OnlinePlanner, passes: Sequence[PassDone], profile: HardwareProfile) -> HardwareProfile:
+    """``profile`` with what a sequence costs in attention, and an activation copy. Of a sequence decoding alone tells: these contexts are short, what they take
+    beyond the expected says nothing of what long ones are read at."""
+    points = _points(
+        offline,
+        passes,
+        lambda processor, cost_s: replace(processor, attention_seq_s=cost_s, kv_attention={}),
+        lambda link, cost_s: replace(link, copy_s=cost_s),
+    )
+
+    def fitted(resource: Resource, processor: ComputeProfile) -> ComputeProfile:
+        found = piece_s(points.get((WorkKind(resource, ATTENTION), "decode"), ()))
+        return processor if found is None else replace(processor, attention_seq_s=found)
+
+    found = piece_s([point for (kind, _), each in points.items() if kind == WorkKind("link", COPIES) for point in each])
+    return _changed(profile, fitted, lambda link: link if found is None else replace(link, copy_s=found))
+
+
+def _points(
+    offline: OnlinePlanner, passes: Sequence[PassDone], processor_at: Callable[[ComputeProfile, float], ComputeProfile],
+    link_at: Callable[[LinkProfile, float], LinkProfile],
+) -> Points:  # fmt: skip
+    """By kind of work and phase. ``processor_at`` and ``link_at``: with such a cost of a piece. Seconds count as if nobody slowed the work down."""
+
+    def at(cost_s: float) -> HardwareProfile:
+        return _changed(offline.profile, lambda _, processor: processor_at(processor, cost_s), lambda link: link_at(link, cost_s))
+
+    free, dear = at(0.0), at(1.0)
+    alike: dict[tuple[int, PassLoad], list[PassDone]] = {}
+    for done in passes:
+        alike.setdefault((id(done.bucket), done.load), []).append(done)
+    found: dict[tuple[WorkKind, Phase], list[Point]] = {}
+    for each in alike.values():
+        work = offline.work_of(each[0])
+        rest_s, most_s = ({part.kind: part.seconds for part in work.expected(profile, each[0].load)} for profile in (free, dear))
+        pass_s = median(done.seconds for done in each)
+        for kind, seconds in most_s.items():
+            took_s = median(done.work_s.get(kind, 0.0) for done in each) / offline.slowed(each[0], kind)
+            rest = rest_s.get(kind, 0.0)
+            if took_s > 0 and seconds > rest:
+                found.setdefault((kind, each[0].bucket.phase), []).append(Point(count=seconds - rest, rest_s=rest, seconds=took_s, pass_s=pass_s))
+    return found
+
+
+def _changed(
+    profile: HardwareProfile, processor: Callable[[Resource, ComputeProfile], ComputeProfile], link: Callable[[LinkProfile], LinkProfile]
+) -> HardwareProfile:
+    return replace(
+        profile, cpu=processor("cpu", profile.cpu), gpu=None if profile.gpu is None else processor("gpu", profile.gpu),
+        link=None if profile.link is None else link(profile.link),
+    )  # fmt: skip

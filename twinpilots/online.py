@@ -71,7 +71,7 @@ class OnlinePlanner:
         self, spec: ModelSpec, profile: HardwareProfile, runner: Runner, *, adapts: bool, alarms: bool = True, at_once: bool = True,
         witness: Callable[[PassDone], None] | None = None,
     ) -> None:  # fmt: skip
-        self.spec, self.profile, self.adapts = spec, profile, adapts  # the profile as history corrects it
+        self.spec, self.profile, self.adapts, self._runner = spec, profile, adapts, runner  # the profile as history corrects it
         self.tracker, self.witness = Tracker(profile), witness
         self.adaptation = Adaptation(self.tracker, Resolver(spec), runner, price=self._price if alarms else None, glances=True)
         self._renewed_at: Snapshot = {}
@@ -80,6 +80,13 @@ class OnlinePlanner:
         self._work: dict[int, tuple[Schedule, PassWork]] = {}
         self._expected: dict[tuple[int, PassLoad], tuple[ExpectedTime, ...]] = {}
         self._driver_s = 0.0  # what the driver takes for a pass lately, beyond what the profile says
+
+    def at(self, profile: HardwareProfile) -> OnlinePlanner:
+        """A planner at other rates that has learned nothing; it goes on with this one's task lists, and this one does no more."""
+        other = OnlinePlanner(self.spec, profile, self._runner, adapts=self.adapts, at_once=self.predictions.at_once)
+        other.predictions, other._work = self.predictions, self._work
+        other.predictions.renew(profile)
+        return other
 
     def predict(self, plan: Plan, bucket: BucketPlan, load: PassLoad) -> PassPrediction:
         """What the simulator says of this pass, and what passes of this plan have taught."""

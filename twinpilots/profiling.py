@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 QUICK_S = 3.0  # what a quick measurement may take: devices' start and end included
-REHEARSED_S, ALONE_S = 1.75, 1.2  # of it left to real passes: beside a GPU, and of the CPU alone
-CORRECTING_S = 0.2  # and then to what they say of the profile
+REHEARSED_S, ALONE_S = 1.85, 2.1  # of it left to real passes: beside a GPU, and of the CPU alone
+ENDING_S = 0.45  # and of that to the passes that are under way when their time is up, and to what all of them say of the profile
 TYPICAL_MODEL = "dummy:smollm2-135m"  # the shapes a profile is measured in when no model is named: small enough for any GPU
 
 
@@ -43,7 +43,7 @@ def measure_machine(
         profile = measure(machine.pilot, machine.gpu, spec, quick=quick, progress=progress, until_s=until_s - left_s)
     progress("passes of a short model: the driver, and work among its neighbours")
     try:
-        profile = rehearse(machine.device, threads, spec, profile, quick=quick, until_s=until_s - CORRECTING_S)
+        profile = rehearse(machine.device, threads, spec, profile, quick=quick, until_s=until_s - ENDING_S)
     except (DeviceLostError, LimitError) as error:
         logger.warning("the profile could not be corrected by real passes, predictions will be some 20 %% too quick (%s)", error)
     if store:

@@ -19,7 +19,7 @@ import numpy as np
 from twinpilots.config import EngineConfig
 from twinpilots.device.memory import HostArena
 from twinpilots.errors import LimitError
-from twinpilots.fixed_costs import Fits
+from twinpilots.fixed_costs import with_pieces, with_small_tasks
 from twinpilots.hardware.profile import AloneProfile, ComputeProfile, Curve, HardwareProfile
 from twinpilots.model.dummy import DummyCheckpoint
 from twinpilots.model.spec import ModelSpec
@@ -62,6 +62,7 @@ class Stages:
     least_passes: int = 6
     most_passes: int = 16
     least_stages: int = 2  # whatever the time
+    opening_s: float = 0.2  # what starting and ending takes beside
 
     @property
     def prompt_len(self) -> int:
@@ -78,7 +79,7 @@ FULL = Stages()
 BESIDE = Stages(prompt_lens=(4, 4, 4, 4), budget_s=2.5)  # of the CPU alone, where passes beside a GPU were rehearsed: they show the driver, and decoding
 # The prompts are most of a quick one's time: many short ones make a pass as full as a few long ones.
 QUICK = Stages(num_seqs=(1, 16), prompt_lens=(32, 8), budget_s=1.0, warm_passes=2, least_passes=4, most_passes=8)
-QUICK_ALONE = Stages(num_seqs=(1, 4, 16), prompt_lens=(32, 32, 8), budget_s=1.0, warm_passes=2, least_passes=4)
+QUICK_ALONE = Stages(num_seqs=(1, 4, 16), prompt_lens=(32, 32, 8), budget_s=1.5)  # where nobody disturbs for long: the middle of many passes is steadier
 QUICK_BESIDE = Stages(num_seqs=(1, 16), prompt_lens=(4, 4), budget_s=0.4, warm_passes=2, least_passes=3, most_passes=8, least_stages=1)
 
 
@@ -147,18 +148,14 @@ def corrected(spec: ModelSpec, profile: HardwareProfile, passes: Sequence[PassDo
         profile = replace(profile, step_overhead_s=driver.step_s, step_seq_s=driver.seq_s)
     by_cpu = [done for done in passes if not done.plan.uses_gpu]
     shown = [done for done in passes if done.plan.uses_gpu] or by_cpu
-    profile = Fits(_offline(spec, profile), shown).corrected()
-    fits = Fits(_offline(spec, profile), shown)
-    seen = Medians(record for record in _records(spec, profile, shown) if record.key not in (ATTENTION, SMALL, COPIES))
+    offline = OnlinePlanner(spec, profile, _Nobody(), adapts=False)
+    offline = offline.at(with_small_tasks(offline, shown))
+    profile = offline.profile
+    seen = Medians(record for record in _records(offline, shown) if record.key not in (ATTENTION, SMALL, COPIES))
     found, alone = corrected_by(profile, seen), alone_driver(by_cpu)
     if alone is not None and shown is not by_cpu:
-        alone = replace(alone, linear=_ratios(profile.cpu, seen, Medians(_records(spec, profile, by_cpu))))
-    found = replace(found, alone=alone, cpu=_with_attention(found.cpu, fits.sequence_s("cpu")))
-    if found.gpu is None or found.link is None:
-        return found
-    copy_s = fits.copy_s()
-    link = found.link if copy_s is None else replace(found.link, copy_s=copy_s)
-    return replace(found, gpu=_with_attention(found.gpu, fits.sequence_s("gpu")), link=link)
+        alone = replace(alone, linear=_ratios(profile.cpu, seen, Medians(_records(offline, by_cpu))))
+    return with_pieces(offline, shown, replace(found, alone=alone))
 
 
 def _ratios(processor: ComputeProfile, beside: Medians, alone: Medians) -> dict[str, Curve]:
@@ -170,17 +167,7 @@ def _ratios(processor: ComputeProfile, beside: Medians, alone: Medians) -> dict[
     }  # fmt: skip
 
 
-def _with_attention(processor: ComputeProfile, sequence_s: float | None) -> ComputeProfile:
-    """These contexts are short: what they take beyond the expected is a sequence's fixed cost, and says nothing of what long ones are read at."""
-    return processor if sequence_s is None else replace(processor, attention_seq_s=sequence_s)
-
-
-def _offline(spec: ModelSpec, profile: HardwareProfile) -> OnlinePlanner:
-    return OnlinePlanner(spec, profile, _Nobody(), adapts=False)
-
-
-def _records(spec: ModelSpec, profile: HardwareProfile, passes: Iterable[PassDone]) -> Iterable[WorkTime]:
-    offline = _offline(spec, profile)
+def _records(offline: OnlinePlanner, passes: Iterable[PassDone]) -> Iterable[WorkTime]:
     for done in passes:
         yield from offline.records(done)
 
@@ -247,7 +234,7 @@ def rehearse(
     passes: list[PassDone] = []
     plan = short_plan(short, profile, stages)
     if plan is not None:
-        passes += _rehearsed(device, threads, profile, plan, stages, checkpoint, clock, until_s - beside.budget_s)
+        passes += _rehearsed(device, threads, profile, plan, stages, checkpoint, clock, until_s - beside.budget_s - beside.opening_s)
         stages = beside
     plan = alone_plan(short, profile, stages)
     if plan is not None:
@@ -318,20 +305,21 @@ def _passes(session: Session, stages: Stages, seen: list[PassDone], clock: Calla
             stage_until_s = clock() + (until_s - clock()) / (len(counts) - number)
             for request in range(running, count):
                 add(str(request), request, length)
-            running = count
-            found += _stage(session, stages, seen, count, stage_until_s, clock)
+            prompt_tokens, running = (count - running) * length, count
+            found += _stage(session, stages, seen, count, prompt_tokens, stage_until_s, clock)
         for request in range(running):
             session.engine.abort(str(request))
     return found
 
 
-def _stage(session: Session, stages: Stages, seen: list[PassDone], num_seqs: int, until_s: float, clock: Callable[[], float]) -> list[PassDone]:
+def _stage(
+    session: Session, stages: Stages, seen: list[PassDone], num_seqs: int, prompt_tokens: int, until_s: float, clock: Callable[[], float]
+) -> list[PassDone]:  # fmt: skip
     """Passes until the time is up, the prompts' among them; of the others, those in which everything wakes up are left out."""
     session.account()
     seen.clear()
-    computed = -1
-    while computed < session.num_tokens[0]:  # until a pass without prompts: all of them decode
-        computed = session.num_tokens[0]
+    before = session.num_tokens[0]
+    while session.num_tokens[0] < before + prompt_tokens:  # then all of them decode
         session.step(partial=False)
     first, warm = session.num_tokens[1], stages.warm_passes
     while (passes := (session.num_tokens[1] - first) // num_seqs) < warm + stages.least_passes or (passes < warm + stages.most_passes and clock() < until_s):

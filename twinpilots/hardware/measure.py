@@ -93,7 +93,7 @@ def measure_scaled(
         gpu_read, gpu_flops = peaks("gpu")
         room = 4 * packet_bytes(gpu) + (32 << 20)
         with Rig(pilot, gpu, host_bytes=room, gpu_bytes=min(room, gpu_arena_bytes(gpu)), clock=clock) as rig:
-            link = measure_link(rig, spec)
+            link = measure_link(rig, spec, FULL.slowdown_runs)
         anchors = replace(anchors, gpu_read=gpu_read, gpu_flops=gpu_flops, up=link.up_bytes_per_s, down=link.down_bytes_per_s)
     made = scaled(anchors)
     if gpu:
@@ -106,9 +106,9 @@ def measure_scaled(
 
 def _measure_link(rig: Rig, benches: dict[Side, Bench], effort: Effort) -> tuple[LinkProfile, dict[Side, Slowdown], dict[Side, float]]:
     """The link, and what both sides lose beside it and beside each other."""
-    link = with_kv_copies(rig, benches["gpu"], measure_link(rig, benches["gpu"].spec))
-    slow, link = with_contention(rig, benches, link, effort.slowdown_runs)
-    return link, slow, peer_slowdowns(rig, benches, effort.slowdown_runs)
+    link = with_kv_copies(rig, benches["gpu"], measure_link(rig, benches["gpu"].spec, effort.slowdown_runs))
+    slow, link = with_contention(rig, benches, link, effort)
+    return link, slow, peer_slowdowns(rig, benches, effort)
 
 
 def _measure_compute(benches: dict[Side, Bench], effort: Effort, peaks: Peaks, clock: Callable[[], float], until_s: float) -> dict[Side, ComputeProfile]:
