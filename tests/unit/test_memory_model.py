@@ -12,7 +12,7 @@ from twinpilots.plan import memory
 from twinpilots.plan.draft import Draft, PlanOptions, everything_resident, make_plan, nothing_resident
 from twinpilots.plan.memory import layer_template, plan_memory
 from twinpilots.plan.plan import Plan
-from twinpilots.plan.policies import build_layer_split, build_stream
+from twinpilots.plan.policies import build_policy
 from twinpilots.plan.workload import Limits, Workload
 
 SPEC = llama()  # 4 layers, hidden 64, q 64, kv 32, intermediate 160, vocabulary 130, fp16
@@ -94,7 +94,7 @@ def test_totals_add_up_and_a_device_that_computes_nothing_has_nothing() -> None:
 
 def test_shared_splits_count_once_per_layer() -> None:
     """Layers that share one mapping are counted, not visited: the same bytes as with one mapping for each layer."""
-    plan = build_layer_split(smollm2(), DEMO, workload(), memory_of(DEMO))
+    plan = build_policy("layer-split", smollm2(), DEMO, workload(), memory_of(DEMO))
     copied = replace(plan, buckets=tuple(replace(b, splits=tuple(dict(layer) for layer in b.splits)) for b in plan.buckets))
     assert plan_memory(smollm2(), plan) == plan_memory(smollm2(), copied)
 
@@ -103,7 +103,7 @@ def test_shared_splits_count_once_per_layer() -> None:
 def test_stream_fills_the_gpu_to_within_one_unit(gpu_mib: int) -> None:
     spec = smollm2()
     limits = Limits(gpu_bytes=gpu_mib << 20, host_bytes=8 << 30)
-    use = plan_memory(spec, build_stream(spec, DEMO, workload(8), limits)).gpu
+    use = plan_memory(spec, build_policy("stream", spec, DEMO, workload(8), limits)).gpu
     assert limits.gpu_bytes - 64 * 2 * 576 * 2 < use.total <= limits.gpu_bytes
 
 
