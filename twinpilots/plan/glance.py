@@ -1,6 +1,6 @@
 """Re-solves a bucket at a glance: a few candidates from what the last search has left behind, instead of a search.
 
-Owns `glance`: as `rebalance.options`, in some 50 ms of one core, to be followed by a search when there is time. Pure. Knows nothing of when to ask.
+Owns `glance`: as `rebalance.options`, in under 50 ms of one core, to be followed by a search when there is time. Pure. Knows nothing of when to ask.
 """
 
 from __future__ import annotations
