@@ -13,8 +13,8 @@ from math import inf
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.plan.tasks import AHEAD, QUEUES, Task
 
-CPU, GPU, LINK_IN, LINK_OUT, DISK = (0, 1, 2, 3, 4)
-COPYING, READING = 1, 2  # what is under way beside the processors, as flags: copies over the link, reads from the disk
+CPU, GPU, LINK_IN, LINK_OUT, DISK, DISK_OUT = (0, 1, 2, 3, 4, 5)
+COPYING, READING = 1, 2  # what is under way beside the processors, as flags: copies over the link, the disk's reads or writes
 
 
 class Clock:
@@ -38,14 +38,14 @@ class Clock:
         self.frac_of = [numbered[frac] for frac in memory_frac]  # tasks alike share what is computed for them
         self.memory_share = (reads[CPU] / sum(reads), reads[GPU] / sum(reads))  # of the traffic when both read all the time
         queue_of = [numbers[task.queue] for task in tasks]
-        self.order: list[list[int]] = [[] for _ in range(DISK + 1 if DISK in queue_of else DISK)]
+        self.order: list[list[int]] = [[] for _ in range(max(LINK_OUT, *queue_of) + 1)]
         self.fenced = [task.kind not in AHEAD for task in tasks]
         for task in tasks:
             self.order[queue_of[task.index]].append(task.index)
         self.waits = [
             [(w.task - self.count if w.previous else w.task, _handoff_s(profile, queue_of[task.index], queue_of[w.task])) for w in task.waits] for task in tasks
         ]
-        self.disk_share = _disk_share(profile) if DISK in queue_of else 0.0
+        self.disk_share = _disk_share(profile) if len(self.order) > DISK else 0.0
         self.slowed: tuple[int, ...] = () if self._undisturbed else (CPU, GPU) if self.link_slowdown == 1.0 else (CPU, GPU, LINK_IN, LINK_OUT)
         self.factors: dict[tuple[int, int, int, int], float] = {}
         total = self.num_passes * self.count
@@ -69,7 +69,7 @@ class Clock:
         event = [inf] * len(order)  # when the current task starts or ends; infinity: blocked or done
         running = [False] * len(order)
         factors = [1.0] * len(order)  # how much slower than alone each queue's current task runs now
-        slow, reading = 0, 0  # link queues at work, and whether the disk is
+        slow, disks = 0, 0  # link queues at work, and the disk's
         now, finished = 0.0, True
         while True:
             for q in queues if finished else ():
@@ -88,8 +88,8 @@ class Clock:
                 if place[q] == lengths[q]:
                     place[q], passed[q] = 0, number + 1
                 current[q] = order[q][place[q]]
-                if q == DISK:
-                    reading = 0
+                if q >= DISK:
+                    disks -= 1
                 else:
                     slow -= q >= LINK_IN
                 if self._ends_pass(task, number, now) and number == self.reported:
@@ -97,8 +97,8 @@ class Clock:
             else:
                 running[q] = True
                 start[number * count + task] = now
-                if q == DISK:
-                    reading = READING
+                if q >= DISK:
+                    disks += 1
                 else:
                     slow += q >= LINK_IN
                 event[q] = now + self.seconds[task]
@@ -106,7 +106,7 @@ class Clock:
             on_cpu, on_gpu = frac_of[current[CPU]] if running[CPU] else -1, frac_of[current[GPU]] if running[GPU] else -1
             for side in self.slowed:
                 if running[side]:
-                    factor = self._factor(side, on_cpu, on_gpu, (slow > 0) + reading)
+                    factor = self._factor(side, on_cpu, on_gpu, (slow > 0) + (READING if disks else 0))
                     if factor != factors[side]:
                         event[side] = now + (event[side] - now) * factor / factors[side]
                         factors[side] = factor
