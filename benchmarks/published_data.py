@@ -27,6 +27,7 @@ class Machine:
     sheet: Sheet
     pageable: float
     pageable_source: str
+    disk_bytes: int = 0  # what may lie on its disk
 
 
 OLD_PAGEABLE = 5.37 * GB, "NVIDIA developer blog, How to Optimize Data Transfers in CUDA C/C++ (2012): i7-3930K, pageable 5.37, pinned 6.19 GB/s"
@@ -47,7 +48,9 @@ T4 = replace(  # this very card: what its users measured of its products
     SHEETS["t4"], gpu_flops_frac=21.24 / 65, source=f"{SHEETS['t4'].source}; 21.24 TFLOP/s of products (FlexGen repository, experimental/cost_model.py)"
 )
 MACHINES: dict[str, Machine] = {
-    "t4": Machine(title="T4 16 GB + 16 cores, 208 GB DRAM", sheet=T4, pageable=OLD_PAGEABLE[0], pageable_source=OLD_PAGEABLE[1]),
+    "t4": Machine(  # the disk: FlexGen (ICML 2023) section 6, 1.5 TB
+        title="T4 16 GB + 16 cores, 208 GB DRAM, 1.5 TB disk", sheet=T4, pageable=OLD_PAGEABLE[0], pageable_source=OLD_PAGEABLE[1], disk_bytes=int(1.5e12)
+    ),
     "a6000": Machine(title="RTX A6000 48 GB + 252 GB DRAM", sheet=SHEETS["a6000"], pageable=PCIE4_PAGEABLE[0], pageable_source=PCIE4_PAGEABLE[1]),
     "a10g": Machine(title="A10G 24 GB + EPYC 7R32", sheet=SHEETS["a10g"], pageable=PCIE4_PAGEABLE[0], pageable_source=PCIE4_PAGEABLE[1]),
     "a10": Machine(title="A10 24 GB + Xeon 2.3 GHz, 16 cores", sheet=A10, pageable=PCIE4_PAGEABLE[0], pageable_source=PCIE4_PAGEABLE[1]),
@@ -79,7 +82,6 @@ class Cell:
     note: str = ""
 
 
-NO_DISK = "waits for the disk tier: weights and KV lie on the disk"
 FLEXGEN = "FlexGen (ICML 2023), benchmark/batch_size_table.md"
 ZERO = "ZeRO-Inference README (DeepSpeedExamples, 2023), comparison table"
 HETEGEN = "HeteGen (MLSys 2024), figure 6, read off"
@@ -94,7 +96,7 @@ def _flexgen_table() -> Iterator[Cell]:
         for system, figure in zip(("FlexGen", "accelerate"), published, strict=True):
             yield Cell(
                 system=system, source=FLEXGEN, model=model, machine="t4", input_len=512, output_len=32, published=figure,
-                gap=NO_DISK if model == "opt-175b" else "", note="a tie: both compute from GPU memory" if model == "opt-6.7b" else "",
+                note="a tie: both compute from GPU memory" if model == "opt-6.7b" else "",
             )  # fmt: skip
 
 
@@ -137,7 +139,7 @@ def _twinpilots_cells() -> Iterator[Cell]:
         )  # fmt: skip
     yield Cell(
         system="Park, Jo & Egger", source="Park, Jo & Egger (APSys 2023), abstract", model="opt-175b", machine="a10g", input_len=512, output_len=32,
-        measure="speed-up", unit="x", published=1.4, gap="waits for the disk tier (GPU, DRAM and NVMe together); we know neither its models nor its lengths",
+        measure="speed-up", unit="x", published=1.4, gap="GPU, DRAM and NVMe together: we know neither its models nor its lengths",
     )  # fmt: skip
 
 
@@ -188,12 +190,20 @@ FLEXGEN_LEDGER = (
     ),
     *_of(
         "FlexGen", ("batch", 2, "sequences", f"{SUITE}: suite_6b7_1x1"), ("gpu_batches", 1, "micro-batches", f"{SUITE}: suite_6b7_1x1"),
-        ("weights_on_gpu", 1.0, "share", f"{SUITE}: suite_6b7_1x1, --percent 100 0 100 0"), model="opt-6.7b",
+        ("weights_on_gpu", 1.0, "share", f"{SUITE}: suite_6b7_1x1, --percent 100 0 100 0"),
+        ("weights_on_disk", 0.0, "share", f"{SUITE}: suite_6b7_1x1, --percent 100 0 100 0"), model="opt-6.7b",
     ),
     *_of(
         "FlexGen", ("batch", 144, "sequences", f"{SUITE}: suite_30b_1x1, --gpu-batch-size 48 --num-gpu-batches 3"),
         ("gpu_batches", 3, "micro-batches", f"{SUITE}: suite_30b_1x1"),
-        ("weights_on_gpu", 0.2, "share", f"{SUITE}: suite_30b_1x1, --percent 20 80 0 100"), model="opt-30b",
+        ("weights_on_gpu", 0.2, "share", f"{SUITE}: suite_30b_1x1, --percent 20 80 0 100"),
+        ("weights_on_disk", 0.0, "share", f"{SUITE}: suite_30b_1x1, --percent 20 80 0 100"), model="opt-30b",
+    ),
+    *_of(
+        "FlexGen", ("batch", 256, "sequences", f"{SUITE}: suite_175b_1x1, --gpu-batch-size 32 --num-gpu-batches 8"),
+        ("gpu_batches", 8, "micro-batches", f"{SUITE}: suite_175b_1x1"),
+        ("weights_on_gpu", 0.0, "share", f"{SUITE}: suite_175b_1x1, --percent 0 50 0 0: the rest of weights and all KV on the disk"),
+        ("weights_on_disk", 0.5, "share", f"{SUITE}: suite_175b_1x1, --percent 0 50 0 0"), model="opt-175b",
     ),
 )  # fmt: skip
 TRANSFORMERS_LEDGER = (
@@ -209,11 +219,16 @@ TRANSFORMERS_LEDGER = (
     ),
     *_of(
         "accelerate", ("batch", 2, "sequences", f"{HF_BENCH}/bench_hf.py"), ("weights_on_gpu", 1.0, "share", f"{HF_BENCH}/bench_hf.py: device gpu"),
-        model="opt-6.7b",
+        ("weights_on_disk", 0.0, "share", f"{HF_BENCH}/bench_hf.py: device gpu"), model="opt-6.7b",
     ),
     *_of(
         "accelerate", ("batch", 8, "sequences", f"{HF_BENCH}/bench_hf.py"),
-        ("weights_on_gpu", 0.0, "share", f"{HF_BENCH}/hf_opt.py: all layers on the CPU, lm_head on the GPU"), model="opt-30b",
+        ("weights_on_gpu", 0.0, "share", f"{HF_BENCH}/hf_opt.py: all layers on the CPU, lm_head on the GPU"),
+        ("weights_on_disk", 0.0, "share", f"{HF_BENCH}/hf_opt.py: all layers on the CPU"), model="opt-30b",
+    ),
+    *_of(
+        "accelerate", ("batch", 2, "sequences", f"{FLEXGEN}: 2 on disk"), ("weights_on_gpu", 0.0, "share", f"{FLEXGEN}: 2 on disk"),
+        ("weights_on_disk", 1.0, "share", f"{FLEXGEN}: 2 on disk"), model="opt-175b",
     ),
 )  # fmt: skip
 ZERO_LEDGER = (

@@ -17,11 +17,12 @@ from twinpilots.model.quantization import fits, weight_names, with_formats
 from twinpilots.model.spec import ModelSpec
 from twinpilots.model.weight_format import FORMATS
 from twinpilots.plan.draft import Draft, PlanOptions, everything_resident, fill_resident, ring_rule
-from twinpilots.plan.packets import align
+from twinpilots.plan.packets import align, smallest_ring
 from twinpilots.plan.plan import Phase, Plan
 from twinpilots.plan.policies import build_policy
 from twinpilots.plan.pricing import Price, price_plan
 from twinpilots.plan.problem import Problem, fill, no_cpu
+from twinpilots.plan.spill import with_share
 from twinpilots.plan.workload import Limits, Workload
 
 DECODE_TOKENS = 64  # where FlexGen's cost model changes from decode's rate of products to prefill's: no GPU batch of its decode is larger
@@ -105,9 +106,11 @@ class Block:
     num_seqs: int
     batches: int = 1
     weights_on_gpu: float = 0.0
+    weights_on_disk: float = 0.0  # of all weights, as the GPU's
     head_on_gpu: bool = False
     overlaps: bool = True
     host_kv: bool = False
+    kv_on_disk: bool = False
     cpu_attention: bool = False
     kv_dtype: str = "fp16"
 
@@ -122,6 +125,7 @@ def block_plan(cell: Cell, spec: ModelSpec, profile: HardwareProfile, block: Blo
         policy="flexgen", num_seqs=block.num_seqs, gpu_seqs=0 if block.host_kv else block.num_seqs, pass_tokens=block.num_seqs * cell.input_len,
         micro_batches=micro_batches, uses_cpu=block.host_kv, streams=block.weights_on_gpu < 1, ring_depth=depth, packet_bytes=packet_bytes,
         staging_seqs=block.num_seqs if block.host_kv else 0, host_attention="cpu" if block.cpu_attention else "gpu", host_prefill_attention="gpu",
+        kv_on_disk=block.kv_on_disk,
     )  # fmt: skip
     residency = fill_resident(spec, problem.templates, int(block.weights_on_gpu * spec.linear_bytes), leftover=False)
     if block.weights_on_gpu == 1:
@@ -132,6 +136,9 @@ def block_plan(cell: Cell, spec: ModelSpec, profile: HardwareProfile, block: Blo
     if draft.streams and not block.overlaps:  # a buffer of one layer: it is loaded when the last one has been used
         one_layer = sum(align(split.streamed * problem.ops[name].row_bytes) for name, split in plan.buckets[0].splits[0].items())
         plan = problem.plan(replace(draft, packet_bytes=one_layer, ring_depth=1), residency, no_cpu)
+    if block.weights_on_disk:  # whole packets are read: room for two, so that the disk works on
+        staging_bytes = 2 * smallest_ring(spec, plan.unit_rows, plan.packet_bytes, 1)
+        plan = with_share(spec, plan, block.weights_on_disk / (1 - block.weights_on_gpu), staging_bytes, problem.templates)
     return problem, plan
 
 
@@ -139,9 +146,10 @@ def flexgen(cell: Cell, ledger: Ledger) -> Run:
     spec = spec_of(cell)
     batches = int(ledger.get("FlexGen", "gpu_batches", cell.model))
     on_gpu = ledger.get("FlexGen", "weights_on_gpu", cell.model)
+    on_disk = ledger.get("FlexGen", "weights_on_disk", cell.model)  # and then all of the KV, which the GPU attends
     block = Block(
-        num_seqs=int(ledger.get("FlexGen", "batch", cell.model)), batches=batches, weights_on_gpu=on_gpu,
-        overlaps=bool(ledger.get("FlexGen", "overlaps_loads_in_decode")), host_kv=on_gpu < 1, cpu_attention=on_gpu < 1,
+        num_seqs=int(ledger.get("FlexGen", "batch", cell.model)), batches=batches, weights_on_gpu=on_gpu, weights_on_disk=on_disk,
+        overlaps=bool(ledger.get("FlexGen", "overlaps_loads_in_decode")), host_kv=on_gpu < 1, kv_on_disk=on_disk > 0, cpu_attention=on_gpu < 1 and not on_disk,
     )  # fmt: skip
     return _run(*block_plan(cell, spec, flexgen_kernels(hardware(cell), ledger), block))
 
@@ -177,7 +185,7 @@ def accelerate(cell: Cell, ledger: Ledger) -> Run:
         profile = pageable(cell, profile)
     block = Block(
         num_seqs=int(ledger.get("accelerate", "batch", cell.model)), weights_on_gpu=ledger.get("accelerate", "weights_on_gpu", cell.model),
-        head_on_gpu=True, overlaps=bool(ledger.get("accelerate", "overlaps_loads")),
+        weights_on_disk=ledger.get("accelerate", "weights_on_disk", cell.model), head_on_gpu=True, overlaps=bool(ledger.get("accelerate", "overlaps_loads")),
     )  # fmt: skip
     spec = spec_of(cell)
     return _run(*block_plan(cell, spec, transformers_attention(profile, spec, ledger), block))
@@ -224,7 +232,7 @@ def cap(cell: Cell) -> Limits:
     """The memory that a plan of this cell may take."""
     profile = hardware(cell)
     gpu_bytes = int(cell.gpu_memory) if cell.gpu_memory is not None else profile.gpu_memory_bytes
-    return Limits(gpu_bytes=gpu_bytes, host_bytes=int(0.9 * profile.host_memory_bytes))
+    return Limits(gpu_bytes=gpu_bytes, host_bytes=int(0.9 * profile.host_memory_bytes), disk_bytes=MACHINES[cell.machine].disk_bytes)
 
 
 def hetegen(cell: Cell, ledger: Ledger) -> Run:  # noqa: ARG001 - it has no constants: its rule derives alpha from the machine

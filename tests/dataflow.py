@@ -36,7 +36,7 @@ class Machine:
         }  # fmt: skip
         self.buffers = {f"{space}.{name}": np.full((len(self.rows), width), np.nan) for space in ("gpu", "host") for name, width in widths.items()}
         self.kv = {name: self.past.copy() for name in ("gpu.kv", "host.kv")}
-        self.staging = np.full((2, len(self.rows), spec.kv_size), np.nan)
+        self.staging, self.kv_slots = (np.full((2, len(self.rows), spec.kv_size), np.nan) for _ in range(2))
         self.ring, self.host_staging = np.full(case.plan.ring_bytes, POISON), np.full(case.plan.staging_bytes, POISON)
         self.logits: list[np.ndarray] = []
 
@@ -137,11 +137,18 @@ class Machine:
     def _load_kv(self, task: Task, number: int) -> None:
         where = self._where(task)
         self.staging[task.slot] = np.nan  # the pages of one micro-batch use the whole slot
-        self.staging[task.slot][where] = self.kv["host.kv"][task.layer][where]
+        self.staging[task.slot][where] = (self.kv_slots[task.slot] if self.case.plan.kv_on_disk else self.kv["host.kv"][task.layer])[where]
 
     def _store_kv(self, task: Task, number: int) -> None:
         where = self._where(task)
-        self.kv["host.kv"][task.layer][where] = self.staging[task.slot][where]
+        (self.kv_slots[task.slot] if self.case.plan.kv_on_disk else self.kv["host.kv"][task.layer])[where] = self.staging[task.slot][where]
+
+    def _read_kv(self, task: Task, number: int) -> None:
+        self.kv_slots[task.slot] = np.nan
+        self.kv_slots[task.slot][self._where(task)] = self.kv["host.kv"][task.layer][self._where(task)]
+
+    def _write_kv(self, task: Task, number: int) -> None:
+        self.kv["host.kv"][task.layer][self._where(task)] = self.kv_slots[task.slot][self._where(task)]
 
     def _poison(self, task: Task, number: int) -> None:
         self.ring[task.ring_lo : task.ring_lo + task.columns] = POISON

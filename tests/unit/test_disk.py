@@ -205,3 +205,56 @@ def test_a_plan_with_rows_on_the_disk_is_not_run() -> None:
         check_runnable(SPEC, plan)
     check_runnable(SPEC, replace(plan, disk_rows=(), staging_bytes=0))
     assert host_memory(SPEC, plan).staging
+
+
+# -- KV ------------------------------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(disk_cases(max_layers=2), st.randoms(use_true_random=False))
+def test_kv_on_the_disk_comes_and_goes_in_time(case: Case, random: Random) -> None:
+    """Streamed KV passes two slots in host memory on both ways: nothing races there, and the tasks compute the model."""
+    if case.plan.host_kv_layers:
+        return
+    bucket = replace(case.bucket, host_attention="gpu", host_prefill_attention="gpu")
+    shape = tuple((one, two or three, False) for one, two, three in case.shape)
+    case = replace(case, plan=replace(case.plan, buckets=(bucket,), kv_on_disk=True), shape=shape)
+    case.plan.check(case.spec)
+    schedule = _expand(case)
+    streamed = sum(groups[1] for groups in shape) * case.spec.num_layers
+    assert [sum(task.kind == kind for task in schedule.tasks) for kind in ("read_kv", "load_kv", "store_kv", "write_kv")] == [streamed] * 4
+    assert find_races(schedule.tasks) == []
+    for got, wanted in zip(run_shuffled(case, schedule, 2, random), reference(case, schedule, 2), strict=True):
+        assert np.allclose(got, wanted, rtol=1e-9)
+
+
+def _kv_plan(batches: int) -> Plan:
+    bucket = BucketPlan(
+        phase="decode", max_tokens=8, micro_batches=batches, host_attention="gpu", host_prefill_attention="gpu",
+        splits=_plan(llama(layers=3), staging=4, disk=0.0, unit_rows=16).buckets[0].splits,
+    )  # fmt: skip
+    plan = replace(_plan(llama(layers=3), staging=4, disk=0.0, unit_rows=16), disk_rows=(), staging_bytes=0, buckets=(bucket,))
+    return replace(plan, gpu_pages=0, host_pages=64, kv_staging_pages=64 // batches, kv_on_disk=True)
+
+
+def test_a_pass_reads_its_kv_from_the_disk_and_writes_the_new() -> None:
+    """64 tokens of 4 sequences in 3 layers, 64 bytes of K and V each: 49,152 bytes read at 1 MB/s while 192 tokens' bytes are written."""
+    spec, profile = llama(layers=3), _machine(disk_bytes_per_s=1e6, disk_write_bytes_per_s=5e5)
+    plan = _kv_plan(batches=4)
+    load = decode_load(0, 4, 64, plan.buckets[0])
+    timing = simulate(expand(spec, plan, plan.buckets[0], load.shape), spec, plan, profile, load)
+    per_token = spec.kv_token_bytes("fp16")
+    assert timing.busy_s["disk"] == pytest.approx(3 * 4 * 64 * per_token / 1e6) and timing.busy_s["disk_out"] == pytest.approx(3 * 4 * per_token / 5e5)
+    assert timing.busy_s["disk"] <= timing.seconds < 1.1 * timing.busy_s["disk"]
+
+
+def test_kv_on_the_disk_takes_no_host_memory_but_two_slots() -> None:
+    plan = _kv_plan(batches=4)
+    spec = llama(layers=3)
+    use, before = plan_memory(spec, plan), plan_memory(spec, replace(plan, kv_on_disk=False))
+    assert use.disk.kv == before.host.kv > 0 and use.host.kv == 0 and use.host.staging == use.gpu.staging > 0
+    with pytest.raises(NotRunnableError, match=rf"and {use.disk.kv} of KV on the disk"):
+        check_runnable(spec, plan)
+    with pytest.raises(ValueError, match="attended on the GPU"):
+        replace(plan, buckets=(replace(plan.buckets[0], host_attention="cpu"),)).check(spec)
+    assert Plan.from_json(plan.to_json()) == plan

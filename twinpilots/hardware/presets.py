@@ -41,16 +41,18 @@ class Sheet:
     cpu_flops_16: float
     cpu_flops_32: float
     dram: float
-    disk: float
+    disk: float  # reading
+    disk_write: float | None = None
     gpu_flops_frac: float = GPU_FLOPS_FRAC  # of the GPU's peak that products reach; less where power, not the arithmetic units, sets the clock
 
 
 SHEETS: dict[str, Sheet] = {
     "t4": Sheet(
-        source="NVIDIA T4 data sheet (320 GB/s, 65 TFLOPS fp16, 8.1 fp32); host and link of FlexGen (ICML 2023): 208 GB, 12.9 GB/s, disk read 2 GB/s",
+        source="NVIDIA T4 data sheet (320 GB/s, 65 TFLOPS fp16, 8.1 fp32); host and link of FlexGen (ICML 2023): 208 GB, 12.9 GB/s, disk read 2, write 1 GB/s",
         gpu="NVIDIA T4", gpu_memory_bytes=15 * GIB, gpu_read=320 * GB, gpu_flops_16=65 * TERA, gpu_flops_32=8.1 * TERA, link=12.9 * GB,
         host="GCP n1-highmem-32: 16 cores of a Skylake Xeon at 2.0 GHz, AVX-512, its share (16 of 28 cores) of 6 channels DDR4-2666",
         host_memory_bytes=int(208 * GB), cpu_cores=16, cpu_flops_16=2.0 * TERA, cpu_flops_32=2.0 * TERA, dram=73 * GB, disk=2 * GB,
+        disk_write=1 * GB,
         gpu_flops_frac=0.37,  # 70 W cap its clock: cuBLAS reaches 24 TFLOP/s (NVIDIA developer forum, topic 264462)
     ),
     "a10g": Sheet(
@@ -144,6 +146,7 @@ def from_sheet(name: str, sheet: Sheet) -> HardwareProfile:
         dram_bytes_per_s=sheet.dram,
         cpu_cores=sheet.cpu_cores,
         disk_bytes_per_s=sheet.disk,
+        disk_write_bytes_per_s=sheet.disk_write,
         disk_read_s=DISK_READ_S,
         step_overhead_s=0.3e-3,
         step_seq_s=20e-6,  # stated, not from a sheet: sampling and bookkeeping of a sequence, as measured on a Zen 4 core

@@ -181,7 +181,8 @@ class HardwareProfile:
     dram_bytes_per_s: float
     cpu_cores: int
     disk_bytes_per_s: float | None = None  # of big reads; None: no disk to plan with
-    disk_read_s: float = 0.0  # fixed cost of one read
+    disk_write_bytes_per_s: float | None = None  # None: as fast as it reads
+    disk_read_s: float = 0.0  # fixed cost of one read or write
     gpu_overhead_bytes: int = 0  # what the process takes on the card beside the arena: context, libraries
     emulated: bool = False
     step_overhead_s: float = 0.0  # from a pass's last work to the next one's first: scheduling, metadata, sampling, accounting, waking the queues up
@@ -193,8 +194,7 @@ class HardwareProfile:
     def __post_init__(self) -> None:
         _check_numbers(self, "host_memory_bytes dram_bytes_per_s cpu_cores", above=0)
         _check_numbers(self, "gpu_memory_bytes step_overhead_s step_seq_s disk_read_s", least=0)
-        if self.disk_bytes_per_s is not None:
-            _check_numbers(self, "disk_bytes_per_s", above=0)
+        _check_numbers(self, " ".join(name for name in ("disk_bytes_per_s", "disk_write_bytes_per_s") if getattr(self, name) is not None), above=0)
         if (self.gpu is None) != (self.link is None):
             raise ValueError("HardwareProfile: gpu and link come together; give both or neither")
 

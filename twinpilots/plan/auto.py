@@ -107,7 +107,8 @@ def _from_host(problem: Problem, draft: Draft, choice: Choice) -> Trial | None:
 def grid(problem: Problem, only_chunk: int | None = None) -> Iterator[tuple[Draft, Choice]]:
     """The points that the program is solved at: chunks, where KV lies and is attended, micro-batches; each with as many sequences as fit."""
     packet_bytes, depth = ring_rule(problem.limits.gpu_bytes)
-    chunks = chunk_choices(problem.spec, problem.workload, problem.workload.concurrency, problem.limits.gpu_bytes)[: 2 * CHUNKS_TRIED : 2]
+    workload, limits = problem.workload, problem.limits
+    chunks = chunk_choices(problem.spec, workload, workload.concurrency, limits.gpu_bytes, disk=limits.disk_bytes > 0)[: 2 * CHUNKS_TRIED : 2]
     for chunk in chunks if only_chunk is None else [only_chunk]:
         base = Draft(
             policy="auto", num_seqs=1, gpu_seqs=0, pass_tokens=chunk, micro_batches={"prefill": 1, "decode": 1}, uses_cpu=True,

@@ -65,8 +65,8 @@ def _bound(spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: Pass
 
 
 class _Program:
-    """Variables: T, then (resident, streamed, CPU) seconds-free shares of each op type, then the KV's (GPU, host with CPU attention, host streamed), then the
-    part of all bytes that lies on the disk, if any may."""
+    """Variables: T, then (resident, streamed, CPU) seconds-free shares of each op type, then the KV's (GPU, host with CPU attention, host streamed), then,
+    if anything may lie on the disk, the weights there as a part of all bytes, and the share of the KV that is streamed from there."""
 
     def __init__(self, spec: ModelSpec, profile: HardwareProfile, limits: Limits, load: PassLoad, kind: BoundKind, kv_dtype: KvDtype) -> None:
         self.spec, self.profile, self.kind, self.kv_dtype = spec, profile, kind, kv_dtype
@@ -76,7 +76,7 @@ class _Program:
         self.types = [(op, counts[op.layer], load.tokens()) for op in short.ops(64) if op.layer >= 0] + [(head, 1, load.logit_rows)]
         self.classes = [c for group in load.groups(-1, 0, 3) for c in group.classes]
         self.uses_disk = limits.disk_bytes > 0
-        self.width = 1 + 3 * len(self.types) + 3 + self.uses_disk
+        self.width = 1 + 3 * len(self.types) + 3 + 2 * self.uses_disk
         self.objective = [1.0] + [0.0] * (self.width - 1)
         self.lines: list[Line] = []
         self.rows: list[list[float]] = []
@@ -96,8 +96,12 @@ class _Program:
 
     @property
     def on_disk(self) -> tuple[int, int]:
-        """The place of what lies on the disk, after the KV."""
+        """The place of the weights on the disk, after the KV."""
         return self.kv + 1, 0
+
+    @property
+    def kv_on_disk(self) -> tuple[int, int]:
+        return self.kv + 1, 1
 
     @cached_property
     def all_bytes(self) -> float:
@@ -124,7 +128,8 @@ class _Program:
         """One line per resource: T >= the seconds of work on it."""
         profile = self.profile
         if self.uses_disk:
-            self._add_line("disk", {self.on_disk: self.all_bytes / disk_rate(profile)})
+            rate = disk_rate(profile)
+            self._add_line("disk", {self.on_disk: self.all_bytes / rate, self.kv_on_disk: self._kv_earlier() / rate})
         on_cpu = {(i, 2): count * self._linear(op, tokens, profile.cpu) for i, (op, count, tokens) in enumerate(self.types)}
         on_cpu[self.kv, 1] = self._attention(profile.cpu)
         if profile.gpu is None or profile.link is None:
@@ -150,7 +155,7 @@ class _Program:
             reads = {(i, share): count * op.weight_bytes / per_s for i, (op, count, _) in enumerate(self.types) for share in (1, 2)}
             reads[self.kv, 1], reads[self.kv, 2] = self._kv_read() / per_s, self._kv_earlier() / per_s
             if self.uses_disk:
-                reads[self.on_disk] = self.all_bytes / per_s  # what is read is written there first
+                reads[self.on_disk], reads[self.kv_on_disk] = self.all_bytes / per_s, self._kv_earlier() / per_s  # what is read is written there first
             self._add_line("dram", reads)
 
     def _add_memory(self, limits: Limits) -> None:
@@ -159,12 +164,15 @@ class _Program:
         self.rows.append(self._row({**{(i, 0): w / scale for i, w in enumerate(weights)}, (self.kv, 0): kv / scale}))
         self.limits.append(limits.gpu_bytes / scale)
         on_host = {(i, share): w / scale for i, w in enumerate(weights) for share in (1, 2)}
-        spared = {self.on_disk: -1.0} if self.uses_disk else {}
+        spared = {self.on_disk: -1.0, self.kv_on_disk: -kv / scale} if self.uses_disk else {}
         self.rows.append(self._row({**on_host, (self.kv, 1): kv / scale, (self.kv, 2): kv / scale, **spared}))
         self.limits.append(limits.host_bytes / scale)
         if self.uses_disk:
-            self.rows += [self._row({self.on_disk: 1.0}), self._row({self.on_disk: 1.0, **{key: -value for key, value in on_host.items()}})]
-            self.limits += [limits.disk_bytes / scale, 0.0]
+            self.rows += [
+                self._row({key: -value for key, value in spared.items()}), self._row({self.on_disk: 1.0, **{key: -value for key, value in on_host.items()}}),
+                self._row({self.kv_on_disk: 1.0, (self.kv, 2): -1.0}),
+            ]  # fmt: skip
+            self.limits += [limits.disk_bytes / scale, 0.0, 0.0]
 
     def _linear(self, op: OpSpec, tokens: float, processor: ComputeProfile) -> float:
         if self.kind == "hardware":

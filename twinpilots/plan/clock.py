@@ -15,8 +15,8 @@ from twinpilots.plan.outline import Outline
 from twinpilots.plan.tasks import AHEAD, QUEUES
 
 SLOWED = CPU, GPU, LINK_IN, LINK_OUT = (0, 1, 2, 3)
-DISK = 4
-COPYING, READING = 1, 2  # what is under way beside the processors, as flags: copies over the link, reads from the disk
+DISK, DISK_OUT = (4, 5)
+COPYING, READING = 1, 2  # what is under way beside the processors, as flags: copies over the link, the disk's reads or writes
 
 
 class Clock:
@@ -40,12 +40,12 @@ class Clock:
         numbers = [numbered[frac] for frac in memory_frac]
         self.frac_of = [numbers[cost] for cost in tasks.costs]  # tasks alike share what is computed for them
         self.memory_share = (reads[CPU] / sum(reads), reads[GPU] / sum(reads))  # of the traffic when both read all the time
-        self.order = tasks.order if tasks.order[DISK] else tasks.order[:DISK]
+        self.order = tasks.order[: 1 + max(LINK_OUT, *(number for number, queue in enumerate(tasks.order) if queue))]
         ahead = [task.kind in AHEAD for task in tasks.examples]
         self.fenced = [not ahead[cost] for cost in tasks.costs]
         latency = [[_handoff_s(profile, queue, other) for other in range(len(QUEUES))] for queue in range(len(QUEUES))]
         self.waits = [[(target, latency[queue][other]) for target, other in waits] for queue, waits in zip(tasks.queues, tasks.waits, strict=True)]
-        self.disk_share = _disk_share(profile) if tasks.order[DISK] else 0.0
+        self.disk_share = _disk_share(profile) if len(self.order) > DISK else 0.0
         self.slowed: tuple[int, ...] = () if self._undisturbed else (CPU, GPU) if self.link_slowdown == 1.0 else SLOWED
         self.factors: dict[tuple[int, int, int], list[float]] = {}
         total = self.num_passes * self.count
@@ -69,7 +69,7 @@ class Clock:
         event = [inf] * len(order)  # when the current task starts or ends; infinity: blocked or done
         running = [False] * len(order)
         factors = [1.0] * len(order)  # how much slower than alone each queue's current task runs now
-        slow, reading = 0, 0  # link queues at work, and whether the disk is
+        slow, disks = 0, 0  # link queues at work, and the disk's
         now, finished = 0.0, True
         while True:
             for q in queues if finished else ():
@@ -88,8 +88,8 @@ class Clock:
                 if place[q] == lengths[q]:
                     place[q], passed[q] = 0, number + 1
                 current[q] = order[q][place[q]]
-                if q == DISK:
-                    reading = 0
+                if q >= DISK:
+                    disks -= 1
                 else:
                     slow -= q >= LINK_IN
                 if self._ends_pass(task, number, now) and number == self.reported:
@@ -97,14 +97,15 @@ class Clock:
             else:
                 running[q] = True
                 start[number * count + task] = now
-                if q == DISK:
-                    reading = READING
+                if q >= DISK:
+                    disks += 1
                 else:
                     slow += q >= LINK_IN
                 event[q] = now + self.seconds[task]
                 factors[q] = 1.0
             if self.slowed:
-                beside = frac_of[current[CPU]] if running[CPU] else -1, frac_of[current[GPU]] if running[GPU] else -1, (slow > 0) + reading
+                moving = (slow > 0) + (READING if disks else 0)
+                beside = frac_of[current[CPU]] if running[CPU] else -1, frac_of[current[GPU]] if running[GPU] else -1, moving
                 found = self.factors.get(beside) or self._factors(*beside)
                 for side in self.slowed:
                     if running[side] and found[side] != factors[side]:

@@ -189,6 +189,17 @@ def _read(model: CostModel, task: Task) -> TaskCost:
     return TaskCost(model.profile.disk_read_s + task.columns / disk_rate(model.profile), task.columns)
 
 
+def _read_kv(model: CostModel, task: Task) -> TaskCost:
+    """What the load that follows brings to the GPU."""
+    num_bytes = _load_kv(model, task).link_bytes
+    return TaskCost(model.profile.disk_read_s + num_bytes / disk_rate(model.profile), num_bytes)
+
+
+def _write_kv(model: CostModel, task: Task) -> TaskCost:
+    num_bytes = model.spec.kv_token_bytes(model.kv_dtype) * model.tokens(task)
+    return TaskCost(model.profile.disk_read_s + num_bytes / (model.profile.disk_write_bytes_per_s or disk_rate(model.profile)), num_bytes)
+
+
 def disk_rate(profile: HardwareProfile) -> float:
     """Bytes per second that the disk gives."""
     assert profile.disk_bytes_per_s is not None, "reading from the disk needs a profile with a disk"
@@ -210,5 +221,6 @@ def _store_kv(model: CostModel, task: Task) -> TaskCost:
 
 COSTS: dict[Kind, Callable[[CostModel, Task], TaskCost]] = {
     "embed": _embed, "norm": _norm, "linear": _linear, "linear_in": _linear, "rope_append": _rope_append, "attend": _attend, "add": _add,
-    "send": _copy, "recv": _copy, "load": _load, "load_kv": _load_kv, "store_kv": _store_kv, "read": _read, "poison": _poison,
+    "send": _copy, "recv": _copy, "load": _load, "load_kv": _load_kv, "store_kv": _store_kv, "read": _read, "read_kv": _read_kv,
+    "write_kv": _write_kv, "poison": _poison,
 }  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Literal
 from twinpilots.config import KvDtype
 from twinpilots.errors import LimitError
 from twinpilots.model.spec import ModelSpec, OpSpec
-from twinpilots.plan.memory import Templates, disk_bytes, gpu_memory, host_memory, layer_template
+from twinpilots.plan.memory import Templates, disk_bytes, disk_kv_bytes, gpu_memory, host_memory, layer_template, plan_memory
 from twinpilots.plan.packets import align, smallest_ring
 from twinpilots.plan.plan import BucketPlan, Phase, Plan, Policy, Split
 from twinpilots.plan.workload import Limits, Workload
@@ -28,6 +28,7 @@ TIGHT_RING_DEPTH = 2  # where memory is short: one packet in use, one loading
 RING_SHARE = 32  # at most this fraction of GPU memory goes to the ring: a packet is then still 5 MB on a 640 MB card
 CHUNK_SHARE = 8  # and at most this one to activations
 CHUNK_TOKENS = (2048, 1024, 512, 256, 128, 64, 32, 16)
+DISK_CHUNK_TOKENS, DISK_CHUNK_SHARE = (16384, 8192, 4096), 4  # where passes wait for the disk: the larger the chunk, the fewer they are
 TIGHT_CHUNK_TOKENS = (8, 4)  # where even the smallest of these leaves no room
 HUGE = 1 << 50  # bytes: more than any memory
 MOST_GUESSES = 12  # at the smallest limit that would do, before it is bisected
@@ -68,6 +69,7 @@ class Draft:
     host_attention: Attention = "cpu"
     host_prefill_attention: Attention = "cpu"
     host_kv_layers: tuple[int, ...] = ()
+    kv_on_disk: bool = False  # of the sequences whose KV is not on the GPU
     share_of_rest: bool = False  # CPU shares are fractions of the rows that are not resident, instead of all rows
 
 
@@ -115,14 +117,16 @@ def buckets_of(max_num_seqs: int, pass_tokens: int) -> Iterator[tuple[Phase, int
     yield from (("prefill", tokens) for tokens in sorted({pass_tokens, *(pass_tokens // part for part in (4, 16) if pass_tokens // part >= 16)}))
 
 
-def chunk_choices(spec: ModelSpec, workload: Workload, num_seqs: int, device_bytes: int) -> list[int]:
-    """Prefill chunks to try, the preferred one first: the largest whose activations take at most an eighth of the device, then smaller ones.
+def chunk_choices(spec: ModelSpec, workload: Workload, num_seqs: int, device_bytes: int, *, disk: bool = False) -> list[int]:
+    """Prefill chunks to try, the preferred one first: the largest whose activations take at most an eighth of the device (where a ``disk`` is used a quarter),
+    then smaller ones.
 
     Never more than all prompts together (rounded up to a chunk size).
     """
-    useful = [size for size in CHUNK_TOKENS if size < 2 * num_seqs * workload.input_len] or [CHUNK_TOKENS[-1]]
+    sizes, share = ((*DISK_CHUNK_TOKENS, *CHUNK_TOKENS), DISK_CHUNK_SHARE) if disk else (CHUNK_TOKENS, CHUNK_SHARE)
+    useful = [size for size in sizes if size < 2 * num_seqs * workload.input_len] or [CHUNK_TOKENS[-1]]
     per_token = 4 * (4 * spec.hidden_size + 2 * (spec.q_size + spec.kv_size) + spec.intermediate_size)
-    return [size for size in useful if size * per_token * CHUNK_SHARE <= device_bytes] or [useful[-1]]
+    return [size for size in useful if size * per_token * share <= device_bytes] or [useful[-1]]
 
 
 # -- splits --------------------------------------------------------------------------------------------------------------------------------
@@ -192,6 +196,7 @@ def _with_sizes(spec: ModelSpec, workload: Workload, options: PlanOptions, draft
         packet_bytes=draft.packet_bytes, page_size=PAGE_TOKENS, gpu_pages=gpu_pages, host_pages=host_pages,
         kv_dtype=options.kv_dtype or spec.weight_dtype, max_num_seqs=draft.num_seqs, max_pass_tokens=draft.pass_tokens, max_model_len=longest,
         host_kv_layers=draft.host_kv_layers, kv_staging_pages=min(draft.staging_seqs * per_seq, host_pages),
+        kv_on_disk=draft.kv_on_disk and host_pages > 0,
     )  # fmt: skip
 
 
@@ -293,7 +298,7 @@ def _grow(ops: Mapping[str, OpSpec], layer: Mapping[str, int], budget_bytes: int
 
 
 def fits(spec: ModelSpec, plan: Plan, limits: Limits) -> bool:
-    if plan.disk_rows and disk_bytes(spec, plan) > limits.disk_bytes:
+    if plan.uses_disk and disk_bytes(spec, plan) + disk_kv_bytes(spec, plan) > limits.disk_bytes:
         return False
     return gpu_memory(spec, plan).total <= limits.gpu_bytes and host_memory(spec, plan).total <= limits.host_bytes
 
@@ -313,7 +318,8 @@ def most_sequences(cap: int, fits_with: Callable[[int], bool]) -> int:
 
 def taken(spec: ModelSpec, plan: Plan) -> Limits:
     """The least limits that ``plan`` keeps."""
-    return Limits(gpu_bytes=gpu_memory(spec, plan).total, host_bytes=host_memory(spec, plan).total, disk_bytes=disk_bytes(spec, plan))
+    use = plan_memory(spec, plan)
+    return Limits(gpu_bytes=use.gpu.total, host_bytes=use.host.total, disk_bytes=use.disk.total)
 
 
 def shortage(needs: Needs, limits: Limits, policy: Policy) -> LimitError:

@@ -257,4 +257,5 @@ def _layer_work(spec: ModelSpec, plan: Plan, bucket: BucketPlan, profile: Hardwa
         if profile.link and group == STREAMED_KV:
             moved = sum(staged_kv_bytes(spec, c, plan.page_size, plan.kv_dtype) for c in classes)
             work[LINK_IN] += moved / profile.link.up_bytes_per_s
+            work[DISK] += moved / disk_rate(profile) if plan.kv_on_disk else 0.0
     return work

@@ -49,7 +49,7 @@ def work_kind(task: Task, rate_keys: Mapping[tuple[int, str], str]) -> WorkKind 
     resource: Resource = "cpu" if task.queue == "cpu" else "gpu"
     if task.kind in ("linear", "linear_in"):
         return WorkKind(resource, rate_keys[task.layer, task.op], task.logit_rows)
-    if task.kind in ("embed", "poison", "read"):
+    if task.kind in ("embed", "poison", "read", "read_kv", "write_kv"):
         return None
     return WorkKind(resource, ATTENTION if task.kind == "attend" else SMALL)
 

@@ -67,7 +67,7 @@ class Explanation:
 def explain(spec: ModelSpec, profile: HardwareProfile, workload: Workload, limits: Limits, plan: Plan, price: Price) -> Explanation:
     """Explain ``plan``, which the simulator gives ``price``."""
     options = PlanOptions(unit_rows=plan.unit_rows, kv_dtype=plan.kv_dtype, max_model_len=plan.max_model_len)
-    problem = Problem.of(spec, profile, workload, limits if plan.disk_rows else limits.without_disk, options)
+    problem = Problem.of(spec, profile, workload, limits if plan.uses_disk else limits.without_disk, options)
     point = grid_point(problem, plan)
     passes = {phase: [p for p in price.passes if p.phase == phase] for phase in PHASES}
     shown = [phase for phase in PHASES if passes[phase]]
@@ -94,7 +94,9 @@ def _limits(problem: Problem, plan: Plan, point: GridPoint | None, passes: Mappi
 
 def _busy(problem: Problem, plan: Plan, passes: list[PricedPass]) -> dict[str, float]:
     seconds = sum(p.seconds for p in passes)
-    queues = {"cpu": "cpu", "gpu": "gpu", "link": "link_in", "link_out": "link_out"} | ({"disk": "disk"} if plan.disk_rows else {})
+    queues = {"cpu": "cpu", "gpu": "gpu", "link": "link_in", "link_out": "link_out"}
+    queues |= {"disk": "disk"} if plan.uses_disk else {}
+    queues |= {"disk_out": "disk_out"} if plan.kv_on_disk else {}
     busy = {name: sum(p.count * p.timing.busy_s[queue] for p in passes) / seconds for name, queue in queues.items()}
     dram = sum(p.count * dram_bytes(problem, plan, p) for p in passes) / problem.profile.dram_bytes_per_s
     return {**busy, "dram": min(1.0, dram / seconds)}
@@ -111,7 +113,7 @@ def dram_bytes(problem: Problem, plan: Plan, one: PricedPass) -> float:
         weights += op.row_bytes * (split.streamed + split.cpu * (batches if op.layer >= 0 else 1))
     attended = [c for group in one.load.groups(-1, HOST_KV, HOST_KV + 1) for c in group.classes]
     kv = sum(c.num_seqs * attention_kv_bytes(spec, c, layer.window, problem.kv_dtype) for c in attended for layer in spec.layers)
-    return weights + kv + one.timing.bytes["link_kv"] + disk_bytes(spec, plan)
+    return weights + kv + one.timing.bytes["link_kv"] * (2 if plan.kv_on_disk else 1) + disk_bytes(spec, plan)
 
 
 # -- why -------------------------------------------------------------------------------------------------------------------------------------

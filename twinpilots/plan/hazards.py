@@ -35,7 +35,7 @@ def ordering(tasks: Sequence[Accessing]) -> list[list[Order]]:
             if key[0] in RINGS:
                 _remember(history, key, (index - shifted, *record[1:]))
     clocks: list[list[int]] = []  # by task, the latest task of each queue that is over when it is
-    num_queues = max((NUMBER_OF[name] for name, _, _ in tasks), default=0) + 1  # few plans use the disk, whose queue is the last
+    num_queues = max((NUMBER_OF[name] for name, _, _ in tasks), default=0) + 1  # few plans use the disk, whose queues are the last
     last_of: list[list[int]] = [[-shifted - 1] * num_queues for _ in range(num_queues)]
     result = []
     for index, (name, _, _) in enumerate(tasks):

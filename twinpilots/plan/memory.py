@@ -61,7 +61,9 @@ class MemoryUse:
 
 def plan_memory(spec: ModelSpec, plan: Plan) -> MemoryUse:
     """What the runtime allocates for ``plan``, by tier and purpose."""
-    return MemoryUse(gpu=gpu_memory(spec, plan), host=host_memory(spec, plan), disk=replace(NOTHING, weights=disk_bytes(spec, plan)))
+    return MemoryUse(
+        gpu=gpu_memory(spec, plan), host=host_memory(spec, plan), disk=replace(NOTHING, weights=disk_bytes(spec, plan), kv=disk_kv_bytes(spec, plan))
+    )
 
 
 def gpu_memory(spec: ModelSpec, plan: Plan) -> TierUse:
@@ -84,7 +86,7 @@ def host_memory(spec: ModelSpec, plan: Plan) -> TierUse:
         weights=host_weight_bytes(spec, plan) + small,
         kv=host_kv_bytes(spec, plan),
         ring=0,
-        staging=align(plan.staging_bytes),
+        staging=align(plan.staging_bytes) + (kv_staging_bytes(spec, plan) if plan.kv_on_disk else 0),
         workspace=activation_bytes(spec, plan, "cpu") + control_bytes(spec, plan),
     )
 
@@ -238,11 +240,12 @@ def small_tensor_bytes(spec: ModelSpec, max_model_len: int) -> int:
 
 
 def check_runnable(spec: ModelSpec, plan: Plan) -> None:
-    """Raise NotRunnableError for a plan that this version only predicts: one that keeps weights on the disk."""
-    if plan.disk_rows:
+    """Raise NotRunnableError for a plan that this version only predicts: one that keeps something on the disk."""
+    if plan.uses_disk:
+        weights, kv = disk_bytes(spec, plan), disk_kv_bytes(spec, plan)
         raise NotRunnableError(
-            f"the plan keeps {disk_bytes(spec, plan)} bytes of {spec.name}'s weights on the disk, which this version plans and predicts but does not run; give "
-            "a plan without rows on the disk (`twinpilots plan` without --disk), with more --host-memory or --quantization if need be"
+            f"the plan keeps {weights} bytes of {spec.name}'s weights and {kv} of KV on the disk, which this version plans and predicts but does not run; give "
+            "a plan with nothing on the disk (`twinpilots plan` without --disk), with more --host-memory or --quantization if need be"
         )
 
 
@@ -261,7 +264,14 @@ def gpu_kv_bytes(spec: ModelSpec, plan: Plan) -> int:
 
 def host_kv_bytes(spec: ModelSpec, plan: Plan) -> int:
     """Bytes of the host's KV pages: whole sequences (``host_pages``), or the host's layers of every sequence (``host_kv_layers``)."""
+    if plan.kv_on_disk:
+        return 0
     return align((plan.host_pages * spec.num_layers + plan.gpu_pages * len(plan.host_kv_layers)) * kv_page_bytes(spec, plan))
+
+
+def disk_kv_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """Bytes of the KV pages whose home is the disk."""
+    return align(plan.host_pages * spec.num_layers * kv_page_bytes(spec, plan)) if plan.kv_on_disk else 0
 
 
 def kv_staging_bytes(spec: ModelSpec, plan: Plan) -> int:

@@ -15,17 +15,19 @@ from typing import Any
 from twinpilots.errors import UserError
 
 PICTURES = (".png", ".svg", ".html")
-ROWS = {"gpu": "GPU", "cpu": "CPU", "link_in": "link in", "link_out": "link out", "disk": "disk"}  # from the top; queues without a task are left out
+# From the top; queues without a task are left out.
+ROWS = {"gpu": "GPU", "cpu": "CPU", "link_in": "link in", "link_out": "link out", "disk": "disk", "disk_out": "disk out"}
 # Okabe and Ito's colours, told apart by everybody, and a brown; by what a task is about.
 COLOURS = {
     "q, k, v, o": "#0072b2", "attention": "#cc79a7", "MLP": "#009e73", "head": "#e69f00", "norms, sums, rotary": "#999999",
     "activations over the link": "#56b4e9", "weights over the link": "#d55e00", "KV over the link": "#f0e442",
-    "weights from the disk": "#6b3d1e",
+    "weights from the disk": "#6b3d1e", "KV on the disk": "#8f8a2c",
 }  # fmt: skip
 ATTENTION_OPS, HEAD_OPS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("lm_head",)
 KINDS = {
     "attend": "attention", "send": "activations over the link", "recv": "activations over the link", "load": "weights over the link",
     "load_kv": "KV over the link", "store_kv": "KV over the link", "read": "weights from the disk",
+    "read_kv": "KV on the disk", "write_kv": "KV on the disk",
 }  # fmt: skip
 SHORT = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_up_proj": "gate up", "down_proj": "down", "fc1": "fc1", "fc2": "fc2",

@@ -69,7 +69,8 @@ class Plan:
 
     ``disk_rows[layer][op name]`` (the head last, as in ``splits``): so many of the op's last rows, none of them resident, have their home on the disk; empty
     where nothing lies there. Every pass reads them through the host's staging ring of ``staging_bytes``, whoever computes them. The fact is the plan's, not a
-    bucket's: a home does not change from pass to pass.
+    bucket's: a home does not change from pass to pass. ``kv_on_disk``: so has the KV of ``host_pages``; it passes through two slots of ``kv_staging_pages``
+    in host memory on its way to those of the GPU, which attends all of it.
     """
 
     model: str
@@ -91,7 +92,12 @@ class Plan:
     kv_staging_pages: int = 0  # GPU pages of one staging slot for streamed host KV (two slots are held)
     disk_rows: tuple[Mapping[str, int], ...] = ()
     staging_bytes: int = 0
+    kv_on_disk: bool = False
     schema: int = PLAN_SCHEMA
+
+    @property
+    def uses_disk(self) -> bool:
+        return bool(self.disk_rows) or self.kv_on_disk
 
     def on_disk(self, layer: int, name: str) -> int:
         """Rows of an op whose home is the disk."""
@@ -117,6 +123,8 @@ class Plan:
             residency = found
         if self.disk_rows or self.staging_bytes:
             _check_disk(self, spec)
+        if self.kv_on_disk and (not self.kv_staging_pages or any("cpu" in (bucket.host_attention, bucket.host_prefill_attention) for bucket in self.buckets)):
+            raise ValueError("KV on the disk is attended on the GPU, through staging slots: kv_staging_pages must be above 0 and both host attentions gpu")
 
     def with_policy(self, policy: Policy) -> Plan:
         return replace(self, policy=policy)

@@ -37,6 +37,7 @@ from twinpilots.plan.workload import Limits, Workload
 Find = Callable[[Problem], Plan | None]
 FLEXGEN_KV_ON_GPU = (1.0, 0.5, 0.0)
 FLEXGEN_BATCHES = (1, 2, 4)
+FLEXGEN_DISK_BATCHES = (2, 8)  # where KV lies on the disk: its block for OPT-175B has 8
 READS_DISK: tuple[Policy, ...] = ("flexgen", "stream", "cpu")
 
 
@@ -203,14 +204,19 @@ def _balanced(cpu_s: tuple[float, ...], gpu_s: tuple[float, ...]) -> tuple[int, 
     return balance(cpu_s, gpu_s).device
 
 
-def _flexgen_block(kv_on_gpu: float, batches: int) -> tuple[Draft, Place]:
+def _flexgen_block(kv_on_gpu: float, batches: int, *, kv_on_disk: bool = False) -> tuple[Draft, Place]:
+    """KV on the disk comes to the GPU, which attends it."""
     micro_batches: Mapping[Phase, int] = {"prefill": batches, "decode": batches}
-    base = Draft(policy="flexgen", num_seqs=1, gpu_seqs=0, pass_tokens=1, micro_batches=micro_batches, uses_cpu=True)
+    base = Draft(
+        policy="flexgen", num_seqs=1, gpu_seqs=0, pass_tokens=1, micro_batches=micro_batches, uses_cpu=True, kv_on_disk=kv_on_disk,
+        host_attention="gpu" if kv_on_disk else "cpu",
+    )  # fmt: skip
 
     def place(problem: Problem, draft: Draft, count: int) -> Plan | None:
         draft = sized(draft, count, round(count * kv_on_gpu))
         if draft.gpu_seqs < count:  # prompts of host KV are attended on the GPU, which keeps one layer's KV of a pass at a time
-            draft = replace(draft, host_prefill_attention="gpu", staging_seqs=min(count, prompts_at_once(problem.workload, count, draft.pass_tokens)))
+            staged = max(prompts_at_once(problem.workload, count, draft.pass_tokens), -(-count // batches) if kv_on_disk else 0)
+            draft = replace(draft, host_prefill_attention="gpu", staging_seqs=min(count, staged))
         return problem.plan(draft, fill(problem, draft), no_cpu)
 
     return base, place
@@ -224,6 +230,8 @@ def find_flexgen(problem: Problem) -> Plan | None:
     Delegating attention to the CPU is for decoding (section 4.2); prompts are attended on the GPU, and their KV is then stored where it belongs.
     """
     found = [best_fit(problem, *_flexgen_block(kv, batches)) for kv in FLEXGEN_KV_ON_GPU for batches in FLEXGEN_BATCHES]
+    if problem.limits.disk_bytes:
+        found += [best_fit(problem, *_flexgen_block(0.0, batches, kv_on_disk=True)) for batches in FLEXGEN_DISK_BATCHES]
     return max((plan for plan in found if plan is not None), key=lambda plan: _flexgen_rate(problem, plan), default=None)
 
 
@@ -248,7 +256,10 @@ def _flexgen_rate(problem: Problem, plan: Plan) -> float:
     batches = plan.bucket_for("decode", seqs).micro_batches
     gpu_s = sum(gpu_linear_s(problem, op, seqs / batches) * (spec.num_layers if op.layer >= 0 else 1) for op in problem.ops.values()) * batches
     cpu_s = attention_times(problem, seqs, seqs, context)[0] * spec.num_layers * on_host
-    disk_s = disk_bytes(spec, plan) / disk_rate(problem.profile) if plan.disk_rows else 0.0
+    kv_read = seqs * context * spec.kv_bytes_per_token(plan.kv_dtype) if plan.kv_on_disk else 0.0
+    if plan.kv_on_disk:
+        link_s, cpu_s = link_s + kv_read / problem.profile.link.up_bytes_per_s, 0.0
+    disk_s = (disk_bytes(spec, plan) + kv_read) / disk_rate(problem.profile) if plan.uses_disk else 0.0
     return seqs / max(disk_s, max(link_s, gpu_s, cpu_s) if batches > 1 else max(link_s, gpu_s + cpu_s))
 
 

@@ -46,8 +46,8 @@ class Point:
 
 
 def point_of(problem: Problem, plan: Plan) -> Point | None:
-    """The plan as a point; None for a plan that no point stands for: without a GPU, or with KV apart by layers."""
-    if not plan.uses_gpu or plan.host_kv_layers:
+    """The plan as a point; None for a plan that no point stands for: without a GPU, with KV apart by layers or on the disk."""
+    if not plan.uses_gpu or plan.host_kv_layers or plan.kv_on_disk:
         return None
     per_seq, spec = pages_of(problem.workload.seq_len), problem.spec
     buckets = {phase: used_bucket(problem.workload, plan, phase) for phase in PHASES}

@@ -111,7 +111,7 @@ def drafts(problem: Problem, base: Draft, *, smallest_ring: bool = False) -> Ite
     limits = problem.limits
     device_bytes = limits.gpu_bytes if base.uses_gpu else limits.host_bytes * CHUNK_SHARE // CPU_CHUNK_SHARE
     packet_bytes, depth = (tight_ring(problem.spec, problem.options.unit_rows) if smallest_ring else ring_rule(limits.gpu_bytes)) if has_ring(base) else (0, 0)
-    for chunk in chunk_choices(problem.spec, problem.workload, problem.workload.concurrency, device_bytes):
+    for chunk in chunk_choices(problem.spec, problem.workload, problem.workload.concurrency, device_bytes, disk=limits.disk_bytes > 0):
         yield replace(base, pass_tokens=chunk, packet_bytes=packet_bytes, ring_depth=depth)
 
 

@@ -105,7 +105,7 @@ def options(
 
 def can_move(plan: Plan) -> bool:
     """Whether there are two pilots, and a ring to stream through, and all that is not resident lies in host memory."""
-    return plan.uses_gpu and plan.uses_cpu and plan.ring_bytes > 0 and not plan.host_kv_layers and not plan.disk_rows
+    return plan.uses_gpu and plan.uses_cpu and plan.ring_bytes > 0 and not plan.host_kv_layers and not plan.uses_disk
 
 
 def option_of(spec: ModelSpec, profile: HardwareProfile, plan: Plan, bucket: BucketPlan, load: PassLoad) -> Option:

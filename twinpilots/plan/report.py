@@ -145,7 +145,16 @@ def _prediction_lines(prediction: Mapping[str, Any], emulated: str) -> list[str]
     ]
 
 
-RESOURCES = {"cpu": "CPU", "gpu": "GPU", "link": "link", "link_out": "link out", "dram": "DRAM", "disk": "disk", "chain": "one stage waiting for another"}
+RESOURCES = {
+    "cpu": "CPU",
+    "gpu": "GPU",
+    "link": "link",
+    "link_out": "link out",
+    "dram": "DRAM",
+    "disk": "disk",
+    "disk_out": "disk out",
+    "chain": "one stage waiting for another",
+}
 
 
 def _limit_lines(limits: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -176,11 +185,11 @@ def _share_lines(document: Mapping[str, Any]) -> list[str]:
             cells.append(f"{mean['resident']:>10.0%}{mean['streamed']:>10.0%}{mean['cpu']:>8.0%}")
         lines.append(f"  {name:14}{cells[0]}{'':6}{cells[1]}")
     kv, on_disk = document["kv"], document["memory"]["disk"]
-    if on_disk["weights"]:
-        lines += _wrapped(
-            f"on the disk: {_size(on_disk['weights'])} of the weights, spread over all layers, read once in every pass by whoever computes them; "
-            "planned and predicted only: this version does not run such plans"
-        )
+    if on_disk["total"]:
+        parts = ([f"{_size(on_disk['weights'])} of the weights, spread over all layers, read once in every pass"] if on_disk["weights"] else []) + (
+            [f"{_size(on_disk['kv'])} of KV, read and written as it is streamed"] if on_disk["kv"] else []
+        )  # fmt: skip
+        lines += _wrapped(f"on the disk: {'; '.join(parts)}. Planned and predicted only: this version does not run such plans")
     elif on_disk["limit"]:
         lines += _wrapped("on the disk: nothing, memory holds it all")
     return [*lines, f"  KV: {kv['gpu']:.0%} on the GPU, {kv['host_cpu']:.0%} in host memory attended by the CPU, {kv['host_streamed']:.0%} streamed to the GPU"]

@@ -325,6 +325,9 @@ class Expansion:
         # A staging slot belongs to whichever micro-batch loaded it last, so its accesses are not told apart by rows.
         pages = Access(kv, 0, 1) if slot >= 0 else Access(kv, layer, layer + 1, *rows)
         home = Access("host.kv", layer, layer + 1, *rows)
+        if slot >= 0 and self.plan.kv_on_disk:
+            home, on_disk = Access(f"host.staging{slot}", 0, 1), Access("disk.kv", layer, layer + 1, *rows)
+            self._emit(queue="disk", kind="read_kv", reads=(on_disk,), writes=(home,), **where)
         if slot >= 0:
             self._emit(queue="link_in", kind="load_kv", reads=(home,), writes=(pages,), **where)
         self._emit(queue=device, kind="rope_append", src=f"{space}.qkv", dst=kv, reads=(qkv,), writes=(qkv, pages), **where)
@@ -333,6 +336,8 @@ class Expansion:
         )
         if slot >= 0:
             self._emit(queue="link_out", kind="store_kv", reads=(pages,), writes=(home,), **where)
+        if slot >= 0 and self.plan.kv_on_disk:
+            self._emit(queue="disk_out", kind="write_kv", reads=(home,), writes=(on_disk,), **where)
 
     def _join(self, layer: int, mb: int, op: str, post_norm: str, needed_next: set[Device]) -> None:
         """Exchange partial sums and add them to each residual copy that lives on."""

@@ -143,7 +143,7 @@ def _need_disk(profile: HardwareProfile) -> None:
 
 def _auto(problem: Problem, named: Mapping[Policy, tuple[Plan, Price]], proportionate: bool) -> tuple[Plan, Price] | None:
     """The best plan without the disk; with it, where the work does not fit memory at once and a plan that uses it is faster, or the only one."""
-    in_memory = {name: pair for name, pair in named.items() if not pair[0].disk_rows}
+    in_memory = {name: pair for name, pair in named.items() if not pair[0].uses_disk}
     best = _best(problem.without_disk, in_memory, proportionate)
     if problem.limits.disk_bytes and (best is None or best[1].num_waves > 1):
         other = _best(problem, named, proportionate)

@@ -35,6 +35,11 @@ def spilled(spec: ModelSpec, plan: Plan, limits: Limits, templates: Templates) -
     return replace(everywhere, disk_rows=_rows(spec, plan, templates, high))
 
 
+def with_share(spec: ModelSpec, plan: Plan, share: float, staging_bytes: int, templates: Templates) -> Plan:
+    """The plan with this share of every op's rows that are not resident on the disk, whatever memory has room for."""
+    return replace(plan, disk_rows=_rows(spec, plan, templates, share), staging_bytes=staging_bytes)
+
+
 def staging_rule(spec: ModelSpec, plan: Plan, host_bytes: int) -> int:
     """Bytes of the staging ring."""
     piece = smallest_ring(spec.one_layer_per_class, plan.unit_rows, plan.packet_bytes, 1)

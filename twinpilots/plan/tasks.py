@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 RunQueue = Literal["cpu", "gpu", "link_in", "link_out"]  # what machines have today; plans that use the disk are predicted only
-Queue = Literal[RunQueue, "disk"]
+Queue = Literal[RunQueue, "disk", "disk_out"]
 Device = Literal["gpu", "cpu"]
 Kind = Literal[
-    "embed", "norm", "linear", "linear_in", "rope_append", "attend", "add", "send", "recv", "load", "load_kv", "store_kv", "read", "poison"
+    "embed", "norm", "linear", "linear_in", "rope_append", "attend", "add", "send", "recv", "load", "load_kv", "store_kv", "read", "read_kv", "write_kv",
+    "poison",
 ]  # fmt: skip
 Source = Literal["resident", "ring", "host", "staged"]
-QUEUES: tuple[Queue, ...] = ("cpu", "gpu", "link_in", "link_out", "disk")
+QUEUES: tuple[Queue, ...] = ("cpu", "gpu", "link_in", "link_out", "disk", "disk_out")
 RINGS = ("gpu.ring", "host.staging")  # buffers that packets arrive in
 AHEAD: tuple[Kind, ...] = ("load", "read")  # what may run one pass ahead of the driver's fence: it touches nothing but rings
 ALL_MICRO_BATCHES = -1

@@ -117,7 +117,7 @@ ON_DISK: dict[str, tuple[Alter, bool]] = {"twice the disk": (twice_the_disk, Fal
 def what_ifs(problem: Problem, plan: Plan, tokens_per_s: float, point: GridPoint | None) -> tuple[WhatIf, ...]:
     """Every change that makes sense here, for a plan that the simulator gives ``tokens_per_s``."""
     found = []
-    for name, (alter, takes_gpu) in (CHANGES | ON_DISK if plan.disk_rows else CHANGES).items():
+    for name, (alter, takes_gpu) in (CHANGES | ON_DISK if plan.uses_disk else CHANGES).items():
         if not takes_gpu or problem.profile.gpu is not None:
             altered = alter(problem)
             promised = _dual_ratio(altered, point)
@@ -174,7 +174,7 @@ def _solved_again(altered: Problem, plan: Plan) -> Trial | None:
 
 def grid_point(problem: Problem, plan: Plan) -> GridPoint | None:
     """The solver's grid point that ``plan`` comes from; None for a plan that is on none: another policy's, or one of a single processor."""
-    if plan.policy != "auto" or problem.profile.gpu is None or not (plan.uses_gpu and plan.uses_cpu) or plan.host_kv_layers:
+    if plan.policy != "auto" or problem.profile.gpu is None or not (plan.uses_gpu and plan.uses_cpu) or plan.host_kv_layers or plan.kv_on_disk:
         return None
     decode = plan.bucket_for("decode", plan.max_num_seqs)
     kv = (decode.host_attention, decode.host_prefill_attention) if plan.host_pages else ("none", "none")

@@ -39,8 +39,8 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bytes that a plan may use of GPU and of host memory: promises, not hints. ``disk_bytes``: of the weights that may lie on the disk, in plans that are only
-    predicted; 0 lets none."""
+    """Bytes that a plan may use of GPU and of host memory: promises, not hints. ``disk_bytes``: of weights and KV that may lie on the disk, in plans that are
+    only predicted; 0 lets none."""
 
     gpu_bytes: int
     host_bytes: int

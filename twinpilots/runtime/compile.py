@@ -30,7 +30,7 @@ from twinpilots.plan.plan import BucketPlan, Plan
 from twinpilots.plan.tasks import QUEUES, Queue, Schedule, Task
 from twinpilots.runtime.layout import Layout, page_bytes
 
-RUN_QUEUES: tuple[Queue, ...] = tuple(queue for queue in QUEUES if queue != "disk")  # `check_runnable` lets no plan pass that uses it
+RUN_QUEUES: tuple[Queue, ...] = tuple(queue for queue in QUEUES if not queue.startswith("disk"))  # `check_runnable` lets no plan pass that uses it
 _OPS: dict[str, Op] = {
     "embed": Op.EMBED, "norm": Op.NORM, "linear": Op.LINEAR, "linear_in": Op.LINEAR_IN, "rope_append": Op.ROPE_APPEND, "attend": Op.ATTEND, "add": Op.ADD,
     "send": Op.COPY, "recv": Op.COPY, "load": Op.LOAD, "load_kv": Op.LOAD_KV, "store_kv": Op.STORE_KV, "poison": Op.POISON,
