@@ -88,8 +88,7 @@ def test_policies_with_a_disk_keep_all_limits_and_refuse_truly(number: int, poli
     assert refusal is None or not untruth(case, refusal)
 
 
-@pytest.mark.parametrize("policy", ["auto", "cpu", "stream"])
-@pytest.mark.parametrize("host", [64, 90])
+@pytest.mark.parametrize(("host", "policy"), [(64, "auto"), (90, "cpu"), (64, "stream")])
 def test_nothing_lies_on_the_disk_where_memory_suffices(host: int, policy: str) -> None:
     """With a disk allowed, everything is as without one: the plan and its price."""
     limits = Limits(gpu_bytes=SHORT.gpu_bytes, host_bytes=host << 20)

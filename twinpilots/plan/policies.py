@@ -247,13 +247,15 @@ def build_flexgen(spec: ModelSpec, profile: HardwareProfile, workload: Workload,
     return max(feasible, key=lambda plan: _flexgen_rate(problem, plan))
 
 
-RULES["flexgen"], BUILDERS["flexgen"] = tuple(_flexgen_block(kv, 1) for kv in (0.0, 1.0)), build_flexgen
+RULES["flexgen"] = (*(_flexgen_block(kv, 1) for kv in (0.0, 1.0)), _flexgen_block(0.0, 1, kv_on_disk=True))
+BUILDERS["flexgen"] = build_flexgen
 
 
 def can_run(problem: Problem, policy: Policy) -> bool:
     """Whether the policy can run one sequence at all within the limits."""
     problem = problem if policy in READS_DISK else problem.without_disk
-    return any((problem.profile.gpu is not None or not base.uses_gpu) and runs_one(problem, base, place) for base, place in RULES[policy])
+    rules = [(base, place) for base, place in RULES[policy] if problem.limits.disk_bytes or not base.kv_on_disk]
+    return any((problem.profile.gpu is not None or not base.uses_gpu) and runs_one(problem, base, place) for base, place in rules)
 
 
 def _flexgen_rate(problem: Problem, plan: Plan) -> float:
