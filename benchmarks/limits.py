@@ -135,19 +135,19 @@ def _bytes_of(pattern: re.Pattern[str], refusal: str) -> dict[str, int]:
 
 
 def untruth(case: Case, refusal: str) -> str:
-    """What is wrong about a refusal: it names no limit, its limit does not do, or a smaller one does. The same of the disk, if it names one to use instead."""
+    """What is wrong about a refusal: it names no limit, its limit does not do, or a smaller one does. If it names a disk to use instead, that must do."""
     asked, on_disk = named_limits(refusal), _bytes_of(NAMED_DISK, refusal)
     if not asked:
         return "the refusal names no limit"
-    return _untrue(case, asked) or (_untrue(case, on_disk) if on_disk else "")
+    return _untrue(case, asked) or (_untrue(case, on_disk, smallest=False) if on_disk else "")
 
 
-def _untrue(case: Case, asked: dict[str, int]) -> str:
+def _untrue(case: Case, asked: dict[str, int], *, smallest: bool = True) -> str:
     enough = replace(case.limits, **asked)
     again = case.plans(enough)
     if again is not None:
         return f"with the limits that it asks for: {again}"
-    for name, size in asked.items():
+    for name, size in asked.items() if smallest else ():
         if case.plans(replace(enough, **{name: size - limit_step(size)})) is None:
             return f"{name} of {size - limit_step(size)} do, too"
     return ""

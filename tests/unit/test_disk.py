@@ -18,7 +18,7 @@ from tests.random_plans import Case, disk_cases
 from twinpilots.errors import NotRunnableError
 from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
-from twinpilots.plan.estimate import estimate_pass_s
+from twinpilots.plan.estimate import estimate_pass, estimate_pass_s
 from twinpilots.plan.hazards import find_races, queue_order_is_serial
 from twinpilots.plan.load import decode_load
 from twinpilots.plan.memory import check_runnable, disk_bytes, host_memory, plan_memory
@@ -129,6 +129,16 @@ def test_a_pass_that_waits_for_the_disk_takes_what_the_disk_takes(staging: int, 
     expected = disk_bytes(spec, plan) / 1e6
     assert simulate(expand(spec, plan, bucket, load.shape), spec, plan, profile, load).seconds == pytest.approx(expected, rel=0.02)
     assert estimate_pass_s(spec, plan, bucket, profile, load) == pytest.approx(expected, rel=0.02)
+
+
+def test_the_estimate_knows_of_layers_on_the_disk_that_it_does_not_sample() -> None:
+    """One of 24 layers lies on the disk as a whole, the others in a small part; it is not among the few that are simulated."""
+    spec, profile = llama(layers=24), _machine(disk_bytes_per_s=1e6)
+    plan, whole = (_plan(spec, staging=8, disk=part, unit_rows=16) for part in (0.2, 1.0))
+    plan = replace(plan, disk_rows=(*plan.disk_rows[:5], whole.disk_rows[5], *plan.disk_rows[6:]))
+    load = decode_load(4, 0, 20, plan.buckets[0])
+    busy_s = estimate_pass(spec, plan, plan.buckets[0], profile, load).busy_s["disk"]
+    assert busy_s == pytest.approx(disk_bytes(spec, plan) / 1e6, rel=0.03)
 
 
 def test_a_disk_that_keeps_up_costs_nothing_but_its_writes_to_host_memory() -> None:

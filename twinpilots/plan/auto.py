@@ -203,7 +203,8 @@ def _uncrowded(problem: Problem, residency: Residency, shares: Shares) -> Reside
 
 
 def least_memory(problem: Problem) -> tuple[tuple[Draft, Place], ...]:
-    """The plans that need least: KV all on the host or all on the GPU, resident first what then needs no host memory (a tied head does), the rest streamed."""
+    """The plans that need least: KV all on the host or all on the GPU, resident first what then needs no host memory (a tied head does), the rest
+    streamed; with a disk also the rest computed by the CPU."""
     wanted = {name: 0.0 if problem.spec.tied and op.layer < 0 else 1.0 for name, op in problem.ops.items()}
 
     def place(problem: Problem, draft: Draft, count: int) -> Plan:
@@ -214,6 +215,8 @@ def least_memory(problem: Problem) -> tuple[tuple[Draft, Place], ...]:
         Draft(policy="auto", num_seqs=1, gpu_seqs=gpu_seqs, pass_tokens=1, micro_batches={"prefill": 1, "decode": 1}, uses_cpu=not gpu_seqs)
         for gpu_seqs in (0, 1)
     ]  # fmt: skip
+    if problem.limits.disk_bytes:  # every instruction and every byte of a ring is a byte more on the disk: nothing streamed
+        bases += [replace(base, uses_cpu=True, streams=False) for base in bases]
     return tuple((base, place) for base in bases)
 
 

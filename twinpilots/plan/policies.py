@@ -235,13 +235,15 @@ def find_flexgen(problem: Problem) -> Plan | None:
     return max((plan for plan in found if plan is not None), key=lambda plan: _flexgen_rate(problem, plan), default=None)
 
 
-RULES["flexgen"], FINDERS["flexgen"] = tuple(_flexgen_block(kv, 1) for kv in (0.0, 1.0)), find_flexgen
+RULES["flexgen"] = (*(_flexgen_block(kv, 1) for kv in (0.0, 1.0)), _flexgen_block(0.0, 1, kv_on_disk=True))
+FINDERS["flexgen"] = find_flexgen
 
 
 def needs_of(problem: Problem, policy: Policy) -> list[Limits]:
     """What the policy's plans for one sequence take, whether that is within the limits or not."""
     problem = problem if policy in READS_DISK else problem.without_disk
-    return [need for base, place in RULES[policy] for need in one_needs(problem, base, place)]
+    rules = [(base, place) for base, place in RULES[policy] if problem.limits.disk_bytes or not base.kv_on_disk]
+    return [need for base, place in rules for need in one_needs(problem, base, place)]
 
 
 def _flexgen_rate(problem: Problem, plan: Plan) -> float:
