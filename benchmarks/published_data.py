@@ -202,7 +202,7 @@ FLEXGEN_LEDGER = (
     *_of(
         "FlexGen", ("batch", 256, "sequences", f"{SUITE}: suite_175b_1x1, --gpu-batch-size 32 --num-gpu-batches 8"),
         ("gpu_batches", 8, "micro-batches", f"{SUITE}: suite_175b_1x1"),
-        ("weights_on_gpu", 0.0, "share", f"{SUITE}: suite_175b_1x1, --percent 0 50 0 0: the rest of weights and all KV on the disk"),
+        ("weights_on_gpu", 0.0, "share", f"{SUITE}: suite_175b_1x1, --percent 0 50 0 0 --cpu: the rest of weights and all KV on the disk"),
         ("weights_on_disk", 0.5, "share", f"{SUITE}: suite_175b_1x1, --percent 0 50 0 0"), model="opt-175b",
     ),
 )  # fmt: skip
@@ -227,8 +227,8 @@ TRANSFORMERS_LEDGER = (
         ("weights_on_disk", 0.0, "share", f"{HF_BENCH}/hf_opt.py: all layers on the CPU"), model="opt-30b",
     ),
     *_of(
-        "accelerate", ("batch", 2, "sequences", f"{FLEXGEN}: 2 on disk"), ("weights_on_gpu", 0.0, "share", f"{FLEXGEN}: 2 on disk"),
-        ("weights_on_disk", 1.0, "share", f"{FLEXGEN}: 2 on disk"), model="opt-175b",
+        "accelerate", ("batch", 2, "sequences", f"{FLEXGEN}: 2 (disk)"), ("weights_on_gpu", 0.0, "share", f"{FLEXGEN}: 2 (disk)"),
+        ("weights_on_disk", 1.0, "share", f"{FLEXGEN}: 2 (disk)"), model="opt-175b",
     ),
 )  # fmt: skip
 ZERO_LEDGER = (
