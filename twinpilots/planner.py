@@ -40,6 +40,7 @@ SHORTER_LENS = (64, 32, 16, 8)  # what these are cut to where memory is too smal
 FROZEN_LENS = (8192, 4096, 2048, 1024, 512)  # lengths of one sequence that a frozen plan tries to hold
 HOST_SHARE = 0.9  # of the free host memory, when no limit is given: the rest is for the process itself and its neighbours
 MOST_GAIN = 0.5  # another plan for the same policy hardly ever saves more than this fraction of the time
+AGAIN_GAIN = 0.1  # and this much may be had of work that came before: no more of its time goes into searching
 WHOLE_PROMPTS, LEAST_ROUND = 0.9, 0.25  # of a workload's prompt tokens, and of what it generates: less of it says little of the rest
 KV_STEP = 32  # predictions are remembered per this many tokens of context, at least: a pass's time changes by a percent or two between them
 
@@ -183,7 +184,8 @@ class Planner:
             found = self.solve(workload, longest=longest).plan
             return PlanChange(plan=found, now_s=None, then_s=self._seconds(found, workload), switch_s=load_s)
         rounds = self.rounds.come(workload)
-        if rounds * self._about_s(current, workload) * MOST_GAIN < load_s + self._solve_s or not self.rounds.is_due(workload):
+        about_s, cost_s = self._about_s(current, workload), load_s + self._solve_s
+        if (about_s * MOST_GAIN < cost_s and rounds * about_s * AGAIN_GAIN < cost_s) or not self.rounds.is_due(workload):
             return None  # not worth the search
         found = self.solve(workload, longest=longest, at_present_rates=True).plan
         changes = [change for plan, seen_s in self.rounds.others(workload, found) if (change := self._change(current, plan, seen_s, workload, load_s))]

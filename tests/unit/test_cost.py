@@ -85,6 +85,21 @@ def test_streamed_kv_moves_whole_pages_up_and_new_tokens_down() -> None:
     assert _cost("store_kv", "link_out", glo=1, ghi=2) == TaskCost(pytest.approx(1e-3 + 4 * 32 / 5e5), 128, 128, "kv")
 
 
+def test_a_copy_of_kv_waits_for_a_linear_whose_core_it_shares() -> None:
+    """As long as the linear has tokens: all 8 of the micro-batch, not just those whose KV is copied."""
+    link = PROFILE.link
+    assert link is not None
+    shared = replace(PROFILE, link=replace(link, load_kv_s=1e-3, store_kv_s=2e-3, kv_copy_token_s=1e-2))
+
+    def beyond_s(kind: Kind, queue: Any) -> float:
+        task = Task(index=0, kind=kind, queue=queue, mb=0, layer=0, glo=1, ghi=2)
+        return task_cost(task, SPEC, PLAN, shared, LOAD).seconds - task_cost(task, SPEC, PLAN, PROFILE, LOAD).seconds
+
+    assert (beyond_s("load_kv", "link_in"), beyond_s("store_kv", "link_out")) == pytest.approx((0.081, 0.082))
+    with pytest.raises(ValueError, match="kv_copy_token_s"):
+        replace(link, kv_copy_token_s=-1e-9)
+
+
 # -- loads ---------------------------------------------------------------------------------------------------------------------------------
 
 

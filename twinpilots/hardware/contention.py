@@ -23,6 +23,7 @@ from twinpilots.plan.tasks import STREAMED_KV, RunQueue
 PEERS: tuple[tuple[Side, Side], ...] = (("cpu", "gpu"), ("gpu", "cpu"))
 HANDOFFS = 100
 KV_PAGES = 8  # a short sequence
+PROMPT_COPIES = 40  # beside linears of a prompt
 CONTENTION_TOKENS = 1  # where the sides wait for memory most, and where sharing a pass gains least
 COMPUTING_TOKENS = 64  # where they compute: for as long as reading took
 PACKETS_BESIDE = 8
@@ -117,24 +118,28 @@ def _queue_handoff_s(rig: Rig, near: int, columns: int, target: int, source: int
 
 
 def with_kv_copies(rig: Rig, bench: Bench, link: LinkProfile) -> LinkProfile:
-    """Copies of streamed KV: one at a time, and on an emulated GPU they share its core with the linears between which they fall."""
-    spec, kv_dtype = bench.spec, bench.spec.weight_dtype
+    """Copies of streamed KV: one at a time, and on an emulated GPU they share its core with the linears between which they fall: of one token, and of as many
+    as a prompt's."""
+    spec, kv_dtype, tokens = bench.spec, bench.spec.weight_dtype, min(COMPUTING_TOKENS, bench.tokens)
     page_bytes = spec.kv_page_bytes(kv_dtype, PAGE)
-    home, staging = rig.alloc_host(KV_PAGES * page_bytes), rig.alloc_gpu(KV_PAGES * page_bytes)
+    pages = KV_PAGES + -(-tokens // PAGE)
+    home, staging = rig.alloc_host(pages * page_bytes), rig.alloc_gpu(pages * page_bytes)
     args = (staging, home, page_bytes, PAGE, spec.num_kv_heads, spec.head_dim, DTYPE_CODES[kv_dtype])
-    rig.set_sequences([(1, KV_PAGES * PAGE)], PAGE, STREAMED_KV)
     rows, _ = bench.linears(bench.most_common)
-    gpu = [row[:7] + (i,) + row[8:] for i, row in enumerate(rows[:HANDOFFS])]  # each records its number
 
-    def beyond_packet_s(op: Op, queue: RunQueue, num_bytes: float, rate: float) -> float:
+    def beyond_packet_s(op: Op, queue: RunQueue, num_bytes: float, rate: float, count: int) -> float:
+        gpu = [row[:7] + (i,) + row[8:] for i, row in enumerate(rows[:count])]  # each records its number
         copies = [instruction(op, args, waits=[i]) for i in range(len(gpu))]
         took_s = repeated_s(lambda: float(np.mean(work_s(rig.run({"gpu": gpu, queue: copies})[queue]))), 0.02, rig.clock)
         return max(0.0, took_s - link.packet_s - num_bytes / rate)
 
-    return replace(
-        link, load_kv_s=beyond_packet_s(Op.LOAD_KV, "link_in", KV_PAGES * page_bytes, link.up_bytes_per_s),
-        store_kv_s=beyond_packet_s(Op.STORE_KV, "link_out", page_bytes / PAGE, link.down_bytes_per_s),
-    )  # fmt: skip
+    rig.set_sequences([(1, KV_PAGES * PAGE)], PAGE, STREAMED_KV)
+    load_s = beyond_packet_s(Op.LOAD_KV, "link_in", KV_PAGES * page_bytes, link.up_bytes_per_s, HANDOFFS)
+    store_s = beyond_packet_s(Op.STORE_KV, "link_out", page_bytes / PAGE, link.down_bytes_per_s, HANDOFFS)
+    rig.set_sequences([(tokens, KV_PAGES * PAGE + tokens)], PAGE, STREAMED_KV)
+    beside_prompt_s = beyond_packet_s(Op.LOAD_KV, "link_in", KV_PAGES * page_bytes, link.up_bytes_per_s, PROMPT_COPIES)
+    beside_prompt_s += beyond_packet_s(Op.STORE_KV, "link_out", tokens * page_bytes / PAGE, link.down_bytes_per_s, PROMPT_COPIES)
+    return replace(link, load_kv_s=load_s, store_kv_s=store_s, kv_copy_token_s=max(0.0, beside_prompt_s - load_s - store_s) / (2 * tokens))
 
 
 def with_contention(rig: Rig, benches: dict[Side, Bench], link: LinkProfile, effort: Effort) -> tuple[dict[Side, Slowdown], LinkProfile]:

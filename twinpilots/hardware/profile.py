@@ -139,11 +139,12 @@ class LinkProfile:
     queue_handoff_s: float = 0.0  # the same between the GPU's compute queue and its link queues
     load_kv_s: float = 0.0  # what bringing one layer's host KV takes beyond a packet of that size, beside a GPU that computes
     store_kv_s: float = 0.0  # and taking its new KV back
+    kv_copy_token_s: float = 0.0  # both, for every token that the GPU's linears have: an emulated one's copy waits for one of them, whose core it shares
     peer_slowdown: float = 1.0  # factor on the link queues' times while the CPU reads its weights all the time
 
     def __post_init__(self) -> None:
         _check_numbers(self, "up_bytes_per_s down_bytes_per_s", above=0)
-        _check_numbers(self, "packet_s copy_s handoff_s queue_handoff_s load_kv_s store_kv_s", least=0)
+        _check_numbers(self, "packet_s copy_s handoff_s queue_handoff_s load_kv_s store_kv_s kv_copy_token_s", least=0)
         _check_numbers(self, "peer_slowdown", least=1)
 
 

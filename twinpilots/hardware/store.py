@@ -16,7 +16,7 @@ from twinpilots.hardware.profile import HardwareProfile
 from twinpilots.model.spec import ModelSpec
 
 SCALED = "scaled from"  # the note of a profile that was not measured
-STORE_VERSION = 9  # raise it when the kernels' speed or the experiments change, so that old profiles are measured again
+STORE_VERSION = 10  # raise it when the kernels' speed or the experiments change, so that old profiles are measured again
 
 
 def cache_dir() -> Path:

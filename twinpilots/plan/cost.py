@@ -209,13 +209,18 @@ def disk_rate(profile: HardwareProfile) -> float:
 def _load_kv(model: CostModel, task: Task) -> TaskCost:
     classes = [c for group in model.groups(task) for c in group.classes]
     num_bytes = sum(staged_kv_bytes(model.spec, c, model.plan.page_size, model.kv_dtype) for c in classes)
-    seconds = model.link.packet_s + model.link.load_kv_s + num_bytes / model.link.up_bytes_per_s
+    seconds = model.link.packet_s + model.link.load_kv_s + _behind_linear_s(model, task) + num_bytes / model.link.up_bytes_per_s
     return TaskCost(seconds, num_bytes, num_bytes, "kv")
+
+
+def _behind_linear_s(model: CostModel, task: Task) -> float:
+    """What a copy of KV waits for the linear that the GPU is at, where both share a core."""
+    return model.link.kv_copy_token_s * model.load.tokens(task.mb)
 
 
 def _store_kv(model: CostModel, task: Task) -> TaskCost:
     num_bytes = model.spec.kv_token_bytes(model.kv_dtype) * model.tokens(task)
-    seconds = model.link.packet_s + model.link.store_kv_s + num_bytes / model.link.down_bytes_per_s
+    seconds = model.link.packet_s + model.link.store_kv_s + _behind_linear_s(model, task) + num_bytes / model.link.down_bytes_per_s
     return TaskCost(seconds, num_bytes, num_bytes, "kv")
 
 

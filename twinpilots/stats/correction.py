@@ -69,7 +69,7 @@ def _link(link: LinkProfile, factors: Factors) -> LinkProfile:
     up, down = factors.latest("link", UP), factors.latest("link", DOWN)
     return replace(
         link, up_bytes_per_s=link.up_bytes_per_s / up, down_bytes_per_s=link.down_bytes_per_s / down, load_kv_s=link.load_kv_s * up,
-        store_kv_s=link.store_kv_s * down, copy_s=link.copy_s * factors.latest("link", COPIES),
+        store_kv_s=link.store_kv_s * down, kv_copy_token_s=link.kv_copy_token_s * up, copy_s=link.copy_s * factors.latest("link", COPIES),
     )  # fmt: skip
 
 
