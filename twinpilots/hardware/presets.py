@@ -21,7 +21,7 @@ CONTEXT_BYTES = 600 * MIB  # driver reserve and CUDA context: never the planner'
 DISK_READ_S = 100e-6  # stated, not from a sheet: an NVMe drive's latency
 MAX_COPY_SLOWDOWN = 2.0  # measured: a bandwidth-bound linear next to a big copy, 1.7 to 2.0 times
 # Quantised weights: a GPU unpacks them to 16 bits. A CPU multiplies integers: with activations rounded to 16 bits at about its fp32 rate, with 8 bits faster.
-FAST_FLOPS_GAIN = 1.7  # what issue 3 asks of int4-fast
+FAST_FLOPS_GAIN = 1.7  # stated, not from a sheet: `bench kernels` measures 1.2 to 1.9 (docs/performance.md)
 
 
 @dataclass(frozen=True, kw_only=True)
